@@ -1,0 +1,39 @@
+# make demo    the whole path, on this machine, from nothing
+# make test    the whole suite, against a real Postgres and a real Valkey
+.PHONY: setup demo test check nightly catalog clean
+
+PYTHON ?= python3
+TORCH_INSTALL_ARGS ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH_INSTALL_ARGS)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[service,worker,local,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/unlearn demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+nightly: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m worker.registry --check service/catalog.json
+
+catalog: setup
+	$(BIN)/python -m worker.registry > service/catalog.json.tmp && mv service/catalog.json.tmp service/catalog.json
+
+clean:
+	rm -rf .unlearn .mypy_cache .ruff_cache .pytest_cache build *.egg-info

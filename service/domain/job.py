@@ -1,0 +1,273 @@
+"""An unlearning job: what is asked, the statuses it passes through, and what is answered.
+
+Two axes: `status` says whether the machinery ran to the end, `verdict` whether the model passed.
+Field names and meanings follow OpenAI's fine-tuning jobs where such a field exists.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+INLINE_ROWS_MAX = 1000
+
+
+class Status(StrEnum):
+    PENDING_APPROVAL = "pending_approval"
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+S = Status
+TRANSITIONS: Mapping[Status, frozenset[Status]] = MappingProxyType(
+    {
+        S.PENDING_APPROVAL: frozenset({S.QUEUED, S.CANCELLED}),
+        S.QUEUED: frozenset({S.RUNNING, S.PAUSED, S.CANCELLED}),
+        S.RUNNING: frozenset({S.SUCCEEDED, S.FAILED, S.PAUSING, S.CANCELLING, S.QUEUED}),
+        S.PAUSING: frozenset({S.PAUSED, S.SUCCEEDED, S.FAILED, S.CANCELLING}),
+        S.PAUSED: frozenset({S.QUEUED, S.CANCELLED}),
+        S.CANCELLING: frozenset({S.CANCELLED, S.SUCCEEDED, S.FAILED}),
+        S.SUCCEEDED: frozenset(),
+        S.FAILED: frozenset({S.QUEUED}),
+        S.CANCELLED: frozenset(),
+    }
+)
+TERMINAL = frozenset({S.SUCCEEDED, S.FAILED, S.CANCELLED})
+HELD = frozenset({S.RUNNING, S.PAUSING, S.CANCELLING})  # a worker holds a lease on the row
+
+
+class Stage(StrEnum):
+    PREPARING = "preparing"
+    LOADING_MODEL = "loading_model"
+    UNLEARNING = "unlearning"
+    EVALUATING = "evaluating"
+    PACKAGING = "packaging"
+    SIGNING = "signing"
+    UPLOADING = "uploading"
+
+
+class FailureCode(StrEnum):
+    INVALID_FILE = "invalid_file"
+    FORGET_RETAIN_OVERLAP = "forget_retain_overlap"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_REVISION_MISMATCH = "model_revision_mismatch"
+    UNSUPPORTED_ARCHITECTURE = "unsupported_architecture"
+    OUT_OF_MEMORY = "out_of_memory"
+    NON_FINITE_LOSS = "non_finite_loss"
+    MAX_RUNTIME_EXCEEDED = "max_runtime_exceeded"
+    WORKER_LOST = "worker_lost"
+    ATTEMPTS_EXHAUSTED = "attempts_exhausted"
+    CHECKPOINT_CORRUPT = "checkpoint_corrupt"
+    ARTIFACT_UPLOAD_FAILED = "artifact_upload_failed"
+    STORAGE_FULL = "storage_full"
+    ROW_TOO_LONG = "row_too_long"
+    SIGNING_FAILED = "signing_failed"
+    NO_CAPABLE_WORKER = "no_capable_worker"
+    INTERNAL_ERROR = "internal_error"
+
+
+CLIENT_FAULTS = frozenset(
+    {
+        FailureCode.INVALID_FILE,
+        FailureCode.FORGET_RETAIN_OVERLAP,
+        FailureCode.MODEL_NOT_FOUND,
+        FailureCode.MODEL_REVISION_MISMATCH,
+        FailureCode.UNSUPPORTED_ARCHITECTURE,
+        FailureCode.NON_FINITE_LOSS,
+        FailureCode.MAX_RUNTIME_EXCEEDED,
+        FailureCode.ROW_TOO_LONG,
+    }
+)
+# Running the same again can end differently. Everything else repeats itself, so the worker does not try again.
+RETRYABLE = frozenset(
+    {
+        FailureCode.OUT_OF_MEMORY,
+        FailureCode.WORKER_LOST,
+        FailureCode.ARTIFACT_UPLOAD_FAILED,
+        FailureCode.STORAGE_FULL,
+        FailureCode.INTERNAL_ERROR,
+    }
+)
+
+
+class Strict(BaseModel):
+    """Input: an unknown field is an error, and so is a number that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Constraint(Strict):
+    """The promise: mean negative log-likelihood per counted token of the retain set, in nats, stays at or below it."""
+
+    epsilon: float | None = Field(default=None, ge=0, description="absolute bound, nats per token")
+    epsilon_relative: float | None = Field(
+        default=None, ge=0, description="relative bound: (1 + this) times the base model's retain loss"
+    )
+
+    @model_validator(mode="after")
+    def exactly_one(self) -> Self:
+        if (self.epsilon is None) == (self.epsilon_relative is None):
+            raise ValueError("give exactly one of epsilon and epsilon_relative")
+        return self
+
+    def bound(self, base_loss: float) -> float:
+        """The absolute bound in nats per token, given the base model's retain loss."""
+        if self.epsilon is not None:
+            return self.epsilon
+        assert self.epsilon_relative is not None
+        return (1.0 + self.epsilon_relative) * base_loss
+
+
+class MethodChoice(Strict):
+    type: str = Field(description="a name from GET /v1/methods")
+    hyperparameters: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Budget(Strict):
+    max_steps: int = Field(default=300, ge=1, le=1_000_000)
+    max_seconds: float = Field(default=3600.0, gt=0, description="of solving, not of loading or evaluation")
+    forget_target: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="end early once a check finds the mean forget probability at or below this and the bound kept",
+    )
+
+
+class Lora(Strict):
+    r: int = Field(default=8, ge=1, le=1024)
+    alpha: int = Field(default=16, ge=1)
+    target_modules: list[str] | None = Field(
+        default=None, min_length=1, max_length=64, description="module names; null: every linear layer but the head"
+    )
+
+
+class Resources(Strict):
+    gpu_class: str = Field(default="any", pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    min_vram_gib: float | None = Field(default=None, gt=0)
+
+
+class Limits(Strict):
+    max_runtime_seconds: int = Field(default=14_400, ge=1, description="of one attempt, from claim to end")
+    max_attempts: int = Field(default=3, ge=1, le=10)
+
+
+class Row(Strict):
+    """One inline row, in one of three forms: question/answer, prompt/completion, or text."""
+
+    question: str | None = None
+    answer: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def one_form(self) -> Self:
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        if given not in ({"question", "answer"}, {"prompt", "completion"}, {"text"}):
+            raise ValueError("a row has question and answer, or prompt and completion, or text")
+        return self
+
+
+DataSet = Annotated[str, Field(pattern=r"^ufile_[0-9a-f]{32}$")]
+InlineRows = Annotated[list[Row], Field(min_length=1, max_length=INLINE_ROWS_MAX)]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a name from GET /v1/models")]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class JobOptions(Strict):
+    """What a request and the stored spec have in common."""
+
+    model: ModelName
+    method: MethodChoice
+    constraint: Constraint
+    budget: Budget = Budget()
+    lora: Lora = Lora()
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    priority: int = Field(default=5, ge=0, le=9, description="a larger one goes first")
+    due_at: datetime | None = None
+    resources: Resources = Resources()
+    limits: Limits = Limits()
+    external_id: str | None = Field(default=None, max_length=255)
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class JobCreate(JobOptions):
+    """Body of POST /v1/unlearning/jobs. The two sets are ids of uploaded files, or up to 1,000 rows each."""
+
+    forget_set: DataSet | InlineRows
+    retain_set: DataSet | InlineRows
+
+
+class JobSpec(JobOptions):
+    """The persisted request: inline rows have become files, hyperparameters are complete with their defaults."""
+
+    forget_set: DataSet
+    retain_set: DataSet
+
+
+class Failure(BaseModel):
+    code: FailureCode
+    message: str
+    fault: Literal["client", "platform"]
+    retryable: bool
+
+    @classmethod
+    def of(cls, code: FailureCode, message: str) -> Self:
+        return cls(
+            code=code, message=message, fault="client" if code in CLIENT_FAULTS else "platform", retryable=code in RETRYABLE
+        )
+
+
+class GateResult(BaseModel):
+    metric: str
+    op: Literal["<=", ">="]
+    threshold: float | None
+    value: float | None
+    result: Literal["PASSED", "WARNED", "FAILED"]
+    message: str
+
+
+class Verdict(BaseModel):
+    result: Literal["PASSED", "WARNED", "FAILED"]
+    gates: list[GateResult]
+    message: str
+
+
+class ModelEntry(BaseModel):
+    """A model that an administrator registered. `source` is a folder below the models root, or a Hub id."""
+
+    name: str
+    source: Literal["path", "hub"]
+    location: str  # below the models root, POSIX; or "owner/name"
+    revision: str | None = None  # 40 hex digits, of a Hub model
+    digest: str | None = None  # "sha256:…" over the files that are loaded; None for a Hub model
+    tokenizer_digest: str | None = None
+    prompt_format: "PromptFormat"
+    gpu_class: str = "any"
+    info: dict[str, Any] = Field(default_factory=dict)  # architecture, context length, vocabulary, from config.json
+    created_at: datetime | None = None
+
+
+class PromptFormat(BaseModel):
+    """How a question becomes a prompt: the tokeniser's chat template, or four strings around it."""
+
+    type: Literal["chat", "plain"] = "plain"
+    system: str | None = None  # chat only
+    user_start: str = "Question: "
+    user_end: str = "\n"
+    assistant_start: str = "Answer: "
+
+
+ModelEntry.model_rebuild()

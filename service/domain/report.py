@@ -1,0 +1,163 @@
+"""The report of a job: what was asked, what was done, what was measured, what is promised and what is not.
+
+No text of the forget or retain set stands in it. A figure that could not be measured is null with its reason, never 0.
+Published as JSON Schema at /v1/schemas/report.
+"""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.domain.job import Budget, Constraint, Lora, PromptFormat, Verdict
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Asked(Part):
+    model: str
+    method: str
+    hyperparameters: dict[str, Any]
+    constraint: Constraint
+    budget: Budget
+    lora: Lora
+    seed: int
+
+
+class BaseModelFacts(Part):
+    name: str
+    source: str  # "hub owner/name", or "local folder": a path of the worker's machine is nobody's business
+    revision: str | None
+    digest: str
+    tokenizer_digest: str
+    architecture: str
+    parameters: int
+    trainable_parameters: int
+    vocabulary: int
+    context_tokens: int
+    dtype: str
+    prompt_format: PromptFormat
+    head: Literal["fused", "plain"]  # whether the language-model head took the chunked path
+
+
+class DataFacts(Part):
+    file_id: str
+    sha256: str
+    rows: int
+    counted_tokens: int  # labelled tokens, end of sequence included
+    unmeasured_rows: int  # rows whose labels vanished in the tokeniser's merge over the seam
+
+
+class ConstraintFacts(Part):
+    metric: Literal["retain_nll"] = "retain_nll"
+    unit: Literal["nats per token"] = "nats per token"
+    epsilon: float
+    source: Literal["absolute", "relative"]
+    before: float
+    after: float | None
+    upper: float | None  # one-sided 95 % bound if sampled; this is compared with epsilon
+    slack: float | None  # epsilon - upper
+    tolerance: float  # of the measurement at this precision
+    satisfied: bool | None
+    rows_measured: int
+    rows_total: int
+    reason: str | None = None  # why `after` is null
+
+
+class Figure(Part):
+    set: Literal["forget", "retain"]
+    metric: str  # probability, exact_memorization, extraction_strength, rougeL_recall, nll
+    better: Literal["lower", "higher"]
+    definition: str
+    before: float | None
+    after: float | None
+    rows: int  # over which the mean is taken
+    reason: str | None = None  # why one of them is null
+
+
+class StepPoint(Part):
+    step: int
+    forget_loss: float | None  # null: it was not finite
+    retain_loss: float | None
+    dual: float | None  # null for solvers without one
+    violation: float | None
+    learning_rate: float
+    gradient_norm: float | None
+
+
+class CheckPoint(Part):
+    step: int
+    forget_objective: float
+    forget_probability: float
+    retain_loss: float
+    retain_upper: float
+    feasible: bool
+
+
+class Trajectory(Part):
+    steps: list[StepPoint]  # thinned to at most 500 points; the whole series is at /steps
+    steps_total: int
+    checks: list[CheckPoint]
+    feasible_checks: int
+
+
+class StopFacts(Part):
+    reason: str
+    message: str
+    step: int
+
+
+class Released(Part):
+    """What `after` describes: the published adapter, or, if none kept the bound, the last iterate, which was not published."""
+
+    published: bool
+    step: int
+    files: list["AdapterFile"]
+    message: str
+    load: str | None  # Python that loads it
+
+
+class AdapterFile(Part):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Note(Part):
+    code: str
+    message: str
+
+
+class Environment(Part):
+    versions: dict[str, str]
+    python: str
+    platform: str
+    device: str
+    threads: int
+    code_version: str
+
+
+class Report(Part):
+    schema_version: Literal["1"] = "1"
+    job_id: str
+    attempt: int
+    created_at: datetime
+    verdict: Verdict
+    asked: Asked
+    base_model: BaseModelFacts
+    forget_set: DataFacts
+    retain_set: DataFacts
+    constraint: ConstraintFacts
+    figures: list[Figure]
+    stop: StopFacts
+    released: Released
+    trajectory: Trajectory
+    warnings: list[Note]
+    timings_seconds: dict[str, float]
+    environment: Environment
+    caveats: list[str] = Field(description="what this report does not prove")
+
+
+Released.model_rebuild()

@@ -1,0 +1,137 @@
+"""What goes between the supervisor and the runner: the assignment (a file), and JSON lines on a pipe.
+
+The runner has no database credentials. It reads its Assignment from the file named on its command line, writes one
+record per line to the file descriptor in UNLEARN_RECORDS_FD, and listens on its standard input: the line "cancel"
+asks it to stop at the next step; end of file means that its parent is gone, and it exits at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from service.domain.job import FailureCode, JobSpec, ModelEntry, Stage, Verdict
+
+RECORDS_FD = "UNLEARN_RECORDS_FD"
+
+
+class FileRef(BaseModel):
+    id: str
+    key: str  # below the storage root
+    sha256: str
+    rows: int
+    bytes: int
+
+
+class Assignment(BaseModel):
+    job_id: str
+    attempt: int
+    fence: int
+    spec: JobSpec
+    model: ModelEntry
+    forget_file: FileRef
+    retain_file: FileRef
+    storage_url: str
+    prefix: str  # below the storage root; this attempt's own: "jobs/<id>/attempts/<fence>"
+    models_root: Path
+    scratch_dir: Path  # empty folder of this attempt; the supervisor removes it
+    device: str  # "cpu", "cuda:0"
+    dtype: str  # "float32" or "bfloat16": of the frozen base
+    threads: int | None = None
+
+
+class Record(BaseModel):
+    # allow non-finite numbers through JSON: a loss that blew up must be reported, not crash the report of it
+    model_config = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
+
+
+class StageRecord(Record):
+    type: Literal["stage"] = "stage"
+    stage: Stage
+
+
+class StepRecord(Record):
+    """One solver step, as measured on its batch before the parameters moved."""
+
+    type: Literal["step"] = "step"
+    step: int  # 1-based
+    losses: dict[str, float]  # "forget", "retain"; nats per token for the retain NLL
+    dual: dict[str, float]  # constraint -> multiplier used in this step; empty for solvers without one
+    violation: dict[str, float]  # constraint -> loss - bound; positive: violated on this batch
+    learning_rate: float
+    gradient_norm: float
+    tokens: int  # trained so far (all positions, both sets)
+    tokens_per_second: float
+    elapsed_seconds: float  # of solving
+    extra: dict[str, float] = Field(default_factory=dict)  # what this solver alone logs
+
+
+class CheckRecord(Record):
+    """A measurement of the whole forget and retain sets (or of their fixed samples) at the current parameters."""
+
+    type: Literal["check"] = "check"
+    step: int
+    forget_objective: float
+    forget_probability: float
+    retain_loss: float
+    retain_upper: float  # one-sided 95 % bound if sampled, else equal to retain_loss; this is what must be <= epsilon
+    epsilon: float
+    feasible: bool
+    best: bool  # the released candidate so far
+    rows: int
+    seconds: float
+
+
+class WarningRecord(Record):
+    type: Literal["warning"] = "warning"
+    code: str
+    message: str
+
+
+class ConstraintRecord(Record):
+    """Sent once, when the base model's retain loss is known."""
+
+    type: Literal["constraint"] = "constraint"
+    epsilon: float
+    base_retain_loss: float
+
+
+class ArtifactFile(BaseModel):
+    name: str  # "adapter/adapter_model.safetensors", "report.json"
+    key: str  # below the storage root
+    media_type: str
+    bytes: int
+    sha256: str
+
+
+class ResultRecord(Record):
+    type: Literal["result"] = "result"
+    verdict: Verdict
+    stop_reason: str
+    stop_message: str
+    figures: dict[str, Any]  # a few numbers for the job's last event: no text
+    artifacts: list[ArtifactFile]
+
+
+class FailureRecord(Record):
+    type: Literal["failure"] = "failure"
+    code: FailureCode
+    message: str
+
+
+class CancelledRecord(Record):
+    type: Literal["cancelled"] = "cancelled"
+
+
+AnyRecord = Annotated[
+    StageRecord
+    | StepRecord
+    | CheckRecord
+    | WarningRecord
+    | ConstraintRecord
+    | ResultRecord
+    | FailureRecord
+    | CancelledRecord,
+    Field(discriminator="type"),
+]
+parse_record = TypeAdapter[AnyRecord](AnyRecord).validate_json
