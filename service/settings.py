@@ -12,7 +12,9 @@ class Settings(BaseSettings):
     database_url: str = Field(
         default="postgresql+psycopg://unlearn@localhost/unlearn", description="SQLAlchemy URL of Postgres"
     )
-    broker_url: str = Field(default="redis://localhost:6379/0", description="Redis or Valkey; carries bells, nothing else")
+    broker_url: str = Field(
+        default="redis://localhost:6379/0", description="Redis or Valkey; carries bells, nothing else"
+    )
     storage_url: str = Field(default="./.unlearn/storage", description="fsspec root of files and artifacts")
     models_root: Path = Field(default=Path("./.unlearn/models"), description="folder below which registered models lie")
     log_level: str = "INFO"
@@ -32,19 +34,31 @@ class Settings(BaseSettings):
     heartbeat_s: float = Field(default=15.0, gt=0)
     infra_losses_max: int = Field(default=10, ge=0)
     sweep_interval_s: float = Field(default=5.0, gt=0)
-    ring_again_s: float = Field(default=15.0, gt=0, description="a queue with due jobs is rung again after this silence")
+    ring_again_s: float = Field(
+        default=15.0, gt=0, description="a queue with due jobs is rung again after this silence"
+    )
 
     # worker
     worker_gpu_classes: list[str] = ["cpu"]
     worker_slots: int = Field(default=1, ge=1, description="jobs at once; one per accelerator")
     worker_vram_gib: float = Field(default=0.0, ge=0)
-    worker_poll_s: float = Field(default=30.0, gt=0, description="look for due jobs without a bell, should the broker be deaf")
+    worker_poll_s: float = Field(
+        default=30.0, gt=0, description="look for due jobs without a bell, should the broker be deaf"
+    )
     worker_metrics_port: int = Field(default=9100, description="0: any free port")
     worker_metrics_host: str = "127.0.0.1"
-    worker_scratch_dir: Path = Field(default=Path("./.unlearn/scratch"), description="assignments and adapters in the making")
+    worker_scratch_dir: Path = Field(
+        default=Path("./.unlearn/scratch"), description="assignments and adapters in the making"
+    )
     worker_device: str = Field(default="auto", description="auto, cpu or cuda; with several slots, slot k gets cuda:k")
-    worker_threads: int | None = Field(default=None, ge=1, description="torch threads of a runner; null: torch's own choice")
-    worker_dtype: str = Field(default="auto", description="auto (bfloat16 on an accelerator, else float32), float32, bfloat16")
+    worker_threads: int | None = Field(
+        default=None, ge=1, description="torch threads of a runner; null: torch's own choice"
+    )
+    worker_dtype: str = Field(
+        default="auto", description="auto (bfloat16 on an accelerator, else float32), float32, bfloat16"
+    )
     cancel_grace_s: float = Field(default=20.0, gt=0, description="cooperative stop, then SIGTERM")
     term_grace_s: float = Field(default=5.0, gt=0, description="SIGTERM, then SIGKILL")
-    gauge_linger_s: float = Field(default=60.0, ge=0, description="a finished job's gauges stay this long, to be scraped")
+    gauge_linger_s: float = Field(
+        default=60.0, ge=0, description="a finished job's gauges stay this long, to be scraped"
+    )

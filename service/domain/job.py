@@ -180,7 +180,9 @@ class Row(Strict):
 
 DataSet = Annotated[str, Field(pattern=r"^ufile_[0-9a-f]{32}$")]
 InlineRows = Annotated[list[Row], Field(min_length=1, max_length=INLINE_ROWS_MAX)]
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a name from GET /v1/models")]
+ModelName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a name from GET /v1/models")
+]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -226,7 +228,10 @@ class Failure(BaseModel):
     @classmethod
     def of(cls, code: FailureCode, message: str) -> Self:
         return cls(
-            code=code, message=message, fault="client" if code in CLIENT_FAULTS else "platform", retryable=code in RETRYABLE
+            code=code,
+            message=message,
+            fault="client" if code in CLIENT_FAULTS else "platform",
+            retryable=code in RETRYABLE,
         )
 
 

@@ -1,0 +1,79 @@
+"""The rows of a forget or retain set: JSON Lines, read line by line, with the line's number in every complaint.
+
+A row has `question` and `answer`, or `prompt` and `completion`, or `text`. Other fields of an uploaded file are
+left alone (benchmark files carry paraphrases and wrong alternatives).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from service.domain.errors import FieldProblem, InvalidRequest
+
+PROBLEMS_MAX = 20  # a file of the wrong kind is wrong on every line
+FORMS: dict[str, tuple[str, str] | tuple[str]] = {
+    "question": ("question", "answer"),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+}
+
+
+class Example(NamedTuple):
+    """One row. `prompt` is the question, the literal prompt, or empty for a text; `answer` is what counts."""
+
+    kind: Literal["question", "prompt", "text"]
+    prompt: str
+    answer: str
+
+
+def parse(line: bytes) -> Example:
+    """One line. Raises ValueError with a sentence that says what is wrong, without quoting the row."""
+    try:
+        row = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError("not JSON in UTF-8") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    forms = [kind for kind, fields in FORMS.items() if all(field in row for field in fields)]
+    if not forms:
+        raise ValueError("lacks question and answer, or prompt and completion, or text")
+    if len(forms) > 1:
+        raise ValueError(f"has the fields of two forms ({' and '.join(forms)})")
+    kind = forms[0]
+    values = [row[field] for field in FORMS[kind]]
+    for field, value in zip(FORMS[kind], values, strict=True):
+        if not isinstance(value, str):
+            raise ValueError(f"{field} is not a string")
+    if not values[-1].strip():
+        raise ValueError(f"{FORMS[kind][-1]} is empty")
+    return Example(kind, "" if kind == "text" else values[0], values[-1])  # type: ignore[arg-type]
+
+
+def read(lines: Iterable[bytes], pointer: str = "") -> list[Example]:
+    """All rows of a file; blank lines are passed over. Raises InvalidRequest naming the lines that are wrong."""
+    rows: list[Example] = []
+    problems: list[FieldProblem] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(parse(line))
+        except ValueError as error:
+            problems.append(FieldProblem(pointer, f"line {number}: {error}", "line"))
+            if len(problems) >= PROBLEMS_MAX:
+                break
+    if problems:
+        raise InvalidRequest(*problems)
+    if not rows:
+        raise InvalidRequest(FieldProblem(pointer, "the set has no rows", "empty"))
+    return rows
+
+
+def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[tuple[int, int]]:
+    """Pairs of 1-based row numbers (forget, retain) that say the same, white space at the ends aside."""
+    where = {(row.prompt.strip(), row.answer.strip()): number for number, row in enumerate(retain, start=1)}
+    return [
+        (number, where[key])
+        for number, row in enumerate(forget, start=1)
+        if (key := (row.prompt.strip(), row.answer.strip())) in where
+    ]
