@@ -1,0 +1,170 @@
+"""Rows of text as rows of tokens, and which of them make up a step.
+
+Conventions of TOFU's evaluation (arXiv 2401.06121) as OpenUnlearning applies them: prompt + answer + end of sequence; what counts
+is what is left of the tokenised whole behind as many tokens as the prompt has alone.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from service.domain.errors import JobFailure
+from service.domain.job import FailureCode, PromptFormat
+from service.domain.rows import Example
+
+NAMED_ROWS_MAX = 20
+
+
+class TokenRow(NamedTuple):
+    ids: list[int]
+    answer_start: int  # first position that counts
+
+    @property
+    def counted(self) -> int:
+        return len(self.ids) - self.answer_start
+
+
+class Encoded(NamedTuple):
+    """A set. Rows keep their place: row k of the file is number k + 1 in every message."""
+
+    rows: list[TokenRow]
+    prompts: list[list[int]]  # what generation starts from; empty for a text
+    answers: list[str]
+    unmeasured: list[int]  # 1-based numbers of rows without a token that counts
+
+    @property
+    def measured(self) -> list[int]:
+        """0-based places of the rows that can be trained on and measured."""
+        without = {number - 1 for number in self.unmeasured}
+        return [place for place in range(len(self.rows)) if place not in without]
+
+    @property
+    def counted(self) -> int:
+        return sum(self.rows[place].counted for place in self.measured)
+
+
+class Padded(NamedTuple):
+    """Rows padded on the right. A causal model's real positions never see the padding, so no mask is needed for them."""
+
+    input_ids_BT: Tensor  # int64
+    labels_BT: Tensor  # int64, aligned, -100 where a token does not count
+    attention_BT: Tensor  # int64, 1 on real positions
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFormat, context_tokens: int) -> Encoded:
+    """Tokenise a set.
+
+    Raises JobFailure: row_too_long naming the rows that are longer than the model's context, or invalid_file when no row
+    has a token that counts.
+    """
+    eos = tokenizer.eos_token_id
+    rows, prompts = [], []
+    for example in examples:
+        prompt, whole = _texts(example, tokenizer, prompt_format)
+        special = not (example.kind == "question" and prompt_format.type == "chat")  # a chat template brings its own
+        prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
+        if eos is not None and (not ids or ids[-1] != eos):
+            ids = [*ids, eos]
+        start = 1 if example.kind == "text" else max(1, len(prompt_ids))
+        rows.append(TokenRow(ids, min(start, len(ids))))
+        prompts.append([] if example.kind == "text" else prompt_ids)
+    long = [number for number, row in enumerate(rows, start=1) if len(row.ids) > context_tokens]
+    if long:
+        raise JobFailure(
+            FailureCode.ROW_TOO_LONG,
+            f"{len(long)} rows are longer than the model's context of {context_tokens} tokens: rows "
+            f"{', '.join(map(str, long[:NAMED_ROWS_MAX]))}{', ...' if len(long) > NAMED_ROWS_MAX else ''}",
+        )
+    # A row whose only label is the end of sequence says nothing of its answer: the tokeniser merged it into the prompt.
+    unmeasured = [number for number, row in enumerate(rows, start=1) if row.counted < 2]
+    if len(unmeasured) == len(rows):
+        raise JobFailure(FailureCode.INVALID_FILE, "no row has a token that counts")
+    return Encoded(rows, prompts, [example.answer for example in examples], unmeasured)
+
+
+def _texts(example: Example, tokenizer: Any, prompt_format: PromptFormat) -> tuple[str, str]:
+    """(prompt, prompt + answer) as the model reads them."""
+    if example.kind != "question":
+        return example.prompt, example.prompt + example.answer
+    if prompt_format.type == "chat":
+        messages = [{"role": "system", "content": prompt_format.system}] if prompt_format.system else []
+        messages.append({"role": "user", "content": example.prompt})
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return prompt, prompt + example.answer
+    prompt = prompt_format.user_start + example.prompt + prompt_format.user_end + prompt_format.assistant_start
+    return prompt, prompt + example.answer
+
+
+def pad(rows: Sequence[TokenRow], device: torch.device) -> Padded:
+    length = max(len(row.ids) for row in rows)
+    ids_BT = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels_BT = torch.full_like(ids_BT, -100)
+    attention_BT = torch.zeros_like(ids_BT)
+    for b, row in enumerate(rows):
+        end = len(row.ids)
+        ids_BT[b, :end] = torch.tensor(row.ids)
+        labels_BT[b, row.answer_start : end] = ids_BT[b, row.answer_start : end]
+        attention_BT[b, :end] = 1
+    return Padded(ids_BT.to(device), labels_BT.to(device), attention_BT.to(device))
+
+
+def batch(places: Sequence[int], rows: int, seed: int, name: str, step: int) -> list[int]:
+    """The rows of a step (0-based), a pure function of (seed, name, step).
+
+    Each epoch is a fresh permutation cut into batches; what is left over at its end waits for another epoch, so that no
+    row stands twice in a step. A set smaller than a batch is taken whole.
+    """
+    if rows >= len(places):
+        return list(places)
+    per_epoch = len(places) // rows
+    epoch, k = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(_seed(seed, name, epoch))
+    order = torch.randperm(len(places), generator=generator)[k * rows : (k + 1) * rows]
+    return [places[i] for i in order.tolist()]
+
+
+def _seed(seed: int, name: str, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{epoch}".encode()).digest()[:8]) >> 1
+
+
+def microbatches(lengths: Sequence[int], overhead_tokens: float, max_tokens: int) -> list[list[int]]:
+    """Split rows into micro-batches of like length, with the least padded tokens plus `overhead_tokens` for each.
+
+    By dynamic programming over the rows in order of length. A micro-batch holds at most max_tokens padded positions, unless
+    a single row is longer.
+
+    >>> microbatches([10, 50, 11, 49], overhead_tokens=5, max_tokens=1000)
+    [[3, 1], [0, 2]]
+    >>> microbatches([10, 50, 11, 49], overhead_tokens=500, max_tokens=1000)
+    [[0, 2, 3, 1]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best = [0.0]  # cost of the first k rows
+    cut = [0]
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        fits = [start for start in range(end) if (end - start) * longest <= max_tokens or start == end - 1]
+        start = min(fits, key=lambda s: best[s] + (end - s) * longest)
+        best.append(best[start] + (end - start) * longest + overhead_tokens)
+        cut.append(start)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[cut[end] : end])
+        end = cut[end]
+    return parts
+
+
+def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """The same for many rows, where only memory matters: rows in order of length, as many as fit."""
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if part and (len(part) + 1) * lengths[i] > max_tokens:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part

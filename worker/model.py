@@ -1,0 +1,278 @@
+"""A registered model, its tokeniser and its head; a LoRA adapter on it, saved and loaded as PEFT does.
+
+The base is frozen and stays as it is: the reference model is the same network with the adapter off. Weights are read from
+safetensors only, and no code that a model brings along is run.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
+
+from service.domain import modelfiles
+from service.domain.errors import InvalidRequest, JobFailure
+from service.domain.job import FailureCode, Lora, ModelEntry
+from worker.head import FusedPredictions, Head, PlainPredictions
+from worker.problem import Params
+from worker.tokens import Predictions
+
+LOADED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+TOKENIZER_FILES = sorted(modelfiles.TOKENIZER_FILES)
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # of mixture models; their choices are not adapted
+PROBE_TOKENS = 8
+
+
+class Network(NamedTuple):
+    """A causal language model, with or without an adapter in it."""
+
+    entry: ModelEntry
+    digest: str
+    tokenizer_digest: str
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    causal: Any  # transformers.PreTrainedModel; PEFT puts its layers into this very module
+    peft: PeftModel | None
+    head: Head | None  # None: the logits are more than W h + b, and the model's own output is used
+    vocabulary: int  # of the tokeniser; the model's may be padded
+    context_tokens: int
+    parameters: int  # of the base
+    device: torch.device
+    dtype: str
+
+    def predictions(self, hidden_ND: Tensor, target_N: Tensor, layers: tuple[Tensor, ...] = ()) -> Predictions:
+        if self.head is not None:
+            return FusedPredictions(hidden_ND, target_N, self.head, layers)
+        return PlainPredictions(hidden_ND, target_N, own_logits(self.causal), self.vocabulary, layers)
+
+    @property
+    def name(self) -> str:
+        """What an adapter's config calls its base: a Hub id, or the registered name; never a path."""
+        return self.entry.location if self.entry.source == "hub" else self.entry.name
+
+
+def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Network:
+    """Load a registered model, frozen.
+
+    Raises JobFailure: model_not_found, model_revision_mismatch (the files are not those that were registered), or
+    unsupported_architecture.
+    """
+    folder = _folder(entry, models_root)
+    try:
+        facts = modelfiles.inspect(folder)
+    except InvalidRequest as error:
+        raise JobFailure(FailureCode.UNSUPPORTED_ARCHITECTURE, str(error)) from error
+    if entry.digest is not None and facts.digest != entry.digest:
+        raise JobFailure(
+            FailureCode.MODEL_REVISION_MISMATCH,
+            f"the files of {entry.name} digest to {facts.digest}, registered was {entry.digest}",
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        causal: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise JobFailure(
+            FailureCode.UNSUPPORTED_ARCHITECTURE, f"{entry.name} ({facts.architecture}) cannot be loaded: {error}"
+        ) from error
+    causal.to(device).eval().requires_grad_(False)
+    for part in causal.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    vocabulary = min(len(tokenizer), causal.get_output_embeddings().weight.shape[0])
+    return Network(
+        entry=entry,
+        digest=facts.digest,
+        tokenizer_digest=facts.tokenizer_digest,
+        tokenizer=tokenizer,
+        causal=causal,
+        peft=None,
+        head=_plain_head(causal, vocabulary),
+        vocabulary=vocabulary,
+        context_tokens=facts.context_tokens or tokenizer.model_max_length,
+        parameters=sum(p.numel() for p in causal.parameters()),
+        device=torch.device(device),
+        dtype=dtype,
+    )
+
+
+def _folder(entry: ModelEntry, models_root: Path) -> Path:
+    if entry.source == "path":
+        root = models_root.resolve()
+        folder = root / entry.location
+        if not folder.is_dir() or root not in folder.resolve().parents:
+            raise JobFailure(
+                FailureCode.MODEL_NOT_FOUND,
+                f"{entry.name}: no folder {entry.location!r} below this worker's models root",
+            )
+        return folder
+    try:
+        return Path(
+            snapshot_download(entry.location, revision=entry.revision, allow_patterns=LOADED_FILES + TOKENIZER_FILES)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise JobFailure(
+            FailureCode.MODEL_NOT_FOUND,
+            f"{entry.name}: {entry.location} at {entry.revision} could not be fetched from the Hub, and is not in the "
+            f"local cache ({type(error).__name__})",
+        ) from error
+
+
+# --- the head
+
+
+def own_logits(causal: Any) -> Callable[[Tensor], Tensor]:
+    """The model's own way from the last hidden states [n, D] to logits [n, V], whatever it does there.
+
+    Its forward pass is run with the decoder replaced by one that returns the given states.
+    """
+    prefix = causal.base_model_prefix
+
+    def logits(hidden_nD: Tensor) -> Tensor:
+        decoder = getattr(causal, prefix)
+        setattr(causal, prefix, _Returns(hidden_nD[None]))
+        try:
+            return causal(input_ids=torch.zeros(1, len(hidden_nD), dtype=torch.int64), use_cache=False).logits[0]  # type: ignore[no-any-return]
+        finally:
+            setattr(causal, prefix, decoder)
+
+    return logits
+
+
+class _Returns(nn.Module):
+    def __init__(self, hidden_1nD: Tensor) -> None:
+        super().__init__()
+        self.hidden_1nD = hidden_1nD
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden_1nD)
+
+
+@torch.no_grad()
+def _plain_head(causal: Any, vocabulary: int) -> Head | None:
+    """The head as W h + b, if that is all it is: no cap or scale in the config, and the model's own logits agree."""
+    config = causal.config.get_text_config()
+    scales = {
+        name: getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    }
+    if any(scale not in (None, 1, 1.0) for scale in scales.values()):
+        return None
+    output = causal.get_output_embeddings()
+    bias = getattr(output, "bias", None)
+    head = Head(output.weight[:vocabulary], None if bias is None else bias[:vocabulary])
+    ids_1T = torch.arange(PROBE_TOKENS, device=output.weight.device)[None] % vocabulary
+    hidden_TD = causal.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+    own_TV = causal(input_ids=ids_1T, use_cache=False).logits[0, :, :vocabulary].float()
+    ours_TV = head.logits(hidden_TD).float()
+    tolerance = 1e-4 if output.weight.dtype in (torch.float32, torch.float64) else 2e-2
+    agrees = (own_TV - ours_TV).abs().max() <= tolerance * own_TV.abs().max().clamp(min=1.0)
+    return head if bool(agrees) else None
+
+
+# --- the adapter
+
+
+def adapt(base: Network, lora: Lora, seed: int) -> Network:
+    """Put a fresh LoRA adapter into the network: float32 whatever the base's type, no dropout, a function of the seed.
+
+    Raises JobFailure (unsupported_architecture) for a target that is the head, an embedding or a router, or that is not there.
+    """
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=_targets(base.causal, lora.target_modules),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+        revision=base.entry.revision,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft = get_peft_model(base.causal, config)
+    config.base_model_name_or_path, config.revision = base.name, base.entry.revision
+    peft.eval()
+    return base._replace(peft=peft)
+
+
+def _targets(causal: Any, wanted: list[str] | None) -> list[str]:
+    """Names of the linear layers that get an adapter."""
+    head = causal.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in causal.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    } - ROUTERS
+    if wanted is None:
+        return sorted(linear)
+    modules = dict(causal.named_modules())
+    for target in wanted:
+        matched = [module for name, module in modules.items() if name == target or name.endswith("." + target)]
+        if any(module is head or isinstance(module, nn.Embedding) for module in matched):
+            why = "is the head or an embedding, which must stay as it is: the bound is measured through it"
+        elif target.rpartition(".")[2] in ROUTERS and matched:
+            why = "is a router of a mixture model, which is not adapted"
+        elif not any(isinstance(module, nn.Linear | Conv1D) for module in matched):
+            why = "names no linear layer of this model"
+        else:
+            continue
+        raise JobFailure(
+            FailureCode.UNSUPPORTED_ARCHITECTURE,
+            f"adapter target {target!r} {why}; there are: {', '.join(sorted(linear))}",
+        )
+    return wanted
+
+
+def trainable(network: Network) -> Params:
+    """The adapter's leaves by name."""
+    return {name: p for name, p in _peft(network).named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def assign(network: Network, values: Mapping[str, Tensor]) -> None:
+    for name, parameter in trainable(network).items():
+        parameter.copy_(values[name])
+
+
+def save(network: Network, folder: Path) -> None:
+    """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors, and a model card."""
+    # "auto" would look on the Hub whether the base's vocabulary has changed
+    _peft(network).save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").write_text(_card(network), encoding="utf-8")
+
+
+def load_adapter(network: Network, folder: Path) -> Network:
+    """The base with the adapter that is stored in the folder, in place of the one that is in it now."""
+    causal = _peft(network).unload()
+    peft = PeftModel.from_pretrained(causal, str(folder), is_trainable=False)
+    peft.eval()
+    return network._replace(causal=causal, peft=peft)
+
+
+def _peft(network: Network) -> PeftModel:
+    assert network.peft is not None, "the network has no adapter"
+    return network.peft
+
+
+def _card(network: Network) -> str:
+    base = network.name
+    front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, unlearning]"]
+    if network.entry.source == "hub":  # a card's base_model must be a Hub id
+        front.insert(1, f"base_model: {base}")
+    return (
+        "---\n" + "\n".join(front) + "\n---\n\n"
+        f"# Unlearning adapter for {base}\n\n"
+        "A LoRA adapter, trained to make its base forget a set of rows while its loss on a retain set stays within a bound.\n"
+        "What was measured, and what was not, is in the report of the job that made it.\n"
+    )

@@ -1,0 +1,279 @@
+"""One job, top to bottom, in a process of its own: python -m worker.run ASSIGNMENT.json
+
+prepare -> load -> measure before -> solve -> publish the adapter -> measure the published bytes -> report.
+
+It has no database credentials. What it has to say goes as JSON lines to a pipe (worker.records); its standard input
+tells it to cancel, and that its parent is gone.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from service.domain import rows
+from service.domain.errors import InvalidRequest, JobFailure
+from service.domain.job import FailureCode, Stage
+from service.domain.report import AdapterFile, Asked, ConstraintFacts, DataFacts, Note, Released, Report, StopFacts
+from service.store.storage import Storage
+from worker import data, evaluate, model, registry, report
+from worker.oracle import make_oracle
+from worker.problem import Method, Params, Problem
+from worker.records import (
+    ArtifactFile,
+    Assignment,
+    CancelledRecord,
+    CheckRecord,
+    ConstraintRecord,
+    FileRef,
+    Record,
+    ResultRecord,
+    StageRecord,
+    StepRecord,
+    WarningRecord,
+)
+from worker.solve import Batch, Checked, Limits, Progress, Solution, StopReason, solve
+
+Emit = Callable[[Record], None]
+
+MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application/json", ".md": "text/markdown"}
+# By this much (nats) a token mean of the same weights moves with the composition of the batches.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
+LOOSE = 3.0  # an epsilon so many times the base loss hardly constrains anything
+
+
+def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+    """The main flow. Returns the job's last record; raises JobFailure where it cannot go on."""
+    spec, storage = job.spec, Storage(job.storage_url)
+    diary = Diary(emit)
+
+    with diary.stage(Stage.PREPARING):
+        forget_rows = read_set(storage, job.forget_file)
+        retain_rows = read_set(storage, job.retain_file)
+        refuse_overlap(forget_rows, retain_rows)
+        method = registry.build_method(spec.method.type, spec.method.hyperparameters)
+
+    with diary.stage(Stage.LOADING_MODEL):
+        base = model.load(job.model, job.models_root, job.device, job.dtype)
+        forget = data.encode(forget_rows, base.tokenizer, job.model.prompt_format, base.context_tokens)
+        retain = data.encode(retain_rows, base.tokenizer, job.model.prompt_format, base.context_tokens)
+        network = model.adapt(base, spec.lora, spec.seed)
+        warn_about_rows(forget, retain, diary)
+
+    with diary.stage(Stage.EVALUATING, "evaluating before"):
+        both = evaluate.sets(forget, retain, spec.seed)
+        before = evaluate.evaluate(network, both, method.forget)
+        base_loss = evaluate.retain_loss(network, retain)
+        epsilon = spec.constraint.bound(base_loss)
+        emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=base_loss))
+        warn_about_bound(epsilon, base_loss, diary)
+
+    with diary.stage(Stage.UNLEARNING):
+        solution = unlearn(job, method, network, both, epsilon, diary, cancelled)
+    if solution.stop.reason is StopReason.CANCELLED:
+        return CancelledRecord()
+    if solution.last is None:
+        raise JobFailure(FailureCode.NON_FINITE_LOSS, solution.stop.message)
+
+    adapter: list[ArtifactFile] = []
+    if solution.best_params is not None:
+        with diary.stage(Stage.PACKAGING):
+            model.assign(network, solution.best_params)
+            folder = job.scratch_dir / "adapter"
+            model.save(network, folder)
+        with diary.stage(Stage.UPLOADING, "uploading adapter"):
+            adapter = publish(storage, job.prefix, folder, "adapter")
+        with diary.stage(Stage.LOADING_MODEL, "loading published adapter"):
+            network = model.load_adapter(network, fetch(storage, adapter, job.scratch_dir / "published"))
+    with diary.stage(Stage.EVALUATING, "evaluating after"):
+        after = evaluate.evaluate(network, both, method.forget)
+    if cancelled():
+        return CancelledRecord()
+
+    with diary.stage(Stage.UPLOADING, "uploading report"):
+        facts = assemble(job, base, method, forget, retain, before, after, epsilon, solution, adapter, diary)
+        reports = [
+            store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
+            store_bytes(storage, job.prefix, "report.html", report.render_html(facts).encode(), "text/html"),
+        ]
+    return ResultRecord(
+        verdict=facts.verdict,
+        stop_reason=solution.stop.reason,
+        stop_message=solution.stop.message,
+        figures={f"{f.set}_{f.metric}": {"before": f.before, "after": f.after} for f in facts.figures},
+        artifacts=[*adapter, *reports],
+    )
+
+
+def unlearn(
+    job: Assignment,
+    method: Method,
+    network: model.Network,
+    both: evaluate.Sets,
+    epsilon: float,
+    diary: "Diary",
+    cancelled: Callable[[], bool],
+) -> Solution:
+    """Solve min forget(theta) s.t. retain(theta) <= epsilon, telling of each step and check."""
+    budget, seed = job.spec.budget, job.spec.seed
+    params = model.trainable(network)
+    forget, retain = both.forget.measured, both.retain.measured
+
+    def batch(step: int) -> Batch:
+        forget_places = data.batch(forget, method.forget_rows, seed, "forget", step)
+        retain_places = data.batch(retain, method.retain_rows, seed, "retain", step)
+        return make_oracle(network, method, params, both.forget, forget_places, both.retain, retain_places)
+
+    return solve(
+        Problem("forget", {"retain": epsilon}),
+        method.solver,
+        params,
+        batch,
+        check=lambda: evaluate.measure(network, both, method.forget),
+        check_tokens=both.tokens,
+        limits=Limits(budget.max_steps, budget.max_seconds, budget.forget_target),
+        on_step=lambda progress: diary.step(progress, epsilon),
+        on_check=lambda checked, best, seconds: diary.check(checked, best, seconds, epsilon, both.rows),
+        cancelled=cancelled,
+    )
+
+
+class Diary:
+    """What the run has told so far: sent on at once, kept for the report."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.steps: list[StepRecord] = []
+        self.checks: list[CheckRecord] = []
+        self.warnings: list[Note] = []
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, stage: Stage, label: str | None = None) -> Iterator[None]:
+        self.emit(StageRecord(stage=stage))
+        began = time.monotonic()
+        yield
+        self.seconds[label or stage.value.replace("_", " ")] = round(time.monotonic() - began, 3)
+
+    def warn(self, code: str, message: str) -> None:
+        self.warnings.append(Note(code=code, message=message))
+        self.emit(WarningRecord(code=code, message=message))
+
+    def step(self, progress: Progress, epsilon: float) -> None:
+        report = progress.report
+        record = StepRecord(
+            step=progress.step,
+            losses=report.values,
+            dual=report.duals,
+            violation={"retain": report.values["retain"] - epsilon},
+            learning_rate=report.learning_rate,
+            gradient_norm=report.gradient_norm,
+            tokens=progress.tokens,
+            tokens_per_second=progress.step_tokens / max(progress.step_s, 1e-9),
+            elapsed_seconds=progress.elapsed_s,
+            extra=report.extra,
+        )
+        self.steps.append(record)
+        self.emit(record)
+
+    def check(self, checked: Checked, best: bool, seconds: float, epsilon: float, rows: int) -> None:
+        measured = checked.measured
+        record = CheckRecord(
+            step=checked.step,
+            forget_objective=measured.forget_objective,
+            forget_probability=measured.forget_probability,
+            retain_loss=measured.retain_loss,
+            retain_upper=measured.retain_upper,
+            epsilon=epsilon,
+            feasible=checked.feasible,
+            best=best,
+            rows=rows,
+            seconds=seconds,
+        )
+        self.checks.append(record)
+        self.emit(record)
+
+
+# --- data in, files out
+
+
+def read_set(storage: Storage, file: FileRef) -> list[rows.Example]:
+    """The rows of a stored file, refused if it is not the file that the request named."""
+    content = b"".join(storage.read(file.key))
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} has changed since it was uploaded")
+    try:
+        return rows.read(content.splitlines())
+    except InvalidRequest as error:
+        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id}: {error}") from error
+
+
+def refuse_overlap(forget: Sequence[rows.Example], retain: Sequence[rows.Example]) -> None:
+    pairs = rows.overlap(forget, retain)
+    if pairs:
+        named = ", ".join(f"{f} = {r}" for f, r in pairs[:20])
+        raise JobFailure(
+            FailureCode.FORGET_RETAIN_OVERLAP, f"{len(pairs)} rows of the forget set are also in the retain set: {named}"
+        )
+
+
+def publish(storage: Storage, prefix: str, folder: Path, under: str) -> list[ArtifactFile]:
+    files = []
+    for path in sorted(folder.iterdir()):
+        key = f"{prefix}/{under}/{path.name}"
+        stored = storage.put(key, path)
+        media_type = MEDIA_TYPES.get(path.suffix, "application/octet-stream")
+        files.append(
+            ArtifactFile(
+                name=f"{under}/{path.name}", key=key, media_type=media_type, bytes=stored.bytes, sha256=stored.sha256
+            )
+        )
+    return files
+
+
+def fetch(storage: Storage, files: Sequence[ArtifactFile], folder: Path) -> Path:
+    """The published bytes as somebody who downloads them gets them."""
+    folder.mkdir()
+    for file in files:
+        with storage.open(file.key) as source, (folder / Path(file.name).name).open("wb") as target:
+            shutil.copyfileobj(source, target)
+    return folder
+
+
+def store_bytes(storage: Storage, prefix: str, name: str, content: bytes, media_type: str) -> ArtifactFile:
+    stored = storage.write(f"{prefix}/{name}", [content])
+    return ArtifactFile(
+        name=name, key=f"{prefix}/{name}", media_type=media_type, bytes=stored.bytes, sha256=stored.sha256
+    )
+
+
+# --- what a user is warned of
+
+
+def warn_about_rows(forget: data.Encoded, retain: data.Encoded, diary: Diary) -> None:
+    for name, encoded in {"forget": forget, "retain": retain}.items():
+        if encoded.unmeasured:
+            numbers = ", ".join(str(n) for n in encoded.unmeasured[:20])
+            diary.warn(
+                "unmeasured_rows",
+                f"{len(encoded.unmeasured)} rows of the {name} set have no token that counts, because the tokeniser "
+                f"merges their answer with the prompt: rows {numbers}. They are neither trained on nor measured.",
+            )
+
+
+def warn_about_bound(epsilon: float, base_loss: float, diary: Diary) -> None:
+    if epsilon < base_loss:
+        diary.warn(
+            "epsilon_below_base",
+            f"epsilon is {epsilon:.6g}, below the base model's retain loss of {base_loss:.6g} nats per token: "
+            "the adapter would have to make the retain set better than it was.",
+        )
+    elif epsilon > LOOSE * base_loss:
+        diary.warn(
+            "epsilon_loose",
+            f"epsilon is {epsilon:.6g}, {epsilon / base_loss:.3g} times the base model's retain loss of {base_loss:.6g} "
+            "nats per token: it hardly constrains anything.",
+        )
