@@ -5,14 +5,25 @@ Field names and meanings follow OpenAI's fine-tuning jobs where such a field exi
 """
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    model_validator,
+)
 
 INLINE_ROWS_MAX = 1000
+SPACE_WARNING = "a prompt template that ends in a space makes tokens merge over the seam of prompt and answer"
 
 
 class Status(StrEnum):
@@ -145,7 +156,7 @@ class Budget(Strict):
 
 class Lora(Strict):
     r: int = Field(default=8, ge=1, le=1024)
-    alpha: int = Field(default=16, ge=1)
+    alpha: int = Field(default=16, ge=1, le=1_000_000)
     target_modules: list[str] | None = Field(
         default=None, min_length=1, max_length=64, description="module names; null: every linear layer but the head"
     )
@@ -157,7 +168,9 @@ class Resources(Strict):
 
 
 class Limits(Strict):
-    max_runtime_seconds: int = Field(default=14_400, ge=1, description="of one attempt, from claim to end")
+    max_runtime_seconds: int = Field(
+        default=14_400, ge=1, le=31_536_000, description="of one attempt, from claim to end"
+    )
     max_attempts: int = Field(default=3, ge=1, le=10)
 
 
@@ -180,12 +193,23 @@ class Row(Strict):
 
 DataSet = Annotated[str, Field(pattern=r"^ufile_[0-9a-f]{32}$")]
 InlineRows = Annotated[list[Row], Field(min_length=1, max_length=INLINE_ROWS_MAX)]
+Rows = Annotated[  # told apart beforehand, so that a complaint is about the one that was meant
+    Annotated[DataSet, Tag("file")] | Annotated[InlineRows, Tag("rows")],
+    Discriminator(lambda value: "rows" if isinstance(value, list) else "file"),
+]
 ModelName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a name from GET /v1/models")
 ]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
+
+
+def _to_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("lies outside the years 1 to 9999") from error
 
 
 class JobOptions(Strict):
@@ -198,7 +222,7 @@ class JobOptions(Strict):
     lora: Lora = Lora()
     seed: int = Field(default=0, ge=0, lt=2**63)
     priority: int = Field(default=5, ge=0, le=9, description="a larger one goes first")
-    due_at: datetime | None = None
+    due_at: Annotated[AwareDatetime, AfterValidator(_to_utc)] | None = None
     resources: Resources = Resources()
     limits: Limits = Limits()
     external_id: str | None = Field(default=None, max_length=255)
@@ -208,8 +232,8 @@ class JobOptions(Strict):
 class JobCreate(JobOptions):
     """Body of POST /v1/unlearning/jobs. The two sets are ids of uploaded files, or up to 1,000 rows each."""
 
-    forget_set: DataSet | InlineRows
-    retain_set: DataSet | InlineRows
+    forget_set: Rows
+    retain_set: Rows
 
 
 class JobSpec(JobOptions):
@@ -273,6 +297,11 @@ class PromptFormat(BaseModel):
     user_start: str = "Question: "
     user_end: str = "\n"
     assistant_start: str = "Answer: "
+
+    @property
+    def ends_in_space(self) -> bool:
+        """Then the first word of an answer, which wants the space itself, becomes other tokens than it was trained as."""
+        return self.type == "plain" and (self.user_end + self.assistant_start).endswith(" ")
 
 
 ModelEntry.model_rebuild()

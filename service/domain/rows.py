@@ -5,7 +5,9 @@ left alone (benchmark files carry paraphrases and wrong alternatives).
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 from service.domain.errors import FieldProblem, InvalidRequest
@@ -30,7 +32,7 @@ def parse(line: bytes) -> Example:
     """One line. Raises ValueError with a sentence that says what is wrong, without quoting the row."""
     try:
         row = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("not JSON in UTF-8") from error
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
@@ -44,36 +46,57 @@ def parse(line: bytes) -> Example:
     for field, value in zip(FORMS[kind], values, strict=True):
         if not isinstance(value, str):
             raise ValueError(f"{field} is not a string")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{field} has half a surrogate pair, which is no character") from error
     if not values[-1].strip():
         raise ValueError(f"{FORMS[kind][-1]} is empty")
     return Example(kind, "" if kind == "text" else values[0], values[-1])  # type: ignore[arg-type]
 
 
 def read(lines: Iterable[bytes], pointer: str = "") -> list[Example]:
-    """All rows of a file; blank lines are passed over. Raises InvalidRequest naming the lines that are wrong."""
-    rows: list[Example] = []
-    problems: list[FieldProblem] = []
+    """All rows of a file. Raises as `each` does."""
+    return list(each(lines, pointer))
+
+
+def each(lines: Iterable[bytes], pointer: str = "") -> Iterator[Example]:
+    """The rows of a file that need not fit into memory; blank lines are passed over.
+
+    Raises InvalidRequest at the end, naming the lines that are wrong (at most 20), or that there are no rows.
+    """
+    rows, problems = 0, list[FieldProblem]()
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if not line.removeprefix(BOM_UTF8).strip():
             continue
         try:
-            rows.append(parse(line))
+            row = parse(line)
         except ValueError as error:
             problems.append(FieldProblem(pointer, f"line {number}: {error}", "line"))
             if len(problems) >= PROBLEMS_MAX:
                 break
+        else:
+            rows += 1
+            yield row
     if problems:
         raise InvalidRequest(*problems)
     if not rows:
         raise InvalidRequest(FieldProblem(pointer, "the set has no rows", "empty"))
-    return rows
 
 
-def overlap(forget: Sequence[Example], retain: Sequence[Example]) -> list[tuple[int, int]]:
-    """Pairs of 1-based row numbers (forget, retain) that say the same, white space at the ends aside."""
-    where = {(row.prompt.strip(), row.answer.strip()): number for number, row in enumerate(retain, start=1)}
-    return [
-        (number, where[key])
-        for number, row in enumerate(forget, start=1)
-        if (key := (row.prompt.strip(), row.answer.strip())) in where
-    ]
+def overlap(forget: Iterable[Example], retain: Iterable[Example]) -> list[tuple[int, int]]:
+    """Pairs of 1-based row numbers (forget, retain) that say the same, white space at the ends aside.
+
+    By digest: the sets need not fit into memory. Of a row that is in the forget set twice, the last is named.
+    """
+    where = {_digest(row): number for number, row in enumerate(forget, start=1)}
+    return sorted(
+        (where[digest], number) for number, row in enumerate(retain, start=1) if (digest := _digest(row)) in where
+    )
+
+
+def _digest(row: Example) -> bytes:
+    said = blake2b(digest_size=16)
+    for text in (row.prompt.strip().encode(), row.answer.strip().encode()):
+        said.update(len(text).to_bytes(8, "big") + text)
+    return said.digest()

@@ -1,0 +1,84 @@
+"""The bell: a message by name that carries nothing. The job's row is the truth; what is not heard is rung again."""
+
+from typing import Any, Protocol
+
+import structlog
+from celery import Celery
+
+from service.settings import Settings
+
+WAKE = "worker.wake"
+RING_TIMEOUT_S = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+class Dispatcher(Protocol):
+    def ring(self, gpu_class: str) -> bool:
+        """Wakes whoever hears this class. Never raises; False: the bell did not ring."""
+        ...
+
+    def reachable(self) -> bool:
+        """Whether the broker answers now. Never raises."""
+        ...
+
+
+def queue_name(gpu_class: str) -> str:
+    return f"wake.{gpu_class}"
+
+
+def celery_config(settings: Settings) -> dict[str, Any]:
+    """What the side that rings and the side that hears must agree on."""
+    direct = {"exchange": "wake", "exchange_type": "direct"}
+    return {
+        "broker_url": settings.broker_url,
+        "task_queues": {queue_name(name): direct | {"routing_key": name} for name in settings.gpu_classes},
+        "task_default_queue": queue_name("any"),
+        "task_create_missing_queues": False,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "result_backend": None,
+        "task_ignore_result": True,
+        "task_acks_late": False,  # a visibility timeout must not decide whether an hours-long job runs twice
+        "task_always_eager": False,
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,
+        "worker_send_task_events": False,
+        "worker_hijack_root_logger": False,
+        "broker_connection_retry_on_startup": True,
+        "broker_transport_options": {
+            "socket_keepalive": True,
+            "socket_connect_timeout": RING_TIMEOUT_S,
+            "socket_timeout": 30,  # above the second for which a consumer blocks; below it lies a dead connection
+            "health_check_interval": 25,
+            "visibility_timeout": 3600,
+        },
+    }
+
+
+class CeleryDispatcher:
+    def __init__(self, settings: Settings) -> None:
+        config = celery_config(settings)
+        # A request waits for its bell: no second try (the sweep's work), and no waiting on a broker that fell silent.
+        config["broker_transport_options"] |= {"max_retries": 0, "socket_timeout": RING_TIMEOUT_S}
+        self._celery = Celery("unlearn", set_as_current=False)
+        self._celery.conf.update(config)
+
+    def ring(self, gpu_class: str) -> bool:
+        try:
+            self._celery.send_task(WAKE, queue=queue_name(gpu_class), retry=False, ignore_result=True)
+        except Exception as error:  # whatever the broker's client thinks of: the job is safe in its row
+            log.warning("the bell did not ring", gpu_class=gpu_class, error=str(error))
+            return False
+        return True
+
+    def reachable(self) -> bool:
+        try:
+            with self._celery.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=0, timeout=RING_TIMEOUT_S)
+        except Exception:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._celery.close()

@@ -1,0 +1,128 @@
+"""What the worker can do, as the service knows it: methods, losses, solvers and metrics, with their parameters.
+
+catalog.json is written by `make catalog` from worker/, reviewed in diffs and checked in CI, so that a request is validated
+here, without torch, against the same types that the worker's factories declare.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.domain.errors import FieldProblem, InvalidRequest
+
+CODES = {"type": "type", "anyOf": "type", "enum": "enum"}  # of a FieldProblem, by the schema's keyword that failed
+
+
+class Thing(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    summary: str
+    reference: str | None
+    parameters: dict[str, Any] = Field(description="JSON Schema (2020-12) of its parameters, with defaults")
+
+
+class Method(Thing):
+    composition: dict[str, str] = Field(description="forget_loss, retain_loss and solver by name")
+    presets: dict[str, dict[str, Any]] = Field(description="named hyperparameters, e.g. those of the paper")
+
+
+class Loss(Thing):
+    role: Literal["forget", "retain"]
+    per: Literal["token", "row"]
+    needs: list[str] = Field(description="beside the answer: reference, refusal, hidden")
+    lowers: str = Field(description="the quantity that descent on it moves down")
+
+
+class Catalog(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    methods: dict[str, Method]
+    losses: dict[str, Loss]
+    solvers: dict[str, Thing]
+    metrics: dict[str, Thing]
+
+    def complete(self, method: str, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's hyperparameters, defaults filled in.
+
+        Raises:
+            InvalidRequest: an unknown method, or hyperparameters that it does not take; one problem for each.
+        """
+        if method not in self.methods:
+            known = ", ".join(sorted(self.methods))
+            raise InvalidRequest(
+                FieldProblem("/method/type", f"there is no method {method!r}; the methods are: {known}", "enum")
+            )
+        schema = self.methods[method].parameters
+        problems = list(_problems(method, schema, hyperparameters))
+        if problems:
+            raise InvalidRequest(*problems)
+        properties = schema["properties"]
+        given = {name: _canonical(value, properties[name]) for name, value in hyperparameters.items()}
+        return {name: p["default"] for name, p in properties.items() if "default" in p} | given
+
+
+@cache
+def load() -> Catalog:
+    """The catalogue that this service was built with."""
+    text = resources.files("service").joinpath("catalog.json").read_text(encoding="utf-8")
+    return Catalog.model_validate(json.loads(text))
+
+
+def _problems(method: str, schema: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:
+    properties = schema["properties"]
+    for name, value in hyperparameters.items():
+        pointer = f"/method/hyperparameters/{_escaped(name)}"
+        if name not in properties:
+            known = ", ".join(sorted(properties)) or "none"
+            yield FieldProblem(pointer, f"{method} has no hyperparameter {name!r}; it has: {known}", "unknown")
+        elif not _finite(value):
+            yield FieldProblem(pointer, f"{name} must be a finite number", "finite")
+        elif error := _first_error(value, properties[name]):
+            detail = f"{name} must be {_expected(properties[name])}, not {json.dumps(value)[:80]}"
+            yield FieldProblem(pointer, detail, CODES.get(error.validator, "range"))
+    for name in schema.get("required", []):
+        if name not in hyperparameters:
+            yield FieldProblem(
+                f"/method/hyperparameters/{_escaped(name)}", f"{method} needs {name!r}: {properties[name]}", "required"
+            )
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, int | float) or math.isfinite(value)
+    except OverflowError:  # an integer beyond the range of a double
+        return False
+
+
+def _first_error(value: Any, schema: Mapping[str, Any]) -> ValidationError | None:
+    error: ValidationError | None = next(Draft202012Validator(schema).iter_errors(value), None)
+    return error
+
+
+def _expected(schema: Mapping[str, Any]) -> str:
+    """What a parameter takes, in words: "a number > 0 and <= 1"."""
+    if "anyOf" in schema:
+        return " or ".join(_expected(s) for s in schema["anyOf"])
+    if "enum" in schema:
+        return "one of " + ", ".join(json.dumps(v) for v in schema["enum"])
+    names = {"integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false"}
+    bounds = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
+    limits = " and ".join(f"{sign} {schema[key]}" for key, sign in bounds if key in schema)
+    kind = schema.get("type", "something else")
+    return f"{names.get(kind, kind)} {limits}".rstrip()
+
+
+def _canonical(value: Any, schema: Mapping[str, Any]) -> Any:
+    """To JSON Schema 5.0 is an integer; to the worker's factories only 5 is."""
+    return int(value) if schema.get("type") == "integer" and isinstance(value, float) else value
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")

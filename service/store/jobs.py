@@ -1,0 +1,284 @@
+"""The verbs of a job. The caller commits.
+
+What the holder of a lease does is fenced: it returns False (or None) when the row has meanwhile gone to somebody else.
+A move that the job's status does not allow raises InvalidTransition (see moves.py).
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import Session
+
+from service.domain.errors import NotFound
+from service.domain.job import HELD, Failure, FailureCode, JobSpec, Stage, Status, Verdict
+from service.store import moves
+from service.store.ids import new_id
+from service.store.metrics import JOB_VERDICTS, LEASES_EXPIRED, bump
+from service.store.moves import FRESH
+from service.store.rows import ArtifactRow, Beat, CheckRow, Claim, ConstraintRow, Event, StepRow, WarningRow
+from service.store.tables import Artifact, File, Job, JobCheck, JobStep, Model
+
+CLAIM_ORDER = (Job.priority.desc(), Job.due_at, Job.queued_at, Job.id)  # ascending is NULLS LAST
+
+
+# --- what a user asks
+
+
+def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = ()) -> Job:
+    """A queued job. Raises NotFound for a file or a model; both stay as long as the job needs them."""
+    files = {spec.forget_set, spec.retain_set}
+    missing = files - set(
+        s.scalars(select(File.id).where(File.id.in_(files)).with_for_update(key_share=True, read=True))
+    )
+    if missing:
+        raise NotFound("file", min(missing))
+    if s.scalar(select(Model.name).where(Model.name == spec.model).with_for_update(key_share=True, read=True)) is None:
+        raise NotFound("model", spec.model)
+    job = Job(
+        id=new_id("ujob"),
+        version=0,  # 1 with the events below
+        status=Status.QUEUED,
+        queued_at=func.now(),
+        spec=spec.model_dump(mode="json"),
+        model=spec.model,
+        method=spec.method.type,
+        forget_set=spec.forget_set,
+        retain_set=spec.retain_set,
+        priority=spec.priority,
+        due_at=spec.due_at,
+        gpu_class=spec.resources.gpu_class,
+        min_vram_gib=spec.resources.min_vram_gib,
+        external_id=spec.external_id,
+        metadata_=spec.metadata,
+        steps_total=spec.budget.max_steps,
+        warnings=[warning._asdict() for warning in warnings],
+    )
+    s.add(job)
+    s.flush()
+    return moves.write(s, job, [Event("job.created", "created"), Event("job.queued", "waits for a worker")])
+
+
+def get(s: Session, job_id: str) -> Job:
+    job = s.get(Job, job_id)
+    if job is None:
+        raise NotFound("job", job_id)
+    return job
+
+
+def request_cancel(s: Session, job_id: str) -> Job:
+    """Ends a job that waits; asks the worker of one that runs. Asking twice is asking once. Raises InvalidTransition."""
+    job = moves.locked(s, job_id)
+    if job.status in (Status.CANCELLING, Status.CANCELLED):
+        return job
+    if job.status not in HELD:
+        return moves.cancel(s, job, "cancelled before it ran")
+    asked = Event("cancel.requested", "the worker was asked to stop")
+    return moves.move(s, job, Status.CANCELLING, asked, cancel_requested_at=func.now())
+
+
+# --- what a worker does
+
+
+def claim(s: Session, *, worker: str, classes: Collection[str], vram_gib: float, lease_s: float) -> Claim | None:
+    """The job that is due first among those that this worker can run, leased to it; None: nothing to do."""
+    job = s.scalar(
+        select(Job)
+        .where(Job.status == Status.QUEUED, Job.gpu_class.in_({*classes, "any"}))
+        .where(func.coalesce(Job.min_vram_gib, 0) <= vram_gib)
+        .order_by(*CLAIM_ORDER)
+        .limit(1)
+        .with_for_update(skip_locked=True),
+        execution_options=FRESH,
+    )
+    if job is None:
+        return None
+    attempt = job.attempt + 1
+    job = moves.move(
+        s,
+        job,
+        Status.RUNNING,
+        Event("job.started", f"attempt {attempt} started", {"worker": worker, "attempt": attempt}),
+        attempt=attempt,
+        fence=job.fence + 1,
+        lease_owner=worker,
+        lease_until=func.now() + timedelta(seconds=lease_s),
+        beat_at=func.now(),
+        started_at=func.now(),
+        status_reason=None,
+    )
+    return Claim(job.id, job.fence, job.attempt, JobSpec.model_validate(job.spec))
+
+
+def beat(s: Session, job_id: str, fence: int, lease_s: float) -> Beat | None:
+    """Extends the lease. None: it is lost, and so is the right to write; stop the runner at once."""
+    row = s.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.fence == fence, Job.status.in_(HELD))
+        .values(lease_until=func.now() + timedelta(seconds=lease_s), beat_at=func.now())
+        .returning(Job.status)
+        .execution_options(synchronize_session=False)
+    ).scalar()
+    return None if row is None else Beat(row is Status.CANCELLING, row is Status.PAUSING)
+
+
+def log(
+    s: Session,
+    job_id: str,
+    fence: int,
+    *,
+    stage: Stage | None = None,
+    steps: Sequence[StepRow] = (),
+    checks: Sequence[CheckRow] = (),
+    events: Sequence[Event] = (),
+    constraint: ConstraintRow | None = None,
+    warnings: Sequence[WarningRow] = (),
+) -> bool:
+    """A batch of what the runner told, at once. Repeating a batch changes nothing but its events."""
+    job = moves.held(s, job_id, fence)
+    if job is None:
+        return False
+    key = {"job_id": job_id, "fence": fence}
+    values: dict[str, Any] = {}
+    before: list[Event] = []
+    if stage is not None and stage != job.stage:
+        before = [Event("stage.finished", f"{job.stage} finished", {"stage": job.stage})] if job.stage else []
+        before.append(Event("stage.started", f"{stage} started", {"stage": stage}))
+        now = moves.now(s)
+        opened = {"stage": stage, "attempt": job.attempt, "started_at": now, "finished_at": None}
+        values |= {"stage": stage, "stage_history": [*moves.closed(job.stage_history, now), opened]}
+    if steps:
+        rows = [key | step._asdict() for step in steps]
+        s.execute(postgresql.insert(JobStep).on_conflict_do_nothing(), rows)
+        values |= {"step": steps[-1].step, "trained_tokens": steps[-1].tokens}
+    for check in checks:  # the last check of a step counts
+        upsert = postgresql.insert(JobCheck).values(**key, **check._asdict())
+        index = [JobCheck.job_id, JobCheck.fence, JobCheck.step]
+        s.execute(upsert.on_conflict_do_update(index_elements=index, set_=check._asdict()))
+    if constraint is not None:
+        values |= constraint._asdict()
+    if warnings:
+        told = [warning._asdict() for warning in warnings]
+        values["warnings"] = job.warnings + [warning for warning in told if warning not in job.warnings]
+    moves.write(s, job, [*before, *events], **values)
+    return True
+
+
+def succeed(
+    s: Session,
+    job_id: str,
+    fence: int,
+    verdict: Verdict,
+    artifacts: Sequence[ArtifactRow] = (),
+    data: Mapping[str, Any] | None = None,
+) -> bool:
+    """The run came to its end, whatever the verdict. The artifacts of this attempt become the job's in the same moment."""
+    job = moves.held(s, job_id, fence)
+    if job is None:
+        return False
+    gates = [
+        Event("gate.failed", gate.message, gate.model_dump(mode="json"), "warn")
+        for gate in verdict.gates
+        if gate.result == "FAILED"
+    ]
+    ended = Event("job.succeeded", verdict.message, {**(data or {}), "verdict": verdict.result})
+    if artifacts:
+        rows = [{"id": new_id("uart"), "job_id": job_id, **artifact._asdict()} for artifact in artifacts]
+        s.execute(insert(Artifact), rows)
+    moves.move(s, job, Status.SUCCEEDED, *gates, ended, verdict=verdict.model_dump(mode="json"), status_reason=None)
+    bump(s, JOB_VERDICTS, {"result": verdict.result})
+    return True
+
+
+def cancelled(s: Session, job_id: str, fence: int) -> bool:
+    """The runner stopped because it was asked to."""
+    job = moves.held(s, job_id, fence)
+    if job is None:
+        return False
+    moves.cancel(s, job, "stopped on request")
+    return True
+
+
+def fail(s: Session, job_id: str, fence: int, failure: Failure) -> Status | None:
+    """The attempt ended without a result: again if that can help and attempts are left. Where the job went."""
+    job = moves.held(s, job_id, fence)
+    if job is None:
+        return None
+    if job.status is Status.CANCELLING:
+        return moves.cancel(s, job, f"failed while it was being cancelled: {failure.message}").status
+    failures, attempts = job.content_failures + 1, int(job.spec["limits"]["max_attempts"])
+    reason = f"{failure.code}: {failure.message}"
+    if failure.retryable and failures < attempts:
+        lost = Event("attempt.lost", reason, failure.model_dump(mode="json"), "warn")
+        return moves.again(s, job, lost, content_failures=failures).status
+    if failure.retryable:
+        failure = Failure.of(
+            FailureCode.ATTEMPTS_EXHAUSTED, f"{failures} of {attempts} attempts failed, the last with {reason}"
+        )
+    return moves.fail(s, job, failure, content_failures=failures).status
+
+
+def release(s: Session, job_id: str, fence: int) -> bool:
+    """The worker goes away on purpose: the attempt is given back, and counts as if it had never been."""
+    job = moves.held(s, job_id, fence)
+    if job is None:
+        return False
+    if job.status is Status.CANCELLING:
+        moves.cancel(s, job, "its worker stopped")
+    else:
+        moves.again(
+            s, job, Event("attempt.requeued", "its worker stopped; the attempt is given back"), attempt=job.attempt - 1
+        )
+    return True
+
+
+# --- what the sweep does
+
+
+def expire(s: Session, infra_losses_max: int, limit: int = 100) -> list[Job]:
+    """Settles jobs whose worker fell silent; the rows as they are afterwards."""
+    lapsed = s.scalars(
+        select(Job)
+        .where(Job.status.in_(HELD), Job.lease_until < func.now())
+        .order_by(Job.lease_until)
+        .limit(limit)
+        .with_for_update(skip_locked=True),
+        execution_options=FRESH,
+    ).all()
+    if lapsed:
+        bump(s, LEASES_EXPIRED, {}, len(lapsed))
+    return [_expire(s, job, infra_losses_max) for job in lapsed]
+
+
+def _expire(s: Session, job: Job, infra_losses_max: int) -> Job:
+    losses = job.infra_losses + 1
+    reason = f"worker {job.lease_owner} fell silent during attempt {job.attempt}"
+    if job.status is Status.CANCELLING:
+        return moves.cancel(s, job, reason, infra_losses=losses)
+    if job.status is Status.RUNNING and losses > infra_losses_max:
+        failure = Failure.of(
+            FailureCode.WORKER_LOST, f"{reason}; that was loss {losses}, {infra_losses_max} are allowed"
+        )
+        return moves.fail(s, job, failure, infra_losses=losses)
+    lost = Event("attempt.lost", reason, {"worker": job.lease_owner, "infra_losses": losses}, "warn")
+    return moves.again(s, job, lost, infra_losses=losses)
+
+
+def due_classes(s: Session, ring_again_s: float) -> list[str]:
+    """GPU classes with a queued job for which no bell rang for that long."""
+    silent = or_(Job.rung_at.is_(None), Job.rung_at < func.now() - timedelta(seconds=ring_again_s))
+    classes = select(Job.gpu_class).where(Job.status == Status.QUEUED, silent)
+    return list(s.scalars(classes.distinct().order_by(Job.gpu_class)))
+
+
+def rung(s: Session, classes: Collection[str]) -> None:
+    """Notes that these classes' bells ring now. Ring after the commit: a claim passes over the rows locked here."""
+    waiting = select(Job.id).where(Job.status == Status.QUEUED, Job.gpu_class.in_(classes))
+    s.execute(
+        update(Job)
+        .where(Job.id.in_(waiting.with_for_update(skip_locked=True)))
+        .values(rung_at=func.now())
+        .execution_options(synchronize_session=False)
+    )

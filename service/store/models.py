@@ -1,0 +1,42 @@
+"""The registry of models, filled by an administrator. The caller commits."""
+
+from sqlalchemy import delete, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from service.domain.errors import InvalidTransition, NotFound
+from service.domain.job import TERMINAL, ModelEntry
+from service.store.tables import Job, Model
+
+
+def add(s: Session, entry: ModelEntry) -> ModelEntry:
+    """Raises InvalidTransition if the name is taken: jobs and reports name a model, so a name never changes its meaning."""
+    row = insert(Model).values(entry.model_dump(mode="json", exclude={"created_at"}))
+    if s.scalar(row.on_conflict_do_nothing().returning(Model.name)) is None:
+        raise InvalidTransition(f"a model {entry.name!r} is registered; remove it first, or choose another name")
+    return get(s, entry.name)
+
+
+def get(s: Session, name: str) -> ModelEntry:
+    model = s.get(Model, name)
+    if model is None:
+        raise NotFound("model", name)
+    return _entry(model)
+
+
+def every(s: Session) -> list[ModelEntry]:
+    return [_entry(model) for model in s.scalars(select(Model).order_by(Model.name))]
+
+
+def remove(s: Session, name: str) -> None:
+    """Forgets the entry; files stay where they are. Raises InvalidTransition while a job needs it."""
+    if s.scalar(select(Model.name).where(Model.name == name).with_for_update()) is None:
+        raise NotFound("model", name)
+    user = s.scalar(select(Job.id).where(Job.status.not_in(TERMINAL), Job.model == name).limit(1))
+    if user is not None:
+        raise InvalidTransition(f"job {user} still needs model {name!r}")
+    s.execute(delete(Model).where(Model.name == name))
+
+
+def _entry(model: Model) -> ModelEntry:
+    return ModelEntry.model_validate(model, from_attributes=True)

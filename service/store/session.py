@@ -1,0 +1,62 @@
+"""The engine and its sessions. One transaction per `with sessions.begin() as s:`; short, never held over a wait."""
+
+import json
+import math
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session, sessionmaker
+
+Sessions = sessionmaker[Session]
+
+# A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever.
+TIMEOUTS = "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
+
+
+def make_engine(database_url: str) -> Engine:
+    """Connects lazily. `pool_pre_ping`: a connection that died with a restarted database costs nobody a request."""
+    return create_engine(
+        database_url,
+        pool_pre_ping=True,
+        pool_size=5,
+        max_overflow=20,
+        pool_timeout=10,
+        connect_args={"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn"},
+        json_serializer=to_json,
+    )
+
+
+def make_sessions(engine: Engine) -> Sessions:
+    """Rows stay readable after the commit: an endpoint answers with them."""
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+def at_most(s: Session, seconds: float) -> None:
+    """No statement of this transaction takes longer: for what must answer soon or not at all."""
+    s.execute(text("SELECT set_config('statement_timeout', :limit, true)"), {"limit": f"{seconds * 1000:.0f}ms"})
+
+
+def to_json(value: Any) -> str:
+    """JSON as Postgres takes it: a loss that blew up (nan, inf) becomes null, and no string carries NUL."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case str():
+            return value.replace("\0", "\ufffd")
+        case dict():
+            return {_plain(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    return value
+
+
+def schema_revision(s: Session) -> str | None:
+    """The revision to which the database was migrated; None: not at all. The code's is `tables.HEAD`."""
+    if s.scalar(text("SELECT to_regclass('alembic_version')")) is None:
+        return None
+    revision: str | None = s.scalar(text("SELECT version_num FROM alembic_version"))
+    return revision

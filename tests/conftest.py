@@ -1,0 +1,149 @@
+"""Real servers, started once per run; a database of its own per test, copied from one that was migrated once."""
+
+import os
+
+# Before anybody imports torch: tests are many and small, threads would only contend.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import pytest
+import redis
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.orm import Session
+
+from service import embedded, migrate
+from service.domain.job import Constraint, JobSpec, MethodChoice, ModelEntry, PromptFormat
+from service.settings import Settings
+from service.store import files, jobs, models
+from service.store.session import Sessions, make_engine, make_sessions
+
+
+class Cluster(NamedTuple):
+    url: str  # of the maintenance database
+    admin: Engine
+    names: Iterator[int]
+
+    def database(self, name: str) -> str:
+        return make_url(self.url).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def reachable_folder() -> Iterator[Path]:
+    """For a Postgres: run by root, it is another user, and each pytest that starts closes /tmp/pytest-of-root to others."""
+    with TemporaryDirectory(prefix="unlearn-test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with TemporaryDirectory(prefix="unlearn-test-") as folder, embedded.postgres(Path(folder)) as url:
+        admin = create_engine(url, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            for setting in ("fsync", "synchronous_commit", "full_page_writes"):  # nothing here must outlive a crash
+                connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+            connection.execute(text("CREATE DATABASE migrated"))
+        there = Cluster(url, admin, count(1))
+        migrate.upgrade(there.database("migrated"))
+        yield there
+        admin.dispose()
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with embedded.valkey(tmp_path_factory.mktemp("valkey")) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database_url(cluster: Cluster) -> Iterator[str]:
+    """A database without tables."""
+    yield from _database(cluster, "template0")
+
+
+@pytest.fixture
+def database_url(cluster: Cluster) -> Iterator[str]:
+    yield from _database(cluster, "migrated")
+
+
+def _database(cluster: Cluster, template: str) -> Iterator[str]:
+    name = f"test_{next(cluster.names)}"
+    with cluster.admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    yield cluster.database(name)
+    with cluster.admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = make_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def sessions(engine: Engine) -> Sessions:
+    return make_sessions(engine)
+
+
+@pytest.fixture
+def session(sessions: Sessions) -> Iterator[Session]:
+    """One transaction, rolled back; `sessions` is for what must commit."""
+    with sessions() as s:
+        yield s
+
+
+@pytest.fixture
+def broker_url(broker: str) -> str:
+    """Without a message in it."""
+    with redis.Redis.from_url(broker) as client:
+        client.flushall()
+    return broker
+
+
+@pytest.fixture
+def settings(database_url: str, broker_url: str, tmp_path: Path) -> Settings:
+    (tmp_path / "models").mkdir()
+    return Settings(
+        database_url=database_url,
+        broker_url=broker_url,
+        storage_url=str(tmp_path / "storage"),
+        models_root=tmp_path / "models",
+        worker_scratch_dir=tmp_path / "scratch",
+        worker_metrics_port=0,
+    )
+
+
+@pytest.fixture
+def new_job(sessions: Sessions) -> Callable[..., str]:
+    """new_job(**fields of JobSpec) -> id of a queued job, committed. Its files are rows alone, without bytes."""
+
+    def create(**fields: Any) -> str:
+        with sessions.begin() as s:
+            if not models.every(s):
+                models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
+            sets = {
+                purpose: files.insert(
+                    s, files.new_file_id(), purpose=purpose, name=f"{purpose}.jsonl", bytes=1, sha256="0" * 64, rows=1
+                ).id
+                for purpose in ("forget_set", "retain_set")
+            }
+            asked = {"model": "m", "method": MethodChoice(type="pdu"), "constraint": Constraint(epsilon=1.0)}
+            return jobs.create(s, JobSpec.model_validate(asked | sets | fields)).id
+
+    return create
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder with real data and models; a test that needs it is skipped, by name, where it is missing."""
+    folder = Path(os.environ.get("UNLEARN_SHARED", "../shared")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no shared folder at {folder} (UNLEARN_SHARED)")
+    return folder

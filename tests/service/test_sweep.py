@@ -1,0 +1,167 @@
+"""The bell and the sweep, with a real Valkey, a silent one and none; the sweep's process under outages and signals."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery
+from sqlalchemy import text
+
+from service import embedded
+from service.dispatch import WAKE, CeleryDispatcher, celery_config, queue_name
+from service.domain.job import Resources, Status
+from service.settings import Settings
+from service.store import jobs
+from service.store.session import Sessions
+from service.sweep import Swept, sweep_once
+
+NewJob = Callable[..., str]
+
+
+def bells(broker_url: str) -> dict[str, int]:
+    with redis.Redis.from_url(broker_url) as client:
+        return {key.decode(): client.llen(key) for key in client.scan_iter("wake.*") if client.type(key) == b"list"}
+
+
+class Heard(list[str]):
+    """A dispatcher that writes down which bells it rang."""
+
+    def ring(self, gpu_class: str) -> bool:
+        self.append(gpu_class)
+        return True
+
+    def reachable(self) -> bool:
+        return True
+
+
+def test_a_bell_carries_nothing(settings: Settings) -> None:
+    assert CeleryDispatcher(settings).ring("cpu")
+    with redis.Redis.from_url(settings.broker_url) as client:
+        message = json.loads(client.lindex(queue_name("cpu"), 0))
+    assert message["headers"]["task"] == WAKE
+    assert (message["headers"]["argsrepr"], message["headers"]["kwargsrepr"]) == ("()", "{}")
+
+
+def test_a_worker_with_the_shared_configuration_hears_it(settings: Settings) -> None:
+    CeleryDispatcher(settings).ring("any")
+    app = Celery(set_as_current=False)
+    app.conf.update(celery_config(settings))
+    heard: list[Any] = []
+    with app.connection_for_read() as connection, app.amqp.TaskConsumer(connection.channel(), on_message=heard.append):
+        connection.drain_events(timeout=5)
+    assert [message.headers["task"] for message in heard] == [WAKE]
+
+
+@pytest.fixture
+def silent_broker() -> Iterator[str]:
+    """It accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"redis://127.0.0.1:{server.getsockname()[1]}/0"
+
+
+def test_without_a_broker_the_bell_fails_softly_and_soon(silent_broker: str) -> None:
+    for url, within_s in (("redis://127.0.0.1:1/0", 1.0), (silent_broker, 4.0)):
+        started = time.monotonic()
+        assert not CeleryDispatcher(Settings(broker_url=url)).ring("any")
+        assert time.monotonic() - started < within_s
+        assert not CeleryDispatcher(Settings(broker_url=url)).reachable()
+
+
+def test_a_class_without_a_queue_does_not_ring(settings: Settings) -> None:
+    assert not CeleryDispatcher(settings).ring("tpu")
+
+
+def test_a_broker_that_came_back_is_rung_again(tmp_path: Path) -> None:
+    with embedded.valkey(tmp_path) as url:
+        dispatcher = CeleryDispatcher(Settings(broker_url=url))
+        assert dispatcher.ring("any")
+        with redis.Redis.from_url(url) as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        assert dispatcher.ring("any") or dispatcher.ring("any")  # the first may find out on its dead connection
+        assert dispatcher.reachable()
+    assert not dispatcher.ring("any")
+    assert not dispatcher.reachable()
+
+
+def test_it_rings_what_waits_and_not_at_every_turn(new_job: NewJob, sessions: Sessions, settings: Settings) -> None:
+    new_job()
+    new_job()
+    new_job(resources=Resources(gpu_class="cpu"))
+    dispatcher = CeleryDispatcher(settings)
+    assert sweep_once(sessions, dispatcher, settings) == Swept(0, ["any", "cpu"])
+    assert bells(settings.broker_url) == {"wake.any": 1, "wake.cpu": 1}
+    assert sweep_once(sessions, dispatcher, settings) == Swept(0, [])
+    with sessions.begin() as s:
+        s.execute(text("UPDATE jobs SET rung_at = rung_at - interval '16 s' WHERE gpu_class = 'cpu'"))
+    assert sweep_once(sessions, dispatcher, settings) == Swept(0, ["cpu"])
+
+
+def test_it_does_not_ring_for_what_does_not_wait(new_job: NewJob, sessions: Sessions, settings: Settings) -> None:
+    new_job()
+    with sessions.begin() as s:
+        jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+    assert sweep_once(sessions, Heard(), settings) == Swept(0, [])
+
+
+def test_a_lost_job_is_queued_and_rung_in_one_turn(new_job: NewJob, sessions: Sessions, settings: Settings) -> None:
+    job_id = new_job()
+    heard = Heard()
+    sweep_once(sessions, heard, settings)
+    with sessions.begin() as s:
+        jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+        s.execute(text("UPDATE jobs SET lease_until = now() - interval '1 s'"))
+    assert sweep_once(sessions, heard, settings) == Swept(1, ["any"])
+    assert heard == ["any", "any"]
+    with sessions() as s:
+        assert jobs.get(s, job_id).status is Status.QUEUED
+
+
+def test_a_claim_in_the_making_is_passed_over(new_job: NewJob, sessions: Sessions, settings: Settings) -> None:
+    new_job()
+    with sessions.begin() as s:
+        assert jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+        sweep_once(sessions, Heard(), settings)  # does not wait for the row
+    with sessions() as s:
+        assert s.execute(text("SELECT status, rung_at FROM jobs")).one() == ("running", None)
+
+
+@pytest.mark.timeout(60)
+def test_the_process_survives_outages_and_stops_when_told(
+    new_job: NewJob, settings: Settings, tmp_path: Path, broker_url: str
+) -> None:
+    """It starts before its database is there (the socket's folder comes later), and goes on when it is."""
+    link = tmp_path / "sockets"
+    there = settings.database_url.partition("host=")[2].replace("%2F", "/")
+    late = settings.database_url.partition("host=")[0] + f"host={link}"
+    environment = os.environ | {"DATABASE_URL": late, "BROKER_URL": broker_url, "SWEEP_INTERVAL_S": "0.1"}
+    new_job()
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "service.sweep"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert sweep.stderr is not None
+        assert json.loads(sweep.stderr.readline())["event"] == "sweep started"
+        assert json.loads(sweep.stderr.readline())["event"] == "sweep failed"
+        link.symlink_to(there)
+        deadline = time.monotonic() + 20
+        while not bells(broker_url) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert bells(broker_url) == {"wake.any": 1}
+        sweep.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        rest = sweep.stderr.read().splitlines()
+        assert sweep.wait(10) == 0
+        assert time.monotonic() - told < 3
+        assert json.loads(rest[-1])["event"] == "sweep stopped"
+    finally:
+        sweep.kill()
+        sweep.wait()
