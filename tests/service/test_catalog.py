@@ -1,0 +1,96 @@
+"""Hyperparameters against the catalogue: defaults filled in, and a clear complaint about everything else."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from service.domain.catalog import Catalog, load
+from service.domain.errors import FieldProblem, InvalidRequest
+
+SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "rate": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 0.5, "description": "d"},
+        "rows": {"type": "integer", "minimum": 1, "default": 8, "description": "d"},
+        "mode": {"type": "string", "enum": ["a", "b"], "default": "a", "description": "d"},
+        "cap": {"anyOf": [{"type": "number", "minimum": 0}, {"type": "null"}], "default": None, "description": "d"},
+    },
+}
+THING = {"summary": "s", "reference": None, "parameters": SCHEMA, "composition": {}, "presets": {}}
+CATALOG = Catalog.model_validate({"methods": {"m": THING, "l": THING}, "losses": {}, "solvers": {}, "metrics": {}})
+
+
+def problems(method: str, hyperparameters: dict[str, Any]) -> list[FieldProblem]:
+    with pytest.raises(InvalidRequest) as caught:
+        CATALOG.complete(method, hyperparameters)
+    return list(caught.value.problems)
+
+
+def test_defaults_are_filled_in_and_what_is_given_is_kept() -> None:
+    assert CATALOG.complete("m", {}) == {"rate": 0.5, "rows": 8, "mode": "a", "cap": None}
+    given = {"rate": 1, "rows": 3, "mode": "b", "cap": 2.0}
+    assert CATALOG.complete("m", given) == given
+
+
+def test_a_whole_number_with_a_point_is_an_integer() -> None:
+    rows = CATALOG.complete("m", {"rows": 4.0})["rows"]
+    assert rows == 4
+    assert isinstance(rows, int)
+
+
+def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
+    detail = "there is no method 'pdo'; the methods are: l, m"
+    assert problems("pdo", {}) == [FieldProblem("/method/type", detail, "enum")]
+
+
+def test_an_unknown_parameter_is_answered_with_the_known_ones() -> None:
+    detail = "m has no hyperparameter 'ra/te'; it has: cap, mode, rate, rows"
+    assert problems("m", {"ra/te": 1}) == [FieldProblem("/method/hyperparameters/ra~1te", detail, "unknown")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "detail", "code"),
+    [
+        ("rate", 0, "rate must be a number > 0 and <= 1, not 0", "range"),
+        ("rate", 1.5, "rate must be a number > 0 and <= 1, not 1.5", "range"),
+        ("rate", "fast", 'rate must be a number > 0 and <= 1, not "fast"', "type"),
+        ("rate", True, "rate must be a number > 0 and <= 1, not true", "type"),
+        ("rate", None, "rate must be a number > 0 and <= 1, not null", "type"),
+        ("rate", float("nan"), "rate must be a finite number", "finite"),
+        ("rate", float("-inf"), "rate must be a finite number", "finite"),
+        ("rate", 10**400, "rate must be a finite number", "finite"),
+        ("rows", 2.5, "rows must be an integer >= 1, not 2.5", "type"),
+        ("rows", False, "rows must be an integer >= 1, not false", "type"),
+        ("rows", 0, "rows must be an integer >= 1, not 0", "range"),
+        ("mode", "c", 'mode must be one of "a", "b", not "c"', "enum"),
+        ("cap", -1, "cap must be a number >= 0 or null, not -1", "type"),
+        ("cap", [1], "cap must be a number >= 0 or null, not [1]", "type"),
+    ],
+)
+def test_a_wrong_value_is_told_what_is_right(name: str, value: Any, detail: str, code: str) -> None:
+    assert problems("m", {name: value}) == [FieldProblem(f"/method/hyperparameters/{name}", detail, code)]
+
+
+def test_every_problem_is_told_at_once() -> None:
+    assert {p.pointer.split("/")[-1] for p in problems("m", {"rate": 2, "rows": 0, "other": 1})} == {
+        "rate",
+        "rows",
+        "other",
+    }
+
+
+def test_the_catalogue_that_ships_has_pdu() -> None:
+    assert load().methods["pdu"].composition == {
+        "forget_loss": "margin_flattening",
+        "retain_loss": "nll",
+        "solver": "primal_dual",
+    }
+    assert load() is load()
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys; from service.domain.catalog import load; load(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
