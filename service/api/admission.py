@@ -1,0 +1,176 @@
+"""Is the request possible? Everything that can be told without the model is told here, before a job exists."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from service.api.deps import Parts
+from service.domain import rows
+from service.domain.errors import FieldProblem, InvalidRequest, NotFound, UnlearnError
+from service.domain.job import SPACE_WARNING, JobCreate, JobSpec, ModelEntry, Row
+from service.domain.rows import Example
+from service.store import files, jobs, models
+from service.store.rows import WarningRow
+from service.store.storage import Stored
+from service.store.tables import Job
+
+OVERLAPS_NAMED = 20
+# The last part of the names by which architectures call their head and the embeddings that may be tied to it.
+HEADS = frozenset(
+    {
+        "lm_head",
+        "embed_out",
+        "output_projection",
+        "embed_tokens",
+        "embed_in",
+        "wte",
+        "word_embeddings",
+        "tok_embeddings",
+    }
+)
+
+
+class Inline(NamedTuple):
+    """Rows of the request, on their way to becoming a file."""
+
+    file_id: str
+    purpose: str
+    rows: int
+    stored: Stored
+
+
+def submit(here: Parts, request: JobCreate) -> Job:
+    """A queued job, committed, its bell rung. Raises InvalidRequest; then nothing is kept, neither row nor file."""
+    entry = _model(here, request.model)
+    hyperparameters = here.catalog.complete(request.method.type, request.method.hyperparameters)
+    problems = [*_gpu_class(here, request), *_target_modules(request)]
+    if problems:
+        raise InvalidRequest(*problems)
+    kinds = _judge_sets(here, request)
+
+    with _inline_files(here, request) as inline:
+        ids = {one.purpose: one.file_id for one in inline}
+        asked = request.model_dump(exclude={"method", "forget_set", "retain_set"})
+        if request.resources.gpu_class == "any":  # the request leaves it open, the model may not
+            asked["resources"]["gpu_class"] = entry.gpu_class
+        sets = {"forget_set": request.forget_set, "retain_set": request.retain_set} | ids
+        method = {"type": request.method.type, "hyperparameters": hyperparameters}
+        spec = JobSpec.model_validate(asked | sets | {"method": method})
+        with here.sessions.begin() as s:
+            for one in inline:
+                name = f"{one.purpose}.jsonl"
+                files.insert(s, one.file_id, purpose=one.purpose, name=name, rows=one.rows, **one.stored._asdict())
+            job = jobs.create(s, spec, _warnings(entry, kinds))
+            jobs.rung(s, [job.gpu_class])
+    here.dispatcher.ring(job.gpu_class)  # after the commit; a bell that nobody hears, the sweep rings again
+    return job
+
+
+def _model(here: Parts, name: str) -> ModelEntry:
+    try:
+        with here.sessions.begin() as s:
+            return models.get(s, name)
+    except NotFound as error:
+        raise InvalidRequest(
+            FieldProblem(
+                "/model", f"model {name!r} is not registered; GET /v1/models lists those that are", "model_not_found"
+            )
+        ) from error
+
+
+def _gpu_class(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
+    known = here.settings.gpu_classes
+    if request.resources.gpu_class not in known:
+        yield FieldProblem("/resources/gpu_class", f"the GPU classes are: {', '.join(known)}", "enum")
+
+
+def _target_modules(request: JobCreate) -> Iterator[FieldProblem]:
+    for index, name in enumerate(request.lora.target_modules or ()):
+        if name.rpartition(".")[2] in HEADS:
+            yield FieldProblem(
+                f"/lora/target_modules/{index}",
+                f"{name!r} is the language-model head, or embeddings that may be tied to it: no adapter goes there",
+                "head",
+            )
+
+
+def _judge_sets(here: Parts, request: JobCreate) -> set[str]:
+    """The kinds of rows. Raises InvalidRequest if a set cannot be had, is empty, or shares rows with the other."""
+    kinds: set[str] = set()
+
+    def noting(examples: Iterator[Example]) -> Iterator[Example]:
+        for example in examples:
+            kinds.add(example.kind)
+            yield example
+
+    with _opened(here, request, "forget_set") as forget, _opened(here, request, "retain_set") as retain:
+        pairs = rows.overlap(noting(forget), noting(retain))
+    if pairs:
+        named = [
+            FieldProblem("/forget_set", f"forget row {f} is retain row {r}", "overlap")
+            for f, r in pairs[:OVERLAPS_NAMED]
+        ]
+        if more := len(pairs) - len(named):
+            named.append(FieldProblem("/forget_set", f"and {more} more", "overlap"))
+        raise InvalidRequest(*named)
+    return kinds
+
+
+@contextmanager
+def _opened(here: Parts, request: JobCreate, purpose: str) -> Iterator[Iterator[Example]]:
+    given = getattr(request, purpose)
+    if isinstance(given, list):
+        yield _inline_rows(given, purpose)
+        return
+    try:
+        with here.sessions.begin() as s:
+            file = files.get(s, given)
+        if file.purpose != purpose:
+            raise InvalidRequest(FieldProblem(f"/{purpose}", f"{given} was uploaded as {file.purpose}", "purpose"))
+        with here.storage.open(file.key) as lines:
+            yield rows.each(lines, f"/{purpose}")
+    except NotFound as error:
+        raise InvalidRequest(FieldProblem(f"/{purpose}", f"there is no file {given}", "file_not_found")) from error
+
+
+def _inline_rows(given: list[Row], purpose: str) -> Iterator[Example]:
+    problems = []
+    for index, row in enumerate(given):
+        try:
+            yield rows.parse(_line(row))
+        except ValueError as error:
+            problems.append(FieldProblem(f"/{purpose}/{index}", f"row {index + 1}: {error}", "line"))
+    if problems:
+        raise InvalidRequest(*problems)
+
+
+@contextmanager
+def _inline_files(here: Parts, request: JobCreate) -> Iterator[list[Inline]]:
+    """The bytes of inline rows, stored; gone again if the job is refused.
+
+    An error that is not a refusal may hide a commit that took place: then the bytes stay, for a job may need them.
+    """
+    inline: list[Inline] = []
+    try:
+        for purpose in ("forget_set", "retain_set"):
+            given = getattr(request, purpose)
+            if isinstance(given, list):
+                file_id = files.new_file_id()
+                stored = here.storage.write(files.file_key(file_id), (_line(row) for row in given))
+                inline.append(Inline(file_id, purpose, len(given), stored))
+        yield inline
+    except UnlearnError:
+        for one in inline:
+            here.storage.delete(files.file_key(one.file_id))
+        raise
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False).encode() + b"\n"
+
+
+def _warnings(entry: ModelEntry, kinds: set[str]) -> list[WarningRow]:
+    if "question" in kinds and entry.prompt_format.ends_in_space:
+        return [WarningRow("prompt_ends_in_space", f"model {entry.name!r}: {SPACE_WARNING}")]
+    return []

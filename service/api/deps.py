@@ -1,0 +1,75 @@
+"""What endpoints share: the parts of the service, pages, media types."""
+
+from collections.abc import Sequence
+from typing import Annotated, Generic, Literal, NamedTuple, TypeVar
+
+from fastapi import Depends, Request, Response
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from service.dispatch import Dispatcher
+from service.domain.catalog import Catalog
+from service.domain.job import Strict
+from service.settings import Settings
+from service.store.paging import Order
+from service.store.session import Sessions
+from service.store.storage import Storage
+
+T = TypeVar("T")
+
+
+class Parts(NamedTuple):
+    settings: Settings
+    sessions: Sessions
+    storage: Storage
+    dispatcher: Dispatcher
+    catalog: Catalog
+
+
+async def _parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+Here = Annotated[Parts, Depends(_parts)]
+
+
+class PageQuery(Strict):
+    after: str | None = Field(default=None, max_length=64, description="the id after which the page begins")
+    before: str | None = Field(default=None, max_length=64, description="the id before which the page ends")
+    limit: int = Field(default=20, ge=1, le=100)
+    order: Order = "desc"
+
+
+class Page(BaseModel, Generic[T]):
+    object: Literal["list"] = "list"
+    data: list[T]
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool = False
+
+
+def page(data: Sequence[T], ids: Sequence[str], has_more: bool) -> Page[T]:
+    return Page(data=list(data), first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=has_more)
+
+
+def link_next(request: Request, response: Response, query: PageQuery, answer: Page[T]) -> None:
+    """RFC 8288: where the next page in the same direction lies."""
+    if not answer.has_more:
+        return
+    backwards = query.after is None and query.before is not None
+    cursor = {"before": answer.first_id} if backwards else {"after": answer.last_id}
+    url = request.url.include_query_params(**cursor)
+    response.headers["Link"] = f'<{url.path}?{url.query}>; rel="{"prev" if backwards else "next"}"'
+
+
+class Reads:
+    """A dependency that refuses a body of another media type, before it is judged."""
+
+    def __init__(self, media_type: str) -> None:
+        self.media_type = media_type
+
+    async def __call__(self, request: Request) -> None:
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != self.media_type:
+            raise HTTPException(415, f"send {self.media_type}, not {given or 'a body without Content-Type'}")

@@ -1,0 +1,103 @@
+"""The outermost layer: the request's id, its limits, its figures, the headers of every answer, the last net for errors."""
+
+import re
+import time
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import INTERNAL_ERROR, problem
+from service.settings import Settings
+from service.store.ids import new_id
+
+log = structlog.get_logger(__name__)
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+MULTIPART_OVERHEAD_BYTES = 2**16  # boundaries, part headers and the short fields around a file
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "private, no-cache",
+}
+
+
+class HttpFigures:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "unlearn_http_requests", "Requests answered", ["method", "route", "code"], registry=registry
+        )
+        self.duration = Histogram(
+            "unlearn_http_request_duration_seconds",
+            "From the request's head to the end of the answer",
+            ["method", "route"],
+            buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60),
+            registry=registry,
+        )
+        self.in_flight = Gauge("unlearn_http_in_flight_requests", "Requests being answered", registry=registry)
+
+
+class Edge:
+    def __init__(self, app: ASGIApp, settings: Settings, figures: HttpFigures) -> None:
+        self.app = app
+        self.settings = settings
+        self.figures = figures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = new_id("req")
+        scope.setdefault("state", {})["request_id"] = request_id
+        code = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal code
+            if message["type"] == "http.response.start":
+                code = message["status"]
+                sent = MutableHeaders(scope=message)
+                sent["X-Request-ID"] = request_id
+                for name, value in HEADERS.items():
+                    sent.setdefault(name, value)
+            await send(message)
+
+        began = time.perf_counter()
+        with self.figures.in_flight.track_inprogress():
+            try:
+                await self.app(scope, self._limited(headers, receive), answer)
+            except Exception:
+                log.exception("request failed", request_id=request_id, method=scope["method"], path=scope["path"])
+                if code:  # half an answer is on its way: only breaking it off tells the client
+                    raise
+                failed = problem(scope, INTERNAL_ERROR, "The failure is logged under this request_id.")
+                await failed(scope, receive, answer)
+            finally:
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                route = getattr(scope.get("route"), "path", "unmatched")
+                self.figures.requests.labels(method, route, str(code)).inc()
+                self.figures.duration.labels(method, route).observe(time.perf_counter() - began)
+
+    def _limited(self, headers: Headers, receive: Receive) -> Receive:
+        """Counts what arrives, whatever Content-Length says."""
+        limit = self.settings.body_max_bytes
+        if headers.get("content-type", "").startswith("multipart/form-data"):
+            limit = self.settings.upload_max_bytes + MULTIPART_OVERHEAD_BYTES
+        announced = headers.get("content-length", "0")
+        received = int(announced) if announced.isdecimal() and int(announced) > limit else 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = {"type": "http.request"} if received > limit else await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise HTTPException(413, f"the body has more than {limit} bytes")
+            return message
+
+        return counted

@@ -1,0 +1,87 @@
+"""Uploaded sets: JSON Lines, judged line by line before anything is kept."""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import IO, Annotated, Literal
+
+from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFile
+from pydantic import ConfigDict
+
+from service.api.deps import Here, Page, PageQuery, Reads, link_next, page
+from service.api.errors import declared
+from service.api.shapes import FileObject, file_object
+from service.domain import rows
+from service.domain.job import Strict
+from service.store import files
+from service.store.storage import CHUNK_BYTES
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+
+class Upload(Strict):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    purpose: Literal["forget_set", "retain_set", "eval_set"]
+    file: UploadFile
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Upload a forget, retain or evaluation set",
+    dependencies=[Depends(Reads("multipart/form-data"))],
+    responses=declared(400, 413, 415, 503, 507),
+)
+def upload(
+    here: Here, form: Annotated[Upload, Form(media_type="multipart/form-data")], response: Response
+) -> FileObject:
+    """One JSON object per line, with `question` and `answer`, or `prompt` and `completion`, or `text`.
+
+    A line that is wrong is named by its number, and then nothing is kept.
+    """
+    source = form.file.file
+    count = sum(1 for _ in rows.each(source, "/file"))
+    source.seek(0)
+    file_id = files.new_file_id()
+    stored = here.storage.write(files.file_key(file_id), _chunks(source), here.settings.upload_max_bytes)
+    with here.sessions.begin() as s:
+        row = files.insert(
+            s, file_id, purpose=form.purpose, name=shown_name(form.file.filename), rows=count, **stored._asdict()
+        )
+    response.headers["Location"] = f"/v1/files/{file_id}"
+    return file_object(row)
+
+
+@router.get("", summary="List files", responses=declared(503))
+def list_files(
+    here: Here, query: Annotated[PageQuery, Query()], request: Request, response: Response
+) -> Page[FileObject]:
+    with here.sessions.begin() as s:
+        found, has_more = files.page(s, **query.model_dump())
+    answer = page([file_object(row) for row in found], [row.id for row in found], has_more)
+    link_next(request, response, query, answer)
+    return answer
+
+
+@router.get("/{file_id}", summary="One file", responses=declared(404, 503))
+def get_file(here: Here, file_id: str) -> FileObject:
+    with here.sessions.begin() as s:
+        return file_object(files.get(s, file_id))
+
+
+@router.delete("/{file_id}", status_code=204, summary="Delete a file", responses=declared(404, 409, 503))
+def delete_file(here: Here, file_id: str) -> None:
+    """Its bytes too. Refused while a job that has not ended needs it."""
+    with here.sessions.begin() as s:
+        key = files.delete(s, file_id)
+    here.storage.delete(key)
+
+
+def shown_name(given: str | None) -> str:
+    """What the client calls it, for people to read: the last part, printable, short. Never used as a path."""
+    name = PurePosixPath((given or "").replace("\\", "/")).name
+    return "".join(character for character in name if character.isprintable())[:255] or "file.jsonl"
+
+
+def _chunks(source: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: source.read(CHUNK_BYTES), b"")

@@ -1,0 +1,72 @@
+"""Is the process alive, can it work, and its figures."""
+
+from typing import Any, Literal
+
+import anyio
+import structlog
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+
+from service.api.deps import Here, Parts
+from service.api.errors import declared
+from service.store.session import at_most, schema_revision
+from service.store.tables import HEAD
+
+router = APIRouter(tags=["operation"])
+log = structlog.get_logger(__name__)
+
+DATABASE_TIMEOUT_S = 1.0
+BROKER_TIMEOUT_S = 1.0
+
+
+class Live(BaseModel):
+    status: Literal["alive"] = "alive"
+
+
+class Ready(BaseModel):
+    status: Literal["ready", "degraded", "unready"]
+    checks: dict[str, str]
+
+
+@router.get("/livez", summary="Is the process alive?", responses=declared())
+async def livez() -> Live:
+    """Touches neither database nor broker: their outage is no reason to restart this."""
+    return Live()
+
+
+@router.get("/readyz", summary="Can it work?", responses=declared() | {503: {"model": Ready}})
+async def readyz(here: Here, response: Response) -> Ready:
+    """503 without the database or with another schema. Without the broker: degraded; jobs wait in the database."""
+    database = await _within(DATABASE_TIMEOUT_S, _database, here) or "does not answer"
+    broker = await _within(BROKER_TIMEOUT_S, _broker, here) or "does not answer"
+    status: Literal["ready", "degraded", "unready"] = "ready" if broker == "ok" else "degraded"
+    if database != "ok":
+        response.status_code, status = 503, "unready"
+    return Ready(status=status, checks={"database": database, "broker": broker})
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=declared())
+def metrics(request: Request) -> Response:
+    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _within(seconds: float, check: Any, here: Parts) -> str | None:
+    with anyio.move_on_after(seconds):
+        return str(await anyio.to_thread.run_sync(check, here, abandon_on_cancel=True))
+    return None
+
+
+def _database(here: Parts) -> str:
+    try:
+        with here.sessions.begin() as s:
+            at_most(s, DATABASE_TIMEOUT_S)
+            revision = schema_revision(s)
+    except Exception as error:
+        log.warning("the database does not answer", error=str(error))
+        return "does not answer"
+    return "ok" if revision == HEAD else f"schema {revision or 'missing'}, expected {HEAD}: run `unlearn migrate`"
+
+
+def _broker(here: Parts) -> str:
+    return "ok" if here.dispatcher.reachable() else "does not answer"

@@ -1,0 +1,103 @@
+"""Figures of jobs, read from Postgres when they are scraped, so that every replica of the API tells the same."""
+
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from threading import Lock
+
+import structlog
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from service.api.deps import Parts
+from service.domain.job import FailureCode, Status
+from service.store.metrics import JOB_VERDICTS, JOBS_FINISHED, LEASES_EXPIRED, Count, Figures, counters, figures
+from service.store.session import at_most
+
+log = structlog.get_logger(__name__)
+
+TIMEOUT_S = 2.0
+VERDICTS = ("PASSED", "WARNED", "FAILED")
+COUNTERS = {
+    JOBS_FINISHED: "Jobs that ended",
+    JOB_VERDICTS: "Verdicts on the models of succeeded jobs",
+    LEASES_EXPIRED: "Leases that expired because their worker fell silent",
+}
+
+
+def build_info(registry: CollectorRegistry) -> None:
+    info = Gauge("unlearn_build_info", "Which code runs", ["version"], registry=registry)
+    info.labels(version("unlearning-service")).set(1)
+
+
+class JobFigures(Collector):
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._lock = Lock()
+        self._read_at = float("-inf")
+        self._metrics: list[Metric] = []
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # else registering would ask the database
+
+    def collect(self) -> Iterable[Metric]:
+        with self._lock:
+            if time.monotonic() - self._read_at >= self._parts.settings.metrics_cache_s:
+                self._metrics = list(self._read())
+                self._read_at = time.monotonic()
+            return self._metrics
+
+    def _read(self) -> Iterator[Metric]:
+        success = GaugeMetricFamily("unlearn_collector_success", "1: the figures of jobs below are there")
+        try:
+            with self._parts.sessions.begin() as s:
+                at_most(s, TIMEOUT_S)
+                gauges, counts = figures(s), counters(s)
+        except Exception as error:
+            log.warning("no figures of jobs", error=str(error))
+            success.add_metric([], 0)
+            yield success
+            return
+        success.add_metric([], 1)
+        yield success
+        yield from self._gauges(gauges)
+        yield from self._counters(counts)
+
+    def _gauges(self, found: Figures) -> Iterator[Metric]:
+        queues = sorted({*self._parts.settings.gpu_classes, *(queue for _, queue in found.jobs)})
+        jobs = GaugeMetricFamily("unlearn_jobs", "Jobs by status", labels=["status", "queue"])
+        waiting = GaugeMetricFamily(
+            "unlearn_queue_oldest_age_seconds", "How long the job that waits longest has waited", labels=["queue"]
+        )
+        silence = GaugeMetricFamily(
+            "unlearn_running_heartbeat_age_seconds_max", "Since the most silent worker was heard of", labels=["queue"]
+        )
+        for queue in queues:
+            for status in Status:
+                jobs.add_metric([status, queue], found.jobs.get((status, queue), 0))
+            waiting.add_metric([queue], found.queue_oldest_age_s.get(queue, 0.0))
+            silence.add_metric([queue], found.heartbeat_age_max_s.get(queue, 0.0))
+        yield from (jobs, waiting, silence)
+
+    def _counters(self, counts: list[Count]) -> Iterator[Metric]:
+        """Every set of labels from the start, at 0: else the first increase of each would be invisible to rate()."""
+        values = dict.fromkeys(self._expected(), 0)
+        values |= {(count.name, tuple(sorted(count.labels.items()))): count.value for count in counts}
+        for name, documentation in COUNTERS.items():
+            of_name = {dict_: value for (found, dict_), value in values.items() if found == name}
+            labels = sorted({label for pairs in of_name for label, _ in pairs})
+            family = CounterMetricFamily(name, documentation, labels=labels)
+            for pairs, value in of_name.items():
+                family.add_metric([dict(pairs).get(label, "") for label in labels], value)
+            yield family
+
+    def _expected(self) -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
+        yield LEASES_EXPIRED, ()
+        for result in VERDICTS:
+            yield JOB_VERDICTS, (("result", result),)
+        for method in self._parts.catalog.methods:
+            ends = [(Status.SUCCEEDED, ""), (Status.CANCELLED, ""), *((Status.FAILED, code) for code in FailureCode)]
+            for status, code in ends:
+                labels = {"status": str(status), "method": method, "failure_code": str(code)}
+                yield JOBS_FINISHED, tuple(sorted(labels.items()))

@@ -1,0 +1,313 @@
+"""What the API answers with. Readers ignore fields and enum values that they do not know: more will come."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from service.domain.job import (
+    Budget,
+    Constraint,
+    Failure,
+    JobSpec,
+    Limits,
+    Lora,
+    MethodChoice,
+    ModelEntry,
+    PromptFormat,
+    Resources,
+    Stage,
+    Status,
+    Verdict,
+)
+from service.store import tables
+
+JOBS_PATH = "/v1/unlearning/jobs"
+ADAPTER, REPORT_JSON, REPORT_HTML = "adapter/adapter_model.safetensors", "report.json", "report.html"
+
+
+class FileObject(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    purpose: Literal["forget_set", "retain_set", "eval_set"]
+    filename: str
+    bytes: int
+    rows: int
+    sha256: str
+    created_at: datetime
+
+
+class ModelObject(BaseModel):
+    id: str = Field(description="the name by which a job asks for it")
+    object: Literal["model"] = "model"
+    source: Literal["path", "hub"]
+    hub_id: str | None
+    revision: str | None = Field(description="of a Hub model: its commit")
+    digest: str | None = Field(
+        description="of the files that are loaded; null for a Hub model, whose revision pins them"
+    )
+    tokenizer_digest: str | None
+    prompt_format: PromptFormat
+    gpu_class: str
+    info: dict[str, Any]
+    created_at: datetime | None
+
+
+class MethodObject(BaseModel):
+    id: str
+    object: Literal["method"] = "method"
+    summary: str
+    reference: str | None
+    composition: dict[str, str]
+    parameters: dict[str, Any] = Field(description="JSON Schema of `hyperparameters`, with defaults")
+    presets: dict[str, dict[str, Any]]
+
+
+class BaseModelRef(BaseModel):
+    id: str
+    revision: str | None
+    digest: str | None
+    tokenizer_digest: str | None
+
+
+class Progress(BaseModel):
+    unit: Literal["steps"] = "steps"
+    completed: int
+    total: int | None
+    percent: float
+    queue_position: int | None = Field(description="1: next")
+    eta_seconds: float | None = Field(description="until the solve ends, as the steps so far suggest")
+    trained_tokens: int
+
+
+class StageEntry(BaseModel):
+    stage: Stage
+    attempt: int
+    started_at: datetime
+    finished_at: datetime | None
+
+
+class Note(BaseModel):
+    code: str
+    message: str
+
+
+class Result(BaseModel):
+    adapter: str | None = Field(description="id of the artifact with the adapter's weights")
+    report: str | None = Field(description="id of the artifact with the report's JSON")
+
+
+class Links(BaseModel):
+    self: str
+    cancel: str
+    events: str
+    steps: str
+    report: str
+    artifacts: str
+
+
+class JobObject(BaseModel):
+    id: str
+    object: Literal["unlearning.job"] = "unlearning.job"
+    created_at: datetime
+    updated_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    estimated_finish_at: datetime | None
+    status: Status = Field(description="whether the run finished; `verdict` says whether the model passed")
+    status_reason: str | None
+    stage: Stage | None
+    stage_history: list[StageEntry]
+    progress: Progress
+    model: str
+    base_model: BaseModelRef | None = Field(description="null once the model is no longer registered")
+    method: MethodChoice
+    constraint: Constraint
+    epsilon: float | None = Field(description="the bound, nats per token; known once the base model was measured")
+    base_retain_loss: float | None = Field(description="of the base model on the retain set, nats per token")
+    budget: Budget
+    due_at: datetime | None
+    lora: Lora
+    forget_set: str
+    retain_set: str
+    priority: int
+    resources: Resources
+    seed: int
+    limits: Limits
+    attempt: int
+    verdict: Verdict | None
+    failure: Failure | None
+    warnings: list[Note]
+    result: Result
+    metadata: dict[str, str]
+    external_id: str | None
+    version: int
+    links: Links
+
+
+class EventObject(BaseModel):
+    id: str
+    object: Literal["unlearning.job.event"] = "unlearning.job.event"
+    job_id: str
+    seq: int
+    created_at: datetime
+    level: Literal["info", "warn", "error"]
+    type: str
+    message: str
+    data: dict[str, Any]
+    attempt: int
+
+
+class Step(BaseModel):
+    """Measured on the step's batch before the parameters moved. A number that was not finite is null."""
+
+    step: int
+    losses: dict[str, float | None]
+    dual: dict[str, float | None] = Field(description="multiplier by constraint")
+    violation: dict[str, float | None] = Field(description="loss minus bound, by constraint; positive: violated")
+    learning_rate: float | None
+    gradient_norm: float | None
+    tokens: int = Field(description="trained so far")
+    tokens_per_second: float | None
+    elapsed_seconds: float
+    extra: dict[str, float | None]
+
+
+class Check(BaseModel):
+    """A measurement of the whole sets, or of their fixed samples."""
+
+    step: int
+    forget_objective: float | None
+    forget_probability: float | None
+    retain_loss: float | None
+    retain_upper: float | None
+    epsilon: float | None
+    feasible: bool
+    best: bool
+    rows: int
+    seconds: float
+
+
+class Events(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[EventObject]
+    has_more: bool
+
+
+class Steps(BaseModel):
+    """Of the current attempt, or the last."""
+
+    object: Literal["list"] = "list"
+    attempt: int
+    data: list[Step]
+    checks: list[Check] = Field(description="all of them, at that step and after it")
+    has_more: bool
+
+
+class ArtifactObject(BaseModel):
+    id: str
+    object: Literal["unlearning.job.artifact"] = "unlearning.job.artifact"
+    job_id: str
+    name: str
+    media_type: str
+    bytes: int
+    sha256: str
+    created_at: datetime
+    content: str = Field(description="path of the content")
+
+
+def file_object(row: tables.File) -> FileObject:
+    return FileObject.model_validate(_columns(row) | {"filename": row.name})
+
+
+def model_object(entry: ModelEntry) -> ModelObject:
+    """Without the folder: a path of the workers' machines is nobody's business."""
+    hub_id = entry.location if entry.source == "hub" else None
+    return ModelObject(id=entry.name, hub_id=hub_id, **entry.model_dump(exclude={"name", "location"}))
+
+
+def job_object(
+    row: tables.Job, entry: ModelEntry | None, queue_position: int | None, artifacts: Sequence[tables.Artifact]
+) -> JobObject:
+    spec = JobSpec.model_validate(row.spec)
+    eta = eta_seconds(row, spec.budget)
+    ids = {artifact.name: artifact.id for artifact in artifacts}
+    path = f"{JOBS_PATH}/{row.id}"
+    asked = spec.model_dump(exclude={"due_at", "metadata", "external_id", "priority", "model", "method"})
+    shown = {name: value for name, value in _columns(row).items() if name not in ("model", "method", *asked)}
+    return JobObject.model_validate(
+        shown
+        | asked
+        | {
+            "model": spec.model,
+            "method": spec.method,
+            "metadata": row.metadata_,
+            "estimated_finish_at": row.updated_at + timedelta(seconds=eta) if eta is not None else None,
+            "progress": Progress(
+                completed=row.step,
+                total=row.steps_total,
+                percent=percent(row),
+                queue_position=queue_position,
+                eta_seconds=eta,
+                trained_tokens=row.trained_tokens,
+            ),
+            "base_model": base_model(entry) if entry else None,
+            "result": Result(adapter=ids.get(ADAPTER), report=ids.get(REPORT_JSON)),
+            "links": Links(
+                self=path,
+                cancel=f"{path}/cancel",
+                events=f"{path}/events",
+                steps=f"{path}/steps",
+                report=f"{path}/report",
+                artifacts=f"{path}/artifacts",
+            ),
+        }
+    )
+
+
+def base_model(entry: ModelEntry) -> BaseModelRef:
+    return BaseModelRef(
+        id=entry.location if entry.source == "hub" else entry.name,
+        revision=entry.revision,
+        digest=entry.digest,
+        tokenizer_digest=entry.tokenizer_digest,
+    )
+
+
+def percent(row: tables.Job) -> float:
+    """Of the steps; a run that ended earlier than its budget is complete all the same."""
+    if row.status is Status.SUCCEEDED:
+        return 100.0
+    return round(100.0 * row.step / row.steps_total, 1) if row.steps_total else 0.0
+
+
+def eta_seconds(row: tables.Job, budget: Budget) -> float | None:
+    """While it solves: the rest of the steps at the pace so far, or the rest of the time, whichever is less."""
+    if row.status is not Status.RUNNING or row.stage != Stage.UNLEARNING or not row.step:
+        return None
+    began = datetime.fromisoformat(row.stage_history[-1]["started_at"])
+    elapsed = (row.updated_at - began).total_seconds()
+    return round(max(0.0, min((budget.max_steps - row.step) * elapsed / row.step, budget.max_seconds - elapsed)), 1)
+
+
+def event_object(row: tables.JobEvent) -> EventObject:
+    return EventObject.model_validate(_columns(row))
+
+
+def step(row: tables.JobStep) -> Step:
+    return Step.model_validate(_columns(row))
+
+
+def check(row: tables.JobCheck) -> Check:
+    return Check.model_validate(_columns(row))
+
+
+def artifact_object(row: tables.Artifact) -> ArtifactObject:
+    content = f"{JOBS_PATH}/{row.job_id}/artifacts/{row.id}/content"
+    return ArtifactObject.model_validate(_columns(row) | {"content": content})
+
+
+def _columns(row: tables.Base) -> dict[str, Any]:
+    return {column.key: getattr(row, column.key) for column in type(row).__mapper__.column_attrs}

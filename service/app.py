@@ -1,0 +1,70 @@
+"""The one place where the parts of the API meet."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CollectorRegistry
+
+from service.api import docs, errors, files, health, jobs, metrics, models, reports
+from service.api.deps import Parts
+from service.api.edge import Edge, HttpFigures
+from service.dispatch import CeleryDispatcher, Dispatcher
+from service.domain import catalog
+from service.settings import Settings
+from service.store.session import make_engine, make_sessions
+from service.store.storage import Storage
+
+DESCRIPTION = (
+    "Removes named data from a language model on request: a job trains an adapter under a bound on what must be kept, "
+    "measures it, and gives a report. `status` says whether the run finished, `verdict` whether the model passed. "
+    "Times are UTC. Unknown fields in a request are errors; ignore those that you do not know in an answer."
+)
+
+
+def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> FastAPI:
+    """The API. It connects when it starts; a dispatcher that is given is the caller's to close."""
+    registry = CollectorRegistry()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = make_engine(settings.database_url)
+        bell = dispatcher or CeleryDispatcher(settings)
+        parts = Parts(settings, make_sessions(engine), Storage(settings.storage_url), bell, catalog.load())
+        app.state.parts, app.state.registry = parts, registry
+        collector = metrics.JobFigures(parts)
+        registry.register(collector)
+        yield
+        registry.unregister(collector)
+        if isinstance(bell, CeleryDispatcher) and bell is not dispatcher:
+            bell.close()
+        engine.dispose()
+
+    app = FastAPI(
+        title="Unlearning as a service",
+        version=version("unlearning-service"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(Edge, settings=settings, figures=HttpFigures(registry))
+    metrics.build_info(registry)
+    errors.install(app)
+    for module in (jobs, reports, files, models, health, docs):
+        app.include_router(module.router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, with our problems where it would show its own errors."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        errors.declare(schema)
+        app.openapi_schema = schema
+    return app.openapi_schema

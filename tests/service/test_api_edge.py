@@ -1,0 +1,213 @@
+"""What holds for every request: problems, ids, limits, headers, health, metrics, documentation."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from service.api.errors import KINDS
+from service.app import create_app
+from service.settings import Settings
+from service.store import jobs
+from service.store.session import Sessions
+from tests.service.conftest import JOBS, Bell
+
+JSON = {"Content-Type": "application/json"}
+
+
+def kind(reply: Any) -> tuple[int, str]:
+    """(status, type); every problem is whole."""
+    assert reply.headers["Content-Type"] == "application/problem+json", reply.text
+    problem = reply.json()
+    assert problem["status"] == reply.status_code
+    assert problem["request_id"] == reply.headers["X-Request-ID"]
+    assert problem["title"]
+    return reply.status_code, problem["type"].removeprefix("/docs#")
+
+
+def test_every_error_is_a_problem(http: TestClient) -> None:
+    assert kind(http.get("/nothing")) == (404, "not-found")
+    assert kind(http.get("/v1/files/")) == (404, "not-found")
+    assert kind(http.put("/v1/files")) == (405, "method-not-allowed")
+    assert kind(http.request("BREW", "/livez")) == (405, "method-not-allowed")
+    for broken in (b"{", b"", b"\xff", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"):
+        assert kind(http.post(JOBS, content=broken, headers=JSON))[0] in (400, 422), broken[:20]
+    assert kind(http.post(JOBS, content=b'{"model": }', headers=JSON)) == (400, "malformed-json")
+    assert kind(http.post(JOBS, content=b"[" * 100_000, headers=JSON)) == (400, "malformed-json")
+    assert kind(http.post(JOBS, content=b"[]", headers=JSON)) == (422, "validation-error")
+    for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"):
+        reply = http.post(JOBS, content=b"{}", headers={"Content-Type": media_type})
+        assert kind(reply) == (415, "unsupported-media-type"), media_type
+    assert kind(http.post(JOBS, content=b"{}")) == (415, "unsupported-media-type")
+
+
+def test_deep_nesting_is_no_server_error(http: TestClient, request_body: dict[str, Any]) -> None:
+    for depth in (50, 200, 300, 900, 5000, 50_000):
+        deep = "[" * depth + "]" * depth
+        body = json.dumps(request_body).replace(
+            '{"type": "pdu"}', f'{{"type": "pdu", "hyperparameters": {{"x": {deep}}}}}'
+        )
+        reply = http.post(JOBS, content=body, headers=JSON)
+        assert kind(reply)[0] in (400, 422), depth
+
+
+def test_a_body_over_the_limit_is_refused_while_it_arrives(settings: Settings, bell: Bell) -> None:
+    taken = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal taken
+        for _ in range(10_000):
+            taken += 1000
+            yield b" " * 1000
+
+    small = settings.model_copy(update={"body_max_bytes": 5000})
+    with TestClient(create_app(small, dispatcher=bell), raise_server_exceptions=False) as http:
+        assert kind(http.post(JOBS, content=b" " * 5001, headers=JSON)) == (413, "payload-too-large")
+        assert kind(http.post(JOBS, content=endless(), headers=JSON)) == (413, "payload-too-large")
+        lying = {**JSON, "Content-Length": "10"}
+        assert kind(http.post(JOBS, content=b" " * 6000, headers=lying)) == (413, "payload-too-large")
+
+
+def test_a_request_id_is_taken_over_or_replaced(http: TestClient) -> None:
+    assert http.get("/livez", headers={"X-Request-ID": "abc-1_Z"}).headers["X-Request-ID"] == "abc-1_Z"
+    for wrong in ("", "a b", "x" * 65, "<script>", "é".encode()):
+        assert http.get("/livez", headers={"X-Request-ID": wrong}).headers["X-Request-ID"].startswith("req_")
+
+
+def test_every_answer_carries_the_security_headers(http: TestClient) -> None:
+    for reply in (
+        http.get("/livez"),
+        http.get("/nothing"),
+        http.get("/v1/models"),
+        http.post(JOBS, content=b"{", headers=JSON),
+    ):
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert reply.headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert reply.headers["Cache-Control"] == "private, no-cache"
+
+
+def test_a_failure_of_ours_tells_nothing_but_its_request_id(
+    http: TestClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("secret /etc/x")
+
+    monkeypatch.setattr("service.store.models.every", broken)
+    reply = http.get("/v1/models", headers={"X-Request-ID": "r1"})
+    assert kind(reply) == (500, "internal-error")
+    assert "secret" not in reply.text
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert "secret" in (logged := capsys.readouterr().out)
+    assert "r1" in logged
+
+
+def test_without_a_database_the_process_lives_and_is_not_ready(settings: Settings, bell: Bell) -> None:
+    gone = settings.model_copy(update={"database_url": "postgresql+psycopg://u@/db?host=/nowhere"})
+    with TestClient(create_app(gone, dispatcher=bell)) as http:
+        assert http.get("/livez").json() == {"status": "alive"}
+        ready = http.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (503, "unready")
+        reply = http.get(JOBS)
+        assert (kind(reply), reply.headers["Retry-After"]) == ((503, "service-unavailable"), "5")
+        assert "unlearn_collector_success 0.0" in http.get("/metrics").text
+
+
+def test_a_database_that_was_not_migrated_is_not_ready(settings: Settings, empty_database_url: str, bell: Bell) -> None:
+    empty = settings.model_copy(update={"database_url": empty_database_url})
+    with TestClient(create_app(empty, dispatcher=bell), raise_server_exceptions=False) as http:
+        ready = http.get("/readyz")
+        assert ready.status_code == 503
+        assert "unlearn migrate" in ready.json()["checks"]["database"]
+
+
+def test_with_everything_there_it_is_ready(settings: Settings) -> None:
+    with TestClient(create_app(settings)) as http:
+        assert http.get("/readyz").json() == {"status": "ready", "checks": {"database": "ok", "broker": "ok"}}
+
+
+def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
+    settings: Settings, sessions: Sessions, new_job: Callable[..., str], bell: Bell
+) -> None:
+    new_job()
+    with sessions.begin() as s:
+        claim = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+    assert claim is not None
+    job_id = new_job()
+    fresh = settings.model_copy(update={"metrics_cache_s": 0.0})
+    with TestClient(create_app(fresh, dispatcher=bell)) as http:
+        http.get(f"{JOBS}/{job_id}")
+        http.get("/secret/subject-1")
+        text = http.get("/metrics").text
+    samples = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+    def value(name: str, **labels: str) -> float:
+        return samples[name, frozenset(labels.items())]
+
+    assert value("unlearn_collector_success") == 1
+    assert value("unlearn_jobs", status="running", queue="any") == 1
+    assert value("unlearn_jobs", status="queued", queue="any") == 1
+    assert value("unlearn_jobs", status="failed", queue="cpu") == 0, "from the start"
+    assert value("unlearn_jobs_finished_total", status="failed", method="pdu", failure_code="worker_lost") == 0
+    assert value("unlearn_job_verdicts_total", result="PASSED") == 0
+    assert value("unlearn_leases_expired_total") == 0
+    assert value("unlearn_queue_oldest_age_seconds", queue="any") > 0
+    assert value("unlearn_running_heartbeat_age_seconds_max", queue="any") > 0
+    assert value("unlearn_http_requests_total", method="GET", route=JOBS + "/{job_id}", code="200") == 1
+    assert value("unlearn_http_requests_total", method="GET", route="unmatched", code="404") == 1
+    assert value("unlearn_http_in_flight_requests") == 1
+    assert "secret" not in text
+    assert job_id not in text
+    assert len(samples) < 2000
+
+
+def test_the_documentation_opens_without_network_and_names_everything(http: TestClient) -> None:
+    page = http.get("/docs")
+    assert page.headers["Content-Type"].startswith("text/html")
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags: set[str] = set()
+            self.links: list[str] = []
+            self.ids: set[str] = set()
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            given = dict(attrs)
+            self.tags.add(tag)
+            self.links += [given[name] or "" for name in ("href", "src") if name in given]
+            self.ids |= {given["id"] or ""} if "id" in given else set()
+
+    reader = Reader()
+    reader.feed(page.text)
+    assert not reader.tags & {"script", "link", "img", "iframe"}
+    assert all(link.startswith(("#", "/")) for link in reader.links)
+    assert {link[1:] for link in reader.links if link.startswith("#")} <= reader.ids
+    assert {kind.name for kind in KINDS} <= reader.ids
+    for path in http.get("/openapi.json").json()["paths"]:
+        assert path in page.text
+
+
+def test_openapi_declares_the_problems_of_every_operation(http: TestClient) -> None:
+    api = http.get("/openapi.json").json()
+    assert "HTTPValidationError" not in json.dumps(api)
+    for path, operations in api["paths"].items():
+        for method, operation in operations.items():
+            assert operation["summary"], path
+            assert {"422", "500"} <= set(operation["responses"]), f"{method} {path}"
+            if "{" in path:
+                assert "404" in operation["responses"], path
+            if "requestBody" in operation:
+                assert {"400", "413", "415"} <= set(operation["responses"]), path
+            problems = [r for code, r in operation["responses"].items() if code >= "400" and path != "/readyz"]
+            assert all(list(r["content"]) == ["application/problem+json"] for r in problems), path
+    references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(api)))
+    assert references <= set(api["components"]["schemas"])

@@ -1,0 +1,343 @@
+"""Jobs over HTTP: what is accepted, what is refused and how, what is shown."""
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from sqlalchemy import func, select
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.domain.job import Failure, FailureCode, ModelEntry, PromptFormat, Stage, Verdict
+from service.settings import Settings
+from service.store import jobs, models
+from service.store.rows import ArtifactRow, CheckRow, Claim, ConstraintRow, StepRow
+from service.store.session import Sessions
+from service.store.tables import File, Job
+from tests.service.conftest import JOBS, Bell
+
+Body = dict[str, Any]
+
+
+def changed(body: Body, path: str, value: Any) -> Body:
+    """The body with one field changed: changed(body, "budget/max_steps", 1)."""
+    *parents, last = path.split("/")
+    body = json.loads(json.dumps(body))
+    at = body
+    for name in parents:
+        at = at.setdefault(name, {})
+    at[last] = value
+    return body
+
+
+def claim(sessions: Sessions) -> Claim:
+    with sessions.begin() as s:
+        found = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+    assert found is not None
+    return found
+
+
+def step_row(step: int) -> StepRow:
+    return StepRow(
+        step, {"forget": 3.0, "retain": 0.2}, {"retain": 50.0}, {"retain": -0.1}, 2e-3, 1.0, step * 10, 9.0, 1.0
+    )
+
+
+def kept(settings: Settings, sessions: Sessions) -> tuple[int, int, int]:
+    """Jobs, files, stored objects."""
+    with sessions.begin() as s:
+        rows = [s.scalars(select(func.count()).select_from(table)).one() for table in (Job, File)]
+    return rows[0], rows[1], sum(path.is_file() for path in Path(settings.storage_url).rglob("*"))
+
+
+def test_a_job_is_created_with_its_inline_rows_as_files(
+    http: TestClient, settings: Settings, sessions: Sessions, bell: Bell, request_body: Body
+) -> None:
+    visible: list[int] = []
+
+    def look() -> None:
+        with sessions.begin() as s:
+            visible.append(s.scalars(select(func.count()).select_from(Job)).one())
+
+    bell.on_ring = look
+    reply = http.post(JOBS, json=request_body)
+    assert reply.status_code == 201, reply.text
+    job = reply.json()
+    assert reply.headers["Location"] == job["links"]["self"] == f"{JOBS}/{job['id']}"
+    assert (reply.headers["ETag"], reply.headers["Retry-After"]) == ('"1"', "10")
+    assert (job["object"], job["status"], job["verdict"], job["failure"]) == ("unlearning.job", "queued", None, None)
+    assert (job["progress"]["queue_position"], job["progress"]["percent"], job["progress"]["total"]) == (1, 0, 300)
+    assert job["created_at"].endswith("Z")
+    assert job["method"]["hyperparameters"]["learning_rate"] > 0  # completed with defaults
+    assert (bell.rung, visible) == (["any"], [1]), "rung once, after the commit"
+    assert http.get(job["links"]["self"]).json() == job
+
+    file = http.get(f"/v1/files/{job['forget_set']}").json()
+    assert (file["purpose"], file["rows"]) == ("forget_set", 2)
+    content = (Path(settings.storage_url) / "files" / f"{file['id']}.jsonl").read_text()
+    assert [json.loads(line) for line in content.splitlines()] == request_body["forget_set"]
+
+
+def test_uploaded_files_serve_as_sets_and_a_time_is_shown_in_utc(
+    http: TestClient, upload: Callable[..., str], request_body: Body
+) -> None:
+    request_body |= {
+        "forget_set": upload("forget_set", [{"text": "a"}]),
+        "retain_set": upload("retain_set", [{"text": "b"}]),
+        "due_at": "2027-03-01T12:00:00+02:00",
+        "metadata": {"ticket": "T-1\x00"},
+        "external_id": "x",
+    }
+    job = http.post(JOBS, json=request_body).json()
+    assert job["due_at"] == "2027-03-01T10:00:00Z"
+    assert (job["forget_set"], job["external_id"]) == (request_body["forget_set"], "x")
+    assert job["warnings"] == [], "texts have no prompt"
+
+
+def test_a_template_that_ends_in_a_space_is_warned_of(http: TestClient, sessions: Sessions, request_body: Body) -> None:
+    assert [w["code"] for w in http.post(JOBS, json=request_body).json()["warnings"]] == ["prompt_ends_in_space"]
+    form = PromptFormat(user_end="\n", assistant_start="Answer:")
+    with sessions.begin() as s:
+        models.add(s, ModelEntry(name="tight", source="path", location="t", prompt_format=form, gpu_class="cpu"))
+    job = http.post(JOBS, json=request_body | {"model": "tight"}).json()
+    assert job["warnings"] == []
+    assert job["resources"]["gpu_class"] == "cpu", "the model's class, where the request leaves it open"
+
+
+REFUSED: list[tuple[str, Any, str, str]] = [  # field, value, pointer, words of the complaint
+    ("model", "unknown", "/model", "not registered"),
+    ("model", "../m", "/model", "pattern"),
+    ("model", "/etc/model", "/model", "pattern"),
+    ("model", "https://x/m", "/model", "pattern"),
+    ("model", "owner/name", "/model", "pattern"),
+    ("model", None, "/model", "string"),
+    ("method/type", "sgd", "/method/type", "pdu"),
+    ("method/hyperparameters/lr", 1, "/method/hyperparameters/lr", "learning_rate"),
+    ("method/hyperparameters/learning_rate", "x", "/method/hyperparameters/learning_rate", "number"),
+    ("method/hyperparameters/learning_rate", float("nan"), "/method/hyperparameters/learning_rate", "finite"),
+    ("method/hyperparameters/learning_rate", 10**400, "/method/hyperparameters/learning_rate", "finite"),
+    ("method/hyperparameters/forget_rows", 10**30, "/method/hyperparameters/forget_rows", "4096"),
+    ("constraint", {}, "/constraint", "exactly one"),
+    ("constraint", {"epsilon": 1, "epsilon_relative": 1}, "/constraint", "exactly one"),
+    ("constraint/epsilon", -0.1, "/constraint/epsilon", "greater than or equal to 0"),
+    ("constraint/epsilon", float("nan"), "/constraint/epsilon", "finite"),
+    ("constraint/epsilon", float("inf"), "/constraint/epsilon", "finite"),
+    ("constraint/epsilon", 10**400, "/constraint/epsilon", ""),
+    ("budget/max_steps", 0, "/budget/max_steps", "greater"),
+    ("budget/max_steps", 10**100, "/budget/max_steps", "less"),
+    ("lora/target_modules", ["q_proj", "model.embed_tokens"], "/lora/target_modules/1", "head"),
+    ("lora/target_modules", ["lm_head"], "/lora/target_modules/0", "head"),
+    ("lora/alpha", 10**30, "/lora/alpha", "less"),
+    ("resources/gpu_class", "h900", "/resources/gpu_class", "any, cpu"),
+    ("due_at", "2027-01-01T00:00:00", "/due_at", "timezone"),
+    ("due_at", "9999-12-31T23:59:59-12:00", "/due_at", "years"),
+    ("metadata", {"k": "\ud800"}, "/metadata/k", "unicode"),
+    ("trust_remote_code", True, "/trust_remote_code", "not permitted"),
+    ("model_path", "/m", "/model_path", "not permitted"),
+    ("forget_set", [], "/forget_set", "at least 1"),
+    ("forget_set", [{"text": "x"}] * 1001, "/forget_set", "at most 1000"),
+    ("forget_set", "ufile_" + "0" * 32, "/forget_set", "no file"),
+    ("forget_set", "../../x", "/forget_set", "pattern"),
+    ("forget_set", {"path": "x"}, "/forget_set", "string"),
+    ("forget_set", [{"text": "x", "y": 1}], "/forget_set/0/y", "not permitted"),
+    ("forget_set", [{"text": "x"}, {"question": "q"}], "/forget_set/1", "question and answer"),
+    ("forget_set", [{"text": "x"}, {"text": "  "}], "/forget_set/1", "row 2: text is empty"),
+]
+
+
+def test_what_cannot_be_carried_out_is_refused_by_name_and_nothing_is_kept(
+    http: TestClient, settings: Settings, sessions: Sessions, bell: Bell, request_body: Body
+) -> None:
+    for path, value, pointer, words in REFUSED:
+        content = json.dumps(changed(request_body, path, value))  # it writes NaN, as Python's clients do
+        reply = http.post(JOBS, content=content, headers={"Content-Type": "application/json"})
+        case = f"{path} = {str(value)[:60]}: {reply.text[:500]}"
+        assert reply.status_code == 422, case
+        problem = reply.json()
+        assert problem["type"].endswith("validation-error"), case
+        assert [error["pointer"] for error in problem["errors"]] == [pointer], case
+        assert words in problem["errors"][0]["detail"], case
+    assert kept(settings, sessions) == (0, 0, 0)
+    assert bell.rung == []
+
+
+def test_rows_in_both_sets_are_named_by_their_numbers(
+    http: TestClient, settings: Settings, sessions: Sessions, upload: Callable[..., str], request_body: Body
+) -> None:
+    request_body["forget_set"] = [{"text": "a"}, {"text": "shared "}, {"question": "q", "answer": "r"}]
+    request_body["retain_set"] = upload(
+        "retain_set", [{"text": "b"}, {"question": "q", "answer": "r"}, {"text": "c"}, {"text": "shared"}]
+    )
+    reply = http.post(JOBS, json=request_body)
+    assert reply.status_code == 422
+    assert [(error["pointer"], error["detail"], error["code"]) for error in reply.json()["errors"]] == [
+        ("/forget_set", "forget row 2 is retain row 4", "overlap"),
+        ("/forget_set", "forget row 3 is retain row 2", "overlap"),
+    ]
+    assert kept(settings, sessions) == (0, 1, 1)
+
+    rows = [{"text": str(number)} for number in range(500)]
+    errors = http.post(JOBS, json=request_body | {"forget_set": rows, "retain_set": rows}).json()["errors"]
+    assert (len(errors), errors[-1]["detail"]) == (21, "and 480 more")
+
+
+def test_a_file_serves_the_purpose_that_it_was_uploaded_for(
+    http: TestClient, upload: Callable[..., str], request_body: Body
+) -> None:
+    request_body["forget_set"] = upload("retain_set", [{"text": "keep me"}])
+    reply = http.post(JOBS, json=request_body)
+    assert (reply.status_code, reply.json()["errors"][0]["code"]) == (422, "purpose")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    http: TestClient, settings: Settings, sessions: Sessions, request_body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    calls = iter([None, OSError(28, "No space left on device")])
+
+    def fsync(_: int) -> None:
+        if error := next(calls, None):
+            raise error
+
+    monkeypatch.setattr(os, "fsync", fsync)  # the second of the two sets finds no room
+    reply = http.post(JOBS, json=request_body)
+    assert (reply.status_code, reply.json()["type"]) == (507, "/docs#storage-full")
+    assert kept(settings, sessions) == (0, 0, 0)
+
+
+def test_a_dead_broker_does_not_fail_the_request(settings: Settings, sessions: Sessions, request_body: Body) -> None:
+    deaf = settings.model_copy(update={"broker_url": "redis://127.0.0.1:1/0"})
+    with sessions.begin() as s:
+        models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
+    with TestClient(create_app(deaf)) as http:
+        assert http.post(JOBS, json=request_body).status_code == 201
+        ready = http.get("/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+
+
+def test_the_real_bell_rings_in_the_queue_of_the_class(
+    settings: Settings, sessions: Sessions, request_body: Body
+) -> None:
+    with sessions.begin() as s:
+        models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
+    with TestClient(create_app(settings)) as http:
+        assert http.post(JOBS, json=changed(request_body, "resources/gpu_class", "cpu")).status_code == 201
+    with redis.Redis.from_url(settings.broker_url) as client:
+        assert client.llen("wake.cpu") == 1
+
+
+def test_cancel_ends_a_waiting_job_and_asks_a_running_one(
+    http: TestClient, sessions: Sessions, request_body: Body
+) -> None:
+    waiting = http.post(JOBS, json=request_body).json()
+    reply = http.post(waiting["links"]["cancel"])
+    assert (reply.status_code, reply.json()["status"]) == (202, "cancelled")
+    assert "Retry-After" not in reply.headers
+    assert http.post(waiting["links"]["cancel"]).json()["version"] == reply.json()["version"], "asking twice is once"
+
+    running = http.post(JOBS, json=request_body).json()
+    found = claim(sessions)
+    assert http.post(running["links"]["cancel"]).json()["status"] == "cancelling"
+    with sessions.begin() as s:
+        jobs.fail(s, found.job_id, found.fence, Failure.of(FailureCode.NON_FINITE_LOSS, "x"))
+    failed = http.post(JOBS, json=request_body).json()
+    found = claim(sessions)
+    with sessions.begin() as s:
+        jobs.fail(s, found.job_id, found.fence, Failure.of(FailureCode.NON_FINITE_LOSS, "the loss is nan"))
+    refused = http.post(failed["links"]["cancel"])
+    assert (refused.status_code, refused.json()["type"]) == (409, "/docs#invalid-transition")
+    assert http.get(failed["links"]["self"]).json()["failure"]["fault"] == "client"
+    assert http.post(f"{JOBS}/ujob_{'0' * 32}/cancel").status_code == 404
+
+
+def test_a_running_job_shows_its_stage_pace_and_series(
+    http: TestClient, sessions: Sessions, request_body: Body
+) -> None:
+    created = http.post(JOBS, json=request_body | {"budget": {"max_steps": 100}}).json()
+    job_id, fence, _, _ = claim(sessions)
+    with sessions.begin() as s:
+        jobs.log(s, job_id, fence, stage=Stage.UNLEARNING)
+        s.get_one(Job, job_id).stage_history = [_earlier(entry) for entry in s.get_one(Job, job_id).stage_history]
+    bad = step_row(3)._replace(losses={"forget": float("nan"), "retain": 0.2})
+    with sessions.begin() as s:
+        check = CheckRow(0, 5.0, 0.9, 0.2, 0.2, 0.3, True, False, 3, 0.1)
+        jobs.log(
+            s, job_id, fence, steps=[step_row(1), step_row(2), bad], checks=[check], constraint=ConstraintRow(0.3, 0.2)
+        )
+
+    reply = http.get(created["links"]["self"])
+    job = reply.json()
+    assert (job["status"], job["stage"], job["attempt"]) == ("running", "unlearning", 1)
+    assert (job["epsilon"], job["base_retain_loss"]) == (0.3, 0.2)
+    progress = job["progress"]
+    assert (progress["completed"], progress["percent"], progress["trained_tokens"]) == (3, 3.0, 30)
+    assert progress["eta_seconds"] == pytest.approx(97 * 30 / 3, rel=0.05)  # three steps in thirty seconds
+    estimated = datetime.fromisoformat(job["estimated_finish_at"]) - datetime.fromisoformat(job["updated_at"])
+    assert estimated == timedelta(seconds=progress["eta_seconds"])
+    assert reply.headers["Retry-After"] == "30"
+
+    steps = http.get(job["links"]["steps"], params={"after": 1, "limit": 1}).json()
+    assert ([row["step"] for row in steps["data"]], steps["has_more"], steps["attempt"]) == ([2], True, 1)
+    assert steps["data"][0]["dual"] == {"retain": 50.0}
+    last = http.get(job["links"]["steps"], params={"after": 2}).json()
+    assert (last["data"][0]["losses"], last["has_more"]) == ({"forget": None, "retain": 0.2}, False)
+    assert [row["step"] for row in http.get(job["links"]["steps"]).json()["checks"]] == [0]
+
+    events = http.get(job["links"]["events"]).json()["data"]
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert [event["type"] for event in events][:3] == ["job.created", "job.queued", "job.started"]
+    rest = http.get(job["links"]["events"], params={"after_seq": 1, "limit": 1}).json()
+    assert (rest["data"], rest["has_more"]) == ([events[1]], True)
+
+
+def _earlier(entry: Mapping[str, Any]) -> dict[str, Any]:
+    began = datetime.fromisoformat(entry["started_at"]) - timedelta(seconds=30)
+    return {**entry, "started_at": began.isoformat()}
+
+
+def test_a_run_that_ended_early_is_complete_and_names_its_results(
+    http: TestClient, sessions: Sessions, request_body: Body
+) -> None:
+    created = http.post(JOBS, json=request_body).json()
+    job_id, fence, _, _ = claim(sessions)
+    names = ("adapter/adapter_model.safetensors", "report.json")
+    rows = [ArtifactRow(name, f"jobs/{name}", "application/octet-stream", 1, "0" * 64) for name in names]
+    with sessions.begin() as s:
+        jobs.log(s, job_id, fence, steps=[step_row(1)])
+        jobs.succeed(s, job_id, fence, Verdict(result="FAILED", gates=[], message="nothing was forgotten"), rows)
+    reply = http.get(created["links"]["self"])
+    job = reply.json()
+    assert (job["status"], job["verdict"]["result"], job["progress"]["percent"]) == ("succeeded", "FAILED", 100)
+    ids = {artifact["name"]: artifact["id"] for artifact in http.get(job["links"]["artifacts"]).json()["data"]}
+    assert job["result"] == {"adapter": ids[names[0]], "report": ids[names[1]]}
+    assert "Retry-After" not in reply.headers
+    with sessions.begin() as s:
+        models.remove(s, "m")
+    assert http.get(created["links"]["self"]).json()["base_model"] is None
+
+
+def test_jobs_are_listed_by_pages_status_and_model(http: TestClient, request_body: Body) -> None:
+    ids = [http.post(JOBS, json=request_body | {"priority": priority}).json()["id"] for priority in (1, 9, 5)]
+    listed = http.get(JOBS).json()
+    assert [job["id"] for job in listed["data"]] == ids[::-1]
+    assert [job["progress"]["queue_position"] for job in listed["data"]] == [2, 1, 3]
+    http.post(f"{JOBS}/{ids[0]}/cancel")
+    assert [job["id"] for job in http.get(JOBS, params={"status": "cancelled"}).json()["data"]] == ids[:1]
+    assert http.get(JOBS, params={"model": "other"}).json()["data"] == []
+    first = http.get(JOBS, params={"limit": 2, "status": "queued", "order": "asc"})
+    assert (len(first.json()["data"]), first.json()["has_more"]) == (2, False)
+    assert "Link" not in first.headers
+    for wrong in ({"status": "done"}, {"model": "../x"}, {"stauts": "queued"}):
+        assert http.get(JOBS, params=wrong).status_code == 422, wrong
+
+
+def test_unknown_jobs_are_not_found_whatever_their_name(http: TestClient) -> None:
+    for name in (f"ujob_{'0' * 32}", "x", "%00", "..%2F..%2Fetc", "%ff"):
+        for path in ("", "/events", "/steps", "/report", "/artifacts", "/artifacts/x/content"):
+            reply = http.get(f"{JOBS}/{name}{path}")
+            assert (reply.status_code, reply.headers["Content-Type"]) == (404, "application/problem+json"), name + path

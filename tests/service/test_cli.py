@@ -1,0 +1,259 @@
+"""The command line: the registry against the real database, and jobs over real HTTP."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from typer.testing import CliRunner, Result
+
+from service import client
+from service.app import create_app
+from service.cli import app
+from service.domain.job import JobSpec, ModelEntry, PromptFormat, Verdict
+from service.domain.modelfiles import digest_model, inspect
+from service.settings import Settings
+from service.store import jobs, models
+from service.store.session import Sessions
+from tests.service.conftest import Bell
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512, "vocab_size": 100}
+SHA = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture
+def run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """run("models", "list") with these settings in the environment."""
+    for name in ("database_url", "broker_url", "storage_url", "models_root"):
+        monkeypatch.setenv(name.upper(), str(getattr(settings, name)))
+
+    def invoke(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+@pytest.fixture
+def folder(settings: Settings) -> Path:
+    """A model's folder as far as the registry looks at it."""
+    made = settings.models_root / "family" / "tiny"
+    made.mkdir(parents=True)
+    (made / "config.json").write_text(json.dumps(CONFIG))
+    (made / "model.safetensors").write_bytes(b"weights")
+    (made / "tokenizer.json").write_text("{}")
+    (made / "tokenizer_config.json").write_text("{}")
+    return made
+
+
+def test_a_folder_is_registered_shown_and_removed(run: Callable[..., Result], folder: Path, sessions: Sessions) -> None:
+    for path in (folder, "family/tiny"):  # below the root, however it is written
+        added = run("models", "add", "bot", "--path", path)
+        assert added.exit_code == 0, added.output
+        assert "ends in a space" in added.stderr
+        with sessions.begin() as s:
+            entry = models.get(s, "bot")
+        assert (entry.source, entry.location, entry.prompt_format) == ("path", "family/tiny", PromptFormat())
+        assert (entry.digest, entry.tokenizer_digest) == digest_model(folder)
+        assert entry.info == {"architecture": "LlamaForCausalLM", "context_tokens": 512, "vocabulary": 100}
+        assert "bot" in run("models", "list").stdout
+        taken = run("models", "add", "bot", "--path", path)
+        assert (taken.exit_code, "is registered" in taken.stderr) == (2, True)
+        assert run("models", "remove", "bot").exit_code == 0
+    assert run("models", "list").stdout == ""
+    assert "no model 'bot'" in run("models", "remove", "bot").stderr
+
+
+def test_the_prompt_format_is_chosen_or_found(run: Callable[..., Result], folder: Path, sessions: Sessions) -> None:
+    plain = run(
+        "models",
+        "add",
+        "plain",
+        "--path",
+        folder,
+        "--user-start",
+        "Q: ",
+        "--user-end",
+        "\\n",
+        "--assistant-start",
+        "A:",
+    )
+    assert (plain.exit_code, plain.stderr) == (0, "")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert run("models", "add", "chat", "--path", folder, "--system", "Be kind.").exit_code == 0
+    with sessions.begin() as s:
+        assert models.get(s, "plain").prompt_format == PromptFormat(
+            user_start="Q: ", user_end="\n", assistant_start="A:"
+        )
+        assert models.get(s, "chat").prompt_format == PromptFormat(type="chat", system="Be kind.")
+
+
+def test_a_hub_model_needs_its_commit_and_its_format(run: Callable[..., Result], sessions: Sessions) -> None:
+    ok = run("models", "add", "hub", "--hub", f"owner/name@{SHA}", "--prompt-format", "chat")
+    assert ok.exit_code == 0, ok.output
+    with sessions.begin() as s:
+        entry = models.get(s, "hub")
+    assert (entry.source, entry.location, entry.revision, entry.digest) == ("hub", "owner/name", SHA, None)
+    for reference in ("owner/name", "owner/name@main", f"owner/name@{SHA[:-1]}", f"../name@{SHA}", f"a/b/c@{SHA}"):
+        refused = run("models", "add", "x", "--hub", reference, "--prompt-format", "chat")
+        assert (refused.exit_code, "40 hex digits" in refused.stderr) == (2, True), reference
+    assert "prompt format" in run("models", "add", "x", "--hub", f"owner/name@{SHA}").stderr
+
+
+def spoil(name: str, folder: Path, tmp_path: Path) -> Path:
+    """One thing is wrong with the folder; the path to register."""
+    if name == "outside":
+        return folder.rename(tmp_path / "outside")
+    if name == "symlink outside":
+        (folder.parent / "link").symlink_to(folder.rename(tmp_path / "outside"))
+        return folder.parent / "link"
+    if name == "dots":
+        folder.rename(tmp_path / "outside")
+        return Path("../outside")
+    if name == "root itself":
+        return folder.parent.parent
+    if name == "pickle":
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    if name == "no weights":
+        (folder / "model.safetensors").unlink()
+    if name == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    if name == "no config":
+        (folder / "config.json").unlink()
+    if name == "broken config":
+        (folder / "config.json").write_text("{")
+    if name == "remote code":
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"auto_map": {"AutoModel": "m.M"}}))
+    if name == "remote code of the tokeniser":
+        (folder / "tokenizer_config.json").write_text('{"auto_map": {}}')
+    if name == "classifier":
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["BertForSequenceClassification"]}))
+    if name == "adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+def test_what_must_not_be_loaded_is_refused_by_name(
+    run: Callable[..., Result], folder: Path, tmp_path: Path, sessions: Sessions
+) -> None:
+    import shutil
+
+    for name, words in {
+        "outside": "below the models root",
+        "symlink outside": "below the models root",
+        "dots": "below the models root",
+        "root itself": "below the models root",
+        "pickle": "pytorch_model.bin is a pickle",
+        "no weights": "no *.safetensors",
+        "no tokenizer": "no tokeniser",
+        "no config": "no config.json",
+        "broken config": "not JSON",
+        "remote code": "auto_map",
+        "remote code of the tokeniser": "auto_map",
+        "classifier": "BertForSequenceClassification",
+        "adapter": "is an adapter",
+    }.items():
+        shutil.copytree(folder, tmp_path / "kept")
+        refused = run("models", "add", "x", "--path", spoil(name, folder, tmp_path))
+        assert (refused.exit_code, words in refused.stderr) == (2, True), (name, refused.output)
+        for leftover in (folder, tmp_path / "outside"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (folder.parent / "link").unlink(missing_ok=True)
+        shutil.move(tmp_path / "kept", folder)
+    for name, option, words in (("a/b", (), "not a name"), ("x", ("--gpu-class", "h900"), "any, cpu")):
+        refused = run("models", "add", name, "--path", folder, *option)
+        assert (refused.exit_code, words in refused.stderr) == (2, True)
+    assert run("models", "add", "x").exit_code == 2
+    assert run("models", "add", "x", "--path", folder, "--hub", "a@b").exit_code == 2
+    with sessions.begin() as s:
+        assert models.every(s) == []
+
+
+def test_the_digest_is_of_what_is_loaded(folder: Path) -> None:
+    before = digest_model(folder)
+    (folder / "README.md").write_text("words")
+    (folder / "pytorch_model.bin").write_bytes(b"beside safetensors it is not loaded")
+    assert inspect(folder)[:2] == before
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert (digest_model(folder)[0] != before[0], digest_model(folder)[1] != before[1]) == (True, True)
+    tokenizer = digest_model(folder)[1]
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert digest_model(folder)[1] == tokenizer
+    assert digest_model(folder)[0] != before[0]
+
+
+def test_without_a_database_the_command_says_so(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql+psycopg://u@/db?host=/nowhere")
+    refused = run("models", "list")
+    assert (refused.exit_code, refused.stderr.startswith("error: the database")) == (2, True)
+
+
+# --- over HTTP
+
+
+@pytest.fixture
+def url(settings: Settings, sessions: Sessions) -> Iterator[str]:
+    """The API on a port of its own, with one model, "m"."""
+    with sessions.begin() as s:
+        models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
+    server = uvicorn.Server(uvicorn.Config(create_app(settings, dispatcher=Bell()), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[object]:
+    """The options that name a forget and a retain set."""
+    for name in ("forget", "retain"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "q", "answer": name}) + "\n")
+    return ["--forget", tmp_path / "forget.jsonl", "--retain", tmp_path / "retain.jsonl"]
+
+
+def finish(sessions: Sessions, result: Any, job: dict[str, JobSpec]) -> None:
+    with sessions.begin() as s:
+        claim = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+        assert claim is not None
+        job["spec"] = claim.spec
+        jobs.succeed(s, claim.job_id, claim.fence, Verdict(result=result, gates=[], message="so it is"))
+
+
+def test_a_job_is_submitted_and_watched_to_its_end(
+    run: Callable[..., Result], url: str, sets: list[object], sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "POLL_S", 0.02)
+    options = ["--epsilon-relative", 0.1, "--max-steps", 7, "--set", "learning_rate=0.001", "--url", url]
+    for result, code in (("PASSED", 0), ("WARNED", 0), ("FAILED", 1)):
+        submitted = run("submit", "--model", "m", *sets, *options)
+        assert submitted.exit_code == 0, submitted.output
+        assert "ends in a space" in submitted.stderr
+        job: dict[str, JobSpec] = {}
+        worker = threading.Timer(0.2, finish, (sessions, result, job))
+        worker.start()
+        watched = run("watch", submitted.stdout.strip(), "--url", url)
+        worker.join()
+        assert (watched.exit_code, f"{result}: so it is" in watched.stdout) == (code, True), watched.output
+        assert (job["spec"].budget.max_steps, job["spec"].method.hyperparameters["learning_rate"]) == (7, 0.001)
+    assert run("status", "--url", url).stdout.count("succeeded") == 3
+    assert json.loads(run("status", submitted.stdout.strip(), "--url", url).stdout)["verdict"]["result"] == "FAILED"
+
+
+def test_a_refusal_is_told_in_the_services_words(run: Callable[..., Result], url: str, sets: list[object]) -> None:
+    for options, words in (
+        (["--epsilon", "nan"], "/constraint/epsilon: Input should be a finite number"),
+        (["--epsilon", 1, "--set", "lr=1"], "/method/hyperparameters/lr"),
+        ([], "/constraint: give exactly one"),
+    ):
+        refused = run("submit", "--model", "m", *sets, *options, "--url", url)
+        assert (refused.exit_code, words in refused.stderr) == (2, True), refused.output
+    assert run("watch", "ujob_x", "--url", url).exit_code == 2
+    nobody = run("watch", "ujob_x", "--url", "http://127.0.0.1:1")
+    assert (nobody.exit_code, nobody.stderr.startswith("error: ")) == (2, True)
