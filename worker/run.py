@@ -8,26 +8,33 @@ tells it to cancel, and that its parent is gone.
 
 import hashlib
 import shutil
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+from transformers.utils import logging as transformers_logging
+
 from service.domain import rows
-from service.domain.errors import InvalidRequest, JobFailure
+from service.domain.errors import InvalidRequest, JobFailure, StorageFull, StorageUnavailable
 from service.domain.job import FailureCode, Stage
 from service.domain.report import AdapterFile, Asked, ConstraintFacts, DataFacts, Note, Released, Report, StopFacts
 from service.store.storage import Storage
 from worker import data, evaluate, model, registry, report
 from worker.oracle import make_oracle
-from worker.problem import Method, Params, Problem
+from worker.pipe import die_with_parent, listen, open_pipe
+from worker.problem import Method, Problem
 from worker.records import (
     ArtifactFile,
     Assignment,
     CancelledRecord,
     CheckRecord,
     ConstraintRecord,
+    FailureRecord,
     FileRef,
     Record,
     ResultRecord,
@@ -94,7 +101,7 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         return CancelledRecord()
 
     with diary.stage(Stage.UPLOADING, "uploading report"):
-        facts = assemble(job, base, method, forget, retain, before, after, epsilon, solution, adapter, diary)
+        facts = assemble(job, network, both, before, after, base_loss, epsilon, solution, adapter, diary)
         reports = [
             store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
             store_bytes(storage, job.prefix, "report.html", report.render_html(facts).encode(), "text/html"),
@@ -138,6 +145,98 @@ def unlearn(
         on_step=lambda progress: diary.step(progress, epsilon),
         on_check=lambda checked, best, seconds: diary.check(checked, best, seconds, epsilon, both.rows),
         cancelled=cancelled,
+    )
+
+
+def assemble(
+    job: Assignment,
+    network: model.Network,
+    both: evaluate.Sets,
+    before: evaluate.Evaluated,
+    after: evaluate.Evaluated,
+    base_loss: float,
+    epsilon: float,
+    solution: Solution,
+    adapter: Sequence[ArtifactFile],
+    diary: "Diary",
+) -> Report:
+    """Put the report together from what was asked, done and measured."""
+    spec, now = job.spec, after.measurement
+    constraint = ConstraintFacts(
+        epsilon=epsilon,
+        source="absolute" if spec.constraint.epsilon is not None else "relative",
+        before=base_loss,
+        after=now.retain_loss,
+        upper=now.retain_upper,
+        slack=epsilon - now.retain_upper,
+        tolerance=TOLERANCE[job.dtype],
+        satisfied=now.retain_upper <= epsilon,
+        rows_measured=len(both.retain_places),
+        rows_total=len(both.retain.rows),
+    )
+    step = solution.best.step if solution.best else solution.steps
+    return Report(
+        job_id=job.job_id,
+        attempt=job.attempt,
+        created_at=datetime.now(UTC),
+        verdict=report.verdict(
+            constraint,
+            before.measurement.forget_probability,
+            now.forget_probability,
+            published=bool(adapter),
+        ),
+        asked=Asked(
+            model=spec.model,
+            method=spec.method.type,
+            hyperparameters=spec.method.hyperparameters,
+            constraint=spec.constraint,
+            budget=spec.budget,
+            lora=spec.lora,
+            seed=spec.seed,
+        ),
+        base_model=model.facts(network),
+        forget_set=set_facts(job.forget_file, both.forget),
+        retain_set=set_facts(job.retain_file, both.retain),
+        constraint=constraint,
+        figures=evaluate.figures(before, after),
+        stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
+        released=released(job, step, adapter),
+        trajectory=report.trajectory(diary.steps, diary.checks),
+        warnings=diary.warnings,
+        timings_seconds=diary.seconds,
+        environment=report.environment(str(network.device), torch.get_num_threads()),
+        caveats=report.CAVEATS,
+    )
+
+
+def set_facts(file: FileRef, encoded: data.Encoded) -> DataFacts:
+    return DataFacts(
+        file_id=file.id,
+        sha256=file.sha256,
+        rows=len(encoded.rows),
+        counted_tokens=encoded.counted,
+        unmeasured_rows=len(encoded.unmeasured),
+    )
+
+
+def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Released:
+    files = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in adapter]
+    if not files:
+        message = (
+            "No checked iterate kept the bound, so no adapter was released. "
+            f"The figures after are those of the last iterate, step {step}."
+        )
+        return Released(published=False, step=step, files=[], message=message, load=None)
+    base = job.model.location if job.model.source == "hub" else job.model.name
+    return Released(
+        published=True,
+        step=step,
+        files=files,
+        message=f"The adapter of step {step}. The figures after were measured on its published bytes.",
+        load=(
+            "from transformers import AutoModelForCausalLM; from peft import PeftModel; "
+            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "adapter")'
+        ),
     )
 
 
@@ -216,7 +315,8 @@ def refuse_overlap(forget: Sequence[rows.Example], retain: Sequence[rows.Example
     if pairs:
         named = ", ".join(f"{f} = {r}" for f, r in pairs[:20])
         raise JobFailure(
-            FailureCode.FORGET_RETAIN_OVERLAP, f"{len(pairs)} rows of the forget set are also in the retain set: {named}"
+            FailureCode.FORGET_RETAIN_OVERLAP,
+            f"{len(pairs)} rows of the forget set are also in the retain set: {named}",
         )
 
 
@@ -277,3 +377,42 @@ def warn_about_bound(epsilon: float, base_loss: float, diary: Diary) -> None:
             f"epsilon is {epsilon:.6g}, {epsilon / base_loss:.3g} times the base model's retain loss of {base_loss:.6g} "
             "nats per token: it hardly constrains anything.",
         )
+
+
+# --- the process
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status 0 whenever a last record was written, also for a failure."""
+    die_with_parent()
+    emit, cancelled = open_pipe(), listen()
+    job = Assignment.model_validate_json(Path(arguments[0]).read_bytes())
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    emit(last_record(job, emit, cancelled))
+    return 0
+
+
+def last_record(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+    """How the job ends, with every error as a failure. Messages never quote the data; the traceback goes to the log."""
+    try:
+        return run(job, emit, cancelled)
+    except JobFailure as failure:
+        return FailureRecord(code=failure.code, message=str(failure))
+    except StorageFull as error:
+        return FailureRecord(code=FailureCode.STORAGE_FULL, message=str(error))
+    except StorageUnavailable as error:
+        return FailureRecord(code=FailureCode.ARTIFACT_UPLOAD_FAILED, message=str(error))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return FailureRecord(code=FailureCode.OUT_OF_MEMORY, message=f"out of memory ({type(error).__name__})")
+    except Exception as error:
+        traceback.print_exc()
+        return FailureRecord(
+            code=FailureCode.INTERNAL_ERROR, message=f"{type(error).__name__}; the worker's log has the details"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

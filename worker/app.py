@@ -1,0 +1,222 @@
+"""The worker process: python -m worker.app
+
+It hears bells, claims what is due, and supervises each job's runner in a thread of its own. torch is never imported
+here. A bell says nothing but "look"; a slot that hears none looks by itself every `worker_poll_s`.
+"""
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import structlog
+from celery import Celery, signals
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
+
+from service.dispatch import WAKE, celery_config, queue_name
+from service.domain import catalog
+from service.settings import Settings
+from service.store import jobs
+from service.store.rows import Claim
+from service.store.session import Sessions, make_engine, make_sessions
+from worker.lease import TRANSIENT
+from worker.supervise import RUNNER, Slot, supervise
+from worker.telemetry import Telemetry
+
+SLOT_WAIT_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class Worker:
+    """Slots, and the loop that fills them; run by as many threads as like to."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        settings: Settings,
+        telemetry: Telemetry,
+        folder: Path,
+        runner: Sequence[str] = RUNNER,
+    ) -> None:
+        self.stopping = Event()
+        self._sessions = sessions
+        self._settings = settings
+        self._telemetry = telemetry
+        self._runner = runner
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._free: SimpleQueue[Slot] = SimpleQueue()
+        for number in range(settings.worker_slots):
+            self._free.put(Slot(number, folder / f"slot-{number}"))
+
+    def work(self) -> None:
+        """Claims and runs until nothing is due, or no slot is free."""
+        while not self.stopping.is_set():
+            try:  # a moment's patience: whoever frees a slot may just have found nothing, before this bell rang
+                slot = self._free.get(timeout=SLOT_WAIT_S)
+            except Empty:
+                return
+            try:
+                claim = self._claim()
+                if claim is None:
+                    return
+                supervise(
+                    self._sessions, claim, self._settings, slot, self.stopping, self._telemetry, runner=self._runner
+                )
+            except Exception:  # the lease will lapse, and the job move on; so must the other jobs
+                log.exception("the supervisor failed")
+            finally:
+                self._free.put(slot)
+
+    def poll(self) -> None:
+        """Works without a bell, until the end."""
+        while not self.stopping.is_set():
+            self.work()
+            self.stopping.wait(self._settings.worker_poll_s)
+
+    def _claim(self) -> Claim | None:
+        settings = self._settings
+        try:
+            with self._sessions.begin() as s:
+                claim = jobs.claim(
+                    s,
+                    worker=self._name,
+                    classes=settings.worker_gpu_classes,
+                    vram_gib=settings.worker_vram_gib,
+                    lease_s=settings.lease_s,
+                )
+                job = jobs.get(s, claim.job_id) if claim is not None else None
+        except TRANSIENT as error:
+            log.warning("nothing claimed: the database is away", error=str(error).partition("\n")[0])
+            return None
+        if job is not None and job.attempt == 1 and job.started_at and job.queued_at:
+            self._telemetry.waited(job.gpu_class, (job.started_at - job.queued_at).total_seconds())
+        return claim
+
+
+def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
+    """Works until SIGTERM or SIGINT; then gives its jobs back. Returns the exit status. For the main thread alone."""
+    engine = make_engine(settings.database_url)
+    registry = CollectorRegistry()
+    telemetry = Telemetry(registry, list(catalog.load().methods), settings.gpu_classes, settings.gauge_linger_s)
+    with _own_folder(settings.worker_scratch_dir) as folder, _metrics(settings, registry) as url:
+        worker = Worker(make_sessions(engine), settings, telemetry, folder, runner)
+        pollers = [Thread(target=worker.poll, name=f"poll-{n}") for n in range(settings.worker_slots)]
+        for poller in pollers:
+            poller.start()
+        log.info("worker started", classes=settings.worker_gpu_classes, slots=settings.worker_slots, metrics=url)
+        try:
+            return _listen(settings, worker.work, worker.stopping)
+        finally:
+            worker.stopping.set()
+            for poller in pollers:
+                poller.join()
+            engine.dispose()
+            log.info("worker stopped")
+
+
+def _listen(settings: Settings, work: Callable[[], None], stopping: Event) -> int:
+    """Celery, until it is told to stop; its pool's threads have ended then."""
+    app = Celery("unlearn", set_as_current=False)
+    app.conf.update(celery_config(settings))
+    app.conf.update(
+        broker_connection_max_retries=None,  # for ever: polling goes on meanwhile
+        worker_enable_remote_control=False,
+        worker_redirect_stdouts=False,
+    )
+    app.task(work, name=WAKE, ignore_result=True)
+
+    def stop(**_: Any) -> None:
+        stopping.set()
+
+    def hang_up(**_: Any) -> None:  # Celery would start itself anew, without us
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+
+    signals.worker_shutting_down.connect(stop)
+    signals.worker_ready.connect(hang_up)
+    worker = app.Worker(
+        pool="threads",
+        concurrency=settings.worker_slots,
+        queues=[queue_name(name) for name in sorted({*settings.worker_gpu_classes, "any"})],
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        loglevel=settings.log_level,
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+@contextmanager
+def _own_folder(scratch: Path) -> Iterator[Path]:
+    """The first folder of this kind that no other worker holds: what lies in it was left behind by a dead one."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    for number in count():
+        with (scratch / f"worker-{number}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield scratch.absolute() / f"worker-{number}"
+            return
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+@contextmanager
+def _metrics(settings: Settings, registry: CollectorRegistry) -> Iterator[str]:
+    """Serves /metrics, and /livez, which says that this process answers and nothing else. Yields the address."""
+    metrics = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        match environ["PATH_INFO"]:
+            case "/metrics":
+                return metrics(environ, start_response)
+            case "/livez":
+                start_response("200 OK", [("Content-Type", "text/plain")])
+                return [b"ok\n"]
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"here are /metrics and /livez\n"]
+
+    host, port = settings.worker_metrics_host, settings.worker_metrics_port
+    with make_server(host, port, answer, ThreadingWSGIServer, _Quiet) as server:
+        thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
+        try:
+            yield f"http://{host}:{server.server_port}/metrics"
+        finally:
+            server.shutdown()
+
+
+def main() -> None:
+    settings = Settings()
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+    )
+    sys.exit(run(settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""One attempt of a job: start its runner, write down what it tells, keep the lease, end it when it must end.
+
+The supervisor is the only writer, every write carries the claim's fence, and no session is open between writes. While
+the database is away the runner goes on and its records wait; only when the lease must be taken for lost is it killed.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
+from threading import Event
+from typing import NamedTuple
+
+import structlog
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from service.domain.errors import JobFailure, NotFound
+from service.domain.job import HELD, Failure, FailureCode, Status
+from service.settings import Settings
+from service.store import files, jobs, models
+from service.store.rows import ArtifactRow, Claim
+from service.store.session import Sessions
+from service.store.storage import FULL, Storage
+from worker import process
+from worker.journal import Journal
+from worker.lease import RETRY_S, DatabaseAway, Lease, LeaseLost
+from worker.process import MalformedLine, Runner
+from worker.records import (
+    AnyRecord,
+    Assignment,
+    CancelledRecord,
+    FailureRecord,
+    FileRef,
+    ResultRecord,
+    parse_record,
+)
+from worker.telemetry import Telemetry
+
+RUNNER = (sys.executable, "-m", "worker.run")
+TICK_S = 0.2  # how soon a deadline, a shutdown or the runner's end is noticed
+WRITE_EVERY_S = 1.0  # steps are written in batches
+
+log = structlog.get_logger(__name__)
+
+
+class Slot(NamedTuple):
+    """A place for one job at a time."""
+
+    number: int  # of the accelerator, where there are any
+    folder: Path  # used by nobody else; what lies in it is of this slot's last attempt
+
+
+class Asked(Enum):
+    """Why a runner was ended that would have gone on."""
+
+    CANCEL = "cancel"
+    RELEASE = "release"
+
+
+Outcome = ResultRecord | Failure | Asked
+
+
+def supervise(
+    sessions: Sessions,
+    claim: Claim,
+    settings: Settings,
+    slot: Slot,
+    stopping: Event,
+    telemetry: Telemetry,
+    runner: Sequence[str] = RUNNER,
+) -> Status | None:
+    """Runs a claimed job, in this thread. Where the job went; None: somebody else has it, and we wrote nothing more.
+
+    Args:
+        stopping: set when the worker shuts down; the runner is then ended and the job given back.
+        runner: the command, to which the path of the assignment is added.
+    """
+    told = log.bind(job_id=claim.job_id, attempt=claim.attempt, fence=claim.fence, slot=slot.number)
+    told.info("attempt started", method=claim.spec.method.type)
+    telemetry.claimed(claim.job_id, claim.spec.method.type)
+    lease = Lease(sessions, claim, settings.lease_s)
+    journal = Journal(claim.spec.budget.max_steps)
+    status: Status | None = None
+    unknown = False  # whether the attempt's files may have become the job's without our knowledge
+    try:
+        outcome = _attempt(lease, journal, settings, slot, stopping, telemetry, runner)
+        unknown = isinstance(outcome, ResultRecord)
+        status = lease.insist(lambda s: _settle(s, claim, journal, outcome))
+        unknown = False
+        told.info("attempt ended", outcome=_in_words(outcome), status=status)
+    except LeaseLost as lost:
+        told.warning("lease lost", reason=str(lost))
+    finally:
+        telemetry.ended(claim.job_id, status)
+        if status is not Status.SUCCEEDED and not unknown:
+            with suppress(Exception):  # best effort: nobody looks there again
+                Storage(settings.storage_url).delete(_prefix(claim))
+    return status
+
+
+def _attempt(
+    lease: Lease,
+    journal: Journal,
+    settings: Settings,
+    slot: Slot,
+    stopping: Event,
+    telemetry: Telemetry,
+    runner: Sequence[str],
+) -> Outcome:
+    """From the assignment to the runner's end. Raises LeaseLost."""
+    deadline = time.monotonic() + lease.claim.spec.limits.max_runtime_seconds
+    pid_file, scratch, path = (slot.folder / name for name in ("runner.pid", "attempt", "assignment.json"))
+    try:
+        process.kill_leftover(pid_file)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        job = lease.insist(lambda s: _assignment(s, lease.claim, settings, scratch))
+        path.write_text(job.model_dump_json())
+        with process.started([*runner, str(path)], _environment(job.device, slot), pid_file) as running:
+            return _follow(running, lease, journal, settings, stopping, telemetry, deadline)
+    except LeaseLost:
+        raise
+    except JobFailure as failure:
+        return Failure.of(failure.code, str(failure))
+    except Exception as error:
+        log.exception("the attempt failed outside its runner", job_id=lease.claim.job_id)
+        journal.clear()  # it may be what cannot be written
+        full = isinstance(error, OSError) and error.errno in FULL
+        code = FailureCode.STORAGE_FULL if full else FailureCode.INTERNAL_ERROR
+        return Failure.of(code, f"the worker could not carry out the attempt: {type(error).__name__}; see its log")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        path.unlink(missing_ok=True)
+
+
+def _follow(
+    running: Runner,
+    lease: Lease,
+    journal: Journal,
+    settings: Settings,
+    stopping: Event,
+    telemetry: Telemetry,
+    deadline: float,
+) -> Outcome:
+    """Until the runner has ended. Raises LeaseLost, which leaves the killing to whoever started it."""
+    beat_every_s = min(settings.heartbeat_s, settings.lease_s / 4)
+    oom_kills = process.oom_kills()
+    written_at = time.monotonic()
+    not_before = 0.0  # of the next write
+    asked: Failure | Asked | None = None
+    ends: list[tuple[float, Signals]] = []  # what a runner that does not end by itself gets, and when
+    last: AnyRecord | None = None
+
+    def hear(lines: Iterable[bytes]) -> None:
+        nonlocal last, ends
+        for record in _parsed(lines):
+            telemetry.record(lease.claim.job_id, record)
+            if isinstance(record, ResultRecord | FailureRecord | CancelledRecord):
+                last = record
+                ends = [(time.monotonic() + settings.term_grace_s, SIGKILL)]
+            else:
+                journal.add(record, time.monotonic())
+
+    try:
+        while running.exit_code() is None:
+            hear(running.lines(TICK_S))
+            now = time.monotonic()
+            if now >= deadline and asked is None:
+                limit = f"the attempt ran for longer than {lease.claim.spec.limits.max_runtime_seconds} s"
+                asked, ends = Failure.of(FailureCode.MAX_RUNTIME_EXCEEDED, limit), _from_now(settings, 0)
+            if stopping.is_set() and asked in (None, Asked.CANCEL):
+                asked, ends = Asked.RELEASE, _from_now(settings, 0)
+            if now >= not_before and _due(journal, now - written_at, beat_every_s):
+                try:
+                    beat = lease.keep(lambda s: journal.write(s, lease.claim))
+                except DatabaseAway:
+                    not_before = now + RETRY_S
+                else:
+                    journal.clear()
+                    written_at = now
+                    if beat.cancel and asked is None:
+                        running.ask_to_stop()
+                        asked, ends = Asked.CANCEL, _from_now(settings, settings.cancel_grace_s)
+            while ends and now >= ends[0][0]:
+                running.signal(ends.pop(0)[1])
+        hear(running.rest())
+    except (MalformedLine, ValidationError):
+        return Failure.of(FailureCode.INTERNAL_ERROR, "the runner wrote something that is no record")
+
+    match last:
+        case ResultRecord():
+            return last
+        case FailureRecord():
+            return Failure.of(last.code, last.message)
+    return asked or _died(running.exit_code(), process.oom_kills() > oom_kills)
+
+
+def _from_now(settings: Settings, grace_s: float) -> list[tuple[float, Signals]]:
+    term_at = time.monotonic() + grace_s
+    return [(term_at, SIGTERM), (term_at + settings.term_grace_s, SIGKILL)]
+
+
+def _due(journal: Journal, since_s: float, beat_every_s: float) -> bool:
+    return since_s >= beat_every_s or journal.urgent or (bool(journal) and since_s >= WRITE_EVERY_S)
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[AnyRecord]:
+    for line in lines:
+        yield parse_record(line)
+
+
+def _died(exit_code: int | None, out_of_memory: bool) -> Failure:
+    """A runner that ended without a last record."""
+    assert exit_code is not None
+    if exit_code >= 0:
+        return Failure.of(FailureCode.INTERNAL_ERROR, f"the runner ended without a result, exit status {exit_code}")
+    name = Signals(-exit_code).name
+    if exit_code == -SIGKILL and out_of_memory:
+        return Failure.of(FailureCode.OUT_OF_MEMORY, f"the kernel ended the runner for want of memory ({name})")
+    outside = exit_code in (-SIGKILL, -SIGTERM)
+    code = FailureCode.WORKER_LOST if outside else FailureCode.INTERNAL_ERROR
+    return Failure.of(code, f"the runner was ended by {name}")
+
+
+def _settle(s: Session, claim: Claim, journal: Journal, outcome: Outcome) -> Status | None:
+    """The last write of the attempt: what was still to be told, and where the job goes."""
+    key = (claim.job_id, claim.fence)
+    job = jobs.get(s, claim.job_id)
+    if job.fence == claim.fence and job.status not in HELD:
+        return job.status  # an earlier try was committed, though we did not hear of it; or the lease had lapsed
+    if not journal.write(s, claim):
+        return None
+    match outcome:
+        case ResultRecord():
+            artifacts = [ArtifactRow(**file.model_dump()) for file in outcome.artifacts]
+            told = outcome.model_dump(include={"stop_reason", "stop_message", "figures"})
+            return Status.SUCCEEDED if jobs.succeed(s, *key, outcome.verdict, artifacts, told) else None
+        case Failure():
+            return jobs.fail(s, *key, outcome)
+        case Asked.CANCEL:
+            return Status.CANCELLED if jobs.cancelled(s, *key) else None
+        case Asked.RELEASE:
+            return jobs.get(s, claim.job_id).status if jobs.release(s, *key) else None
+
+
+def _in_words(outcome: Outcome) -> str:
+    match outcome:
+        case ResultRecord():
+            return f"verdict {outcome.verdict.result}"
+        case Failure():
+            return f"{outcome.code}: {outcome.message}"
+    return outcome.value
+
+
+def _assignment(s: Session, claim: Claim, settings: Settings, scratch: Path) -> Assignment:
+    """Raises JobFailure where the model or a file is gone."""
+    spec = claim.spec
+    try:
+        model = models.get(s, spec.model)
+    except NotFound as error:
+        raise JobFailure(FailureCode.MODEL_NOT_FOUND, str(error)) from error
+    try:
+        forget, retain = (
+            FileRef.model_validate(files.get(s, name), from_attributes=True)
+            for name in (spec.forget_set, spec.retain_set)
+        )
+    except NotFound as error:
+        raise JobFailure(FailureCode.INVALID_FILE, str(error)) from error
+    on_accelerator = settings.worker_device == "cuda" or (
+        settings.worker_device == "auto" and process.has_accelerator()
+    )
+    dtype = settings.worker_dtype
+    return Assignment(
+        job_id=claim.job_id,
+        attempt=claim.attempt,
+        fence=claim.fence,
+        spec=spec,
+        model=model,
+        forget_file=forget,
+        retain_file=retain,
+        storage_url=settings.storage_url,
+        prefix=_prefix(claim),
+        models_root=settings.models_root,
+        scratch_dir=scratch,
+        device="cuda:0" if on_accelerator else "cpu",  # the first of those that it sees, see _environment
+        dtype=("bfloat16" if on_accelerator else "float32") if dtype == "auto" else dtype,
+        threads=settings.worker_threads,
+    )
+
+
+def _prefix(claim: Claim) -> str:
+    return f"jobs/{claim.job_id}/attempts/{claim.fence}"
+
+
+def _environment(device: str, slot: Slot) -> Mapping[str, str]:
+    """A runner sees the accelerator of its slot alone."""
+    if device == "cpu":
+        return {}
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = ours.split(",") if ours else [str(n) for n in range(slot.number + 1)]
+    return {"CUDA_VISIBLE_DEVICES": devices[slot.number % len(devices)]}
