@@ -5,10 +5,12 @@ is what is left of the tokenised whole behind as many tokens as the prompt has a
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from service.domain.errors import JobFailure
@@ -61,11 +63,14 @@ def encode(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFor
     has a token that counts.
     """
     eos = tokenizer.eos_token_id
+    ends_by_itself = tokenizer("")["input_ids"][-1:] == [eos]
     rows, prompts = [], []
     for example in examples:
         prompt, whole = _texts(example, tokenizer, prompt_format)
         special = not (example.kind == "question" and prompt_format.type == "chat")  # a chat template brings its own
         prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        if special and ends_by_itself and prompt_ids[-1:] == [eos]:  # a prompt is not the end
+            prompt_ids = prompt_ids[:-1]
         ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
         if eos is not None and (not ids or ids[-1] != eos):
             ids = [*ids, eos]
@@ -74,10 +79,10 @@ def encode(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFor
         prompts.append([] if example.kind == "text" else prompt_ids)
     long = [number for number, row in enumerate(rows, start=1) if len(row.ids) > context_tokens]
     if long:
+        named = ", ".join(map(str, long[:NAMED_ROWS_MAX])) + (", ..." if len(long) > NAMED_ROWS_MAX else "")
         raise JobFailure(
             FailureCode.ROW_TOO_LONG,
-            f"{len(long)} rows are longer than the model's context of {context_tokens} tokens: rows "
-            f"{', '.join(map(str, long[:NAMED_ROWS_MAX]))}{', ...' if len(long) > NAMED_ROWS_MAX else ''}",
+            f"rows longer than the model's context of {context_tokens} tokens: {named} ({len(long)} of {len(rows)})",
         )
     # A row whose only label is the end of sequence says nothing of its answer: the tokeniser merged it into the prompt.
     unmeasured = [number for number, row in enumerate(rows, start=1) if row.counted < 2]
@@ -93,7 +98,12 @@ def _texts(example: Example, tokenizer: Any, prompt_format: PromptFormat) -> tup
     if prompt_format.type == "chat":
         messages = [{"role": "system", "content": prompt_format.system}] if prompt_format.system else []
         messages.append({"role": "user", "content": example.prompt})
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (ValueError, TemplateError) as error:  # there is none, or it takes no system message
+            raise JobFailure(
+                FailureCode.UNSUPPORTED_ARCHITECTURE, f"the chat template cannot be applied: {error}"
+            ) from error
         return prompt, prompt + example.answer
     prompt = prompt_format.user_start + example.prompt + prompt_format.user_end + prompt_format.assistant_start
     return prompt, prompt + example.answer
@@ -115,16 +125,15 @@ def pad(rows: Sequence[TokenRow], device: torch.device) -> Padded:
 def batch(places: Sequence[int], rows: int, seed: int, name: str, step: int) -> list[int]:
     """The rows of a step (0-based), a pure function of (seed, name, step).
 
-    Each epoch is a fresh permutation cut into batches; what is left over at its end waits for another epoch, so that no
-    row stands twice in a step. A set smaller than a batch is taken whole.
+    Each epoch is a fresh permutation cut into batches; the last is filled up from the permutation's start. So every row is
+    in every epoch, and none stands twice in a step. A set smaller than a batch is taken whole.
     """
-    if rows >= len(places):
+    count = len(places)
+    if rows >= count:
         return list(places)
-    per_epoch = len(places) // rows
-    epoch, k = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(_seed(seed, name, epoch))
-    order = torch.randperm(len(places), generator=generator)[k * rows : (k + 1) * rows]
-    return [places[i] for i in order.tolist()]
+    epoch, k = divmod(step, math.ceil(count / rows))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_seed(seed, name, epoch))).tolist()
+    return [places[order[i % count]] for i in range(k * rows, (k + 1) * rows)]
 
 
 def _seed(seed: int, name: str, epoch: int) -> int:
@@ -147,8 +156,8 @@ def microbatches(lengths: Sequence[int], overhead_tokens: float, max_tokens: int
     cut = [0]
     for end in range(1, len(order) + 1):
         longest = lengths[order[end - 1]]
-        fits = [start for start in range(end) if (end - start) * longest <= max_tokens or start == end - 1]
-        start = min(fits, key=lambda s: best[s] + (end - s) * longest)
+        fit = max(1, max_tokens // longest)
+        start = min(range(max(0, end - fit), end), key=lambda s: best[s] + (end - s) * longest)
         best.append(best[start] + (end - start) * longest + overhead_tokens)
         cut.append(start)
     parts, end = [], len(order)

@@ -73,7 +73,6 @@ def sample(encoded: Encoded, seed: int, rows_max: int) -> list[int]:
     return sorted(by_length[int(start + k * stride)] for k in range(rows_max))
 
 
-@torch.no_grad()
 def measure(network: Network, both: Sets, forget_loss: Loss) -> Measurement:
     """A check: one forward pass over the rows that stand for both sets."""
     forget, objective = score(network, both.forget, both.forget_places, forget_loss)
@@ -89,10 +88,10 @@ def retain_loss(network: Network, retain: Encoded) -> float:
     return token_mean(scores, len(retain.measured))[0]
 
 
-@torch.no_grad()
 def evaluate(network: Network, both: Sets, forget_loss: Loss) -> Evaluated:
     """Every metric on both sets, with the same measurement that a check makes."""
     metrics: dict[str, Metric] = {name: registry.build("metrics", name, {}) for name in registry.entries("metrics")}
+    needs = frozenset[str]().union(*(metric.needs for metric in metrics.values()))
     scores: dict[str, dict[str, Score]] = {}
     objective = math.nan
     seen: dict[str, Scores] = {}
@@ -100,9 +99,9 @@ def evaluate(network: Network, both: Sets, forget_loss: Loss) -> Evaluated:
         ("forget", both.forget, both.forget_places, forget_loss),
         ("retain", both.retain, both.retain_places, None),
     ):
-        base, value = score(network, encoded, places, loss, hits=True)
+        base, value = score(network, encoded, places, loss, hits="hits" in needs)
         objective = value if loss is not None else objective
-        texts = generate(network, encoded, places)
+        texts = generate(network, encoded, places) if "generated" in needs else {}
         seen[name] = base._replace(generated=texts, answers={p: encoded.answers[p] for p in texts})
         scores[name] = {metric: built.fn(seen[name]) for metric, built in metrics.items()}
     loss_mean, upper = token_mean(seen["retain"], len(both.retain.measured))
@@ -111,6 +110,7 @@ def evaluate(network: Network, both: Sets, forget_loss: Loss) -> Evaluated:
     return Evaluated(Measurement(objective, probability, loss_mean, upper), scores)
 
 
+@torch.no_grad()
 def score(
     network: Network, encoded: Encoded, places: Sequence[int], loss: Loss | None = None, *, hits: bool = False
 ) -> tuple[Scores, float]:
@@ -120,7 +120,8 @@ def score(
     total = 0.0
     for part in data.by_length([len(encoded.rows[p].ids) for p in places], SCORING_TOKENS):
         rows = [encoded.rows[places[i]] for i in part]
-        view = oracle.views(network, rows, [True] * len(rows), [loss] if loss else [])["forget"]
+        packed = oracle.pack([("scored", row) for row in rows], network.device)
+        view = oracle.views(network, packed, [loss] if loss else [])["scored"]
         logp_N = view.now.logp_N().double().cpu()
         row_N = view.answers.row_N.cpu()
         nll_B[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, row_N, -logp_N)
@@ -155,8 +156,9 @@ def token_mean(scores: Scores, population: int) -> tuple[float, float]:
 def generate(network: Network, encoded: Encoded, places: Sequence[int]) -> dict[int, str]:
     """Greedy answers of at most GENERATED_ROWS_MAX of the rows, by place. A text has no prompt to answer."""
     askable = [p for p in places if encoded.prompts[p]]
-    stride = max(1, math.ceil(len(askable) / GENERATED_ROWS_MAX))
-    chosen = sorted(askable[::stride], key=lambda p: len(encoded.prompts[p]))
+    count = min(len(askable), GENERATED_ROWS_MAX)
+    chosen = [askable[k * len(askable) // count] for k in range(count)]
+    chosen.sort(key=lambda p: len(encoded.prompts[p]))  # so that a batch is of like length
     eos = network.tokenizer.eos_token_id
     texts = {}
     for start in range(0, len(chosen), GENERATED_ROWS_AT_ONCE):

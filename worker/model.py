@@ -13,13 +13,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from service.domain import modelfiles
 from service.domain.errors import InvalidRequest, JobFailure
 from service.domain.job import FailureCode, Lora, ModelEntry
+from service.domain.report import BaseModelFacts
 from worker.head import FusedPredictions, Head, PlainPredictions
 from worker.problem import Params
 from worker.tokens import Predictions
@@ -27,6 +28,7 @@ from worker.tokens import Predictions
 LOADED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 TOKENIZER_FILES = sorted(modelfiles.TOKENIZER_FILES)
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # of mixture models; their choices are not adapted
+CAPS_AND_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of the logits, in a model's config
 PROBE_TOKENS = 8
 
 
@@ -67,30 +69,20 @@ def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Netwo
     try:
         facts = modelfiles.inspect(folder)
     except InvalidRequest as error:
-        raise JobFailure(FailureCode.UNSUPPORTED_ARCHITECTURE, str(error)) from error
+        raise _unsupported(str(error)) from error
     if entry.digest is not None and facts.digest != entry.digest:
         raise JobFailure(
             FailureCode.MODEL_REVISION_MISMATCH,
             f"the files of {entry.name} digest to {facts.digest}, registered was {entry.digest}",
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    try:
-        causal: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise JobFailure(
-            FailureCode.UNSUPPORTED_ARCHITECTURE, f"{entry.name} ({facts.architecture}) cannot be loaded: {error}"
-        ) from error
+    tokenizer, causal = _read(folder, entry, dtype)
     causal.to(device).eval().requires_grad_(False)
     for part in causal.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-    vocabulary = min(len(tokenizer), causal.get_output_embeddings().weight.shape[0])
+    # Greedy means the likeliest token: a repetition penalty that the model comes with would change every answer.
+    causal.generation_config = GenerationConfig(eos_token_id=_ends(tokenizer, causal), do_sample=False)  # type: ignore[no-untyped-call]
+    vocabulary = min(len(tokenizer), causal.config.get_text_config().vocab_size)
     return Network(
         entry=entry,
         digest=facts.digest,
@@ -98,13 +90,48 @@ def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Netwo
         tokenizer=tokenizer,
         causal=causal,
         peft=None,
-        head=_plain_head(causal, vocabulary),
+        head=_head(causal, vocabulary),
         vocabulary=vocabulary,
         context_tokens=facts.context_tokens or tokenizer.model_max_length,
         parameters=sum(p.numel() for p in causal.parameters()),
         device=torch.device(device),
         dtype=dtype,
     )
+
+
+def _read(folder: Path, entry: ModelEntry, dtype: str) -> tuple[Any, Any]:
+    """(tokeniser, model), every weight of which comes from the files."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # there is no common type for "this is not a model that I can read"
+        why = str(error).strip().partition("\n")[0].replace(str(folder), entry.location)
+        raise _unsupported(f"{entry.name} cannot be loaded: {type(error).__name__}: {why}") from error
+    causal, loading = loaded
+    if loading["missing_keys"]:  # they would be filled with random numbers
+        named = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise _unsupported(f"{entry.name} lacks {len(loading['missing_keys'])} of its architecture's weights: {named}")
+    return tokenizer, causal
+
+
+def _ends(tokenizer: Any, causal: Any) -> list[int] | None:
+    """What ends a generated answer: the tokeniser's end of sequence, and those that the model names (end of turn)."""
+    named = causal.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return sorted(ends) or None
+
+
+def _unsupported(message: str) -> JobFailure:
+    return JobFailure(FailureCode.UNSUPPORTED_ARCHITECTURE, message)
 
 
 def _folder(entry: ModelEntry, models_root: Path) -> Path:
@@ -156,28 +183,65 @@ class _Returns(nn.Module):
         self.hidden_1nD = hidden_1nD
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden_1nD)
+        return _States(last_hidden_state=self.hidden_1nD)
+
+
+class _States(BaseModelOutputWithPast):
+    """Architectures hand on further fields of their own (router logits, cross attentions); here they are None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @torch.no_grad()
-def _plain_head(causal: Any, vocabulary: int) -> Head | None:
-    """The head as W h + b, if that is all it is: no cap or scale in the config, and the model's own logits agree."""
-    config = causal.config.get_text_config()
-    scales = {
-        name: getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    }
-    if any(scale not in (None, 1, 1.0) for scale in scales.values()):
-        return None
+def _head(causal: Any, vocabulary: int) -> Head | None:
+    """The head as W h + b, if that is all it is: no cap or scale in the config, and the model's own logits agree.
+
+    None: it is more than that, and `own_logits` gives what it gives. Raises JobFailure if not even that does.
+    """
     output = causal.get_output_embeddings()
-    bias = getattr(output, "bias", None)
-    head = Head(output.weight[:vocabulary], None if bias is None else bias[:vocabulary])
+    if not isinstance(output, nn.Linear):
+        raise _unsupported(f"{type(causal).__name__} has no output projection")
     ids_1T = torch.arange(PROBE_TOKENS, device=output.weight.device)[None] % vocabulary
     hidden_TD = causal.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
     own_TV = causal(input_ids=ids_1T, use_cache=False).logits[0, :, :vocabulary].float()
-    ours_TV = head.logits(hidden_TD).float()
     tolerance = 1e-4 if output.weight.dtype in (torch.float32, torch.float64) else 2e-2
-    agrees = (own_TV - ours_TV).abs().max() <= tolerance * own_TV.abs().max().clamp(min=1.0)
-    return head if bool(agrees) else None
+
+    def agrees(logits_TV: Tensor) -> bool:
+        off = (own_TV - logits_TV[:, :vocabulary].float()).abs().max()
+        return bool(off <= tolerance * own_TV.abs().max().clamp(min=1.0))
+
+    bias = output.bias
+    head = Head(output.weight[:vocabulary], None if bias is None else bias[:vocabulary])
+    config = causal.config.get_text_config()
+    if all(getattr(config, name, None) in (None, 1) for name in CAPS_AND_SCALES) and agrees(head.logits(hidden_TD)):
+        return head
+    try:
+        reproduced = agrees(own_logits(causal)(hidden_TD))
+    except (AttributeError, TypeError):
+        reproduced = False
+    if not reproduced:
+        raise _unsupported(f"how {type(causal).__name__} gets from its last states to its logits is not understood")
+    return None
+
+
+def facts(network: Network) -> BaseModelFacts:
+    """What a report says of the base model."""
+    return BaseModelFacts(
+        name=network.entry.name,
+        source=f"hub {network.entry.location}" if network.entry.source == "hub" else "local folder",
+        revision=network.entry.revision,
+        digest=network.digest,
+        tokenizer_digest=network.tokenizer_digest,
+        architecture=type(network.causal).__name__,
+        parameters=network.parameters,
+        trainable_parameters=sum(p.numel() for name, p in network.causal.named_parameters() if ".lora_" in name),
+        vocabulary=network.vocabulary,
+        context_tokens=network.context_tokens,
+        dtype=network.dtype,
+        prompt_format=network.entry.prompt_format,
+        head="fused" if network.head is not None else "plain",
+    )
 
 
 # --- the adapter
@@ -227,10 +291,7 @@ def _targets(causal: Any, wanted: list[str] | None) -> list[str]:
             why = "names no linear layer of this model"
         else:
             continue
-        raise JobFailure(
-            FailureCode.UNSUPPORTED_ARCHITECTURE,
-            f"adapter target {target!r} {why}; there are: {', '.join(sorted(linear))}",
-        )
+        raise _unsupported(f"adapter target {target!r} {why}; there are: {', '.join(sorted(linear))}")
     return wanted
 
 
@@ -253,8 +314,8 @@ def save(network: Network, folder: Path) -> None:
 
 
 def load_adapter(network: Network, folder: Path) -> Network:
-    """The base with the adapter that is stored in the folder, in place of the one that is in it now."""
-    causal = _peft(network).unload()
+    """The base with the adapter that is stored in the folder, in place of one that may be in it now."""
+    causal = network.causal if network.peft is None else network.peft.unload()
     peft = PeftModel.from_pretrained(causal, str(folder), is_trainable=False)
     peft.eval()
     return network._replace(causal=causal, peft=peft)

@@ -6,7 +6,8 @@ its share of sum_i weight_i * sum(loss_i) / N_i: every split gives the same numb
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from worker.data import Encoded, TokenRow
 from worker.model import Network
 from worker.problem import Evaluation, Method, Params
 from worker.solve import Batch
-from worker.tokens import Answers, Loss, View, counted
+from worker.tokens import Answers, Loss, Predictions, View, counted
 
 MAX_TOKENS = 16_384  # padded positions of a micro-batch
 # What a micro-batch costs beside its tokens, per layer: time to launch it times the rate of the device (operations).
@@ -34,37 +35,38 @@ def make_oracle(
     max_tokens: int = MAX_TOKENS,
 ) -> Batch:
     """The terms "forget" and "retain" on these rows. `grads` of an evaluation are the caller's to keep."""
-    rows = [forget.rows[p] for p in forget_places] + [retain.rows[p] for p in retain_places]
-    is_forget = [True] * len(forget_places) + [False] * len(retain_places)
     losses = {"forget": method.forget, "retain": method.retain}
-    sizes = {
-        "forget": _size(method.forget, [forget.rows[p] for p in forget_places]),
-        "retain": _size(method.retain, [retain.rows[p] for p in retain_places]),
-    }
-    lengths = [len(row.ids) for row in rows]
-    parts = data.microbatches(lengths, overhead_tokens(network), max_tokens)
-    tokens = sum(lengths)
+    rows = {"forget": [forget.rows[p] for p in forget_places], "retain": [retain.rows[p] for p in retain_places]}
+    sizes = {term: _size(losses[term], rows[term]) for term in losses}
+
+    @cache
+    def packed(terms: frozenset[str]) -> list[Packed]:
+        """Micro-batches of the rows of these terms. A solver that asks again gets them again."""
+        labelled = [(term, row) for term in sorted(terms) for row in rows[term]]
+        parts = data.microbatches([len(row.ids) for _, row in labelled], overhead_tokens(network), max_tokens)
+        return [pack([labelled[i] for i in part], network.device) for part in parts]
 
     def oracle(weights: Mapping[str, float]) -> Evaluation:
         sums: dict[str, list[Tensor]] = {term: [] for term in weights}
-        trains = any(weights.values())
-        for part in parts:
-            with nullcontext() if trains else torch.no_grad():
-                seen = views(network, [rows[i] for i in part], [is_forget[i] for i in part], list(losses.values()))
-                terms = {term: losses[term].fn({"answer": seen[term]}).sum() for term in weights if term in seen}
-            if trains:
-                share = sum((weights[term] / sizes[term]) * value for term, value in terms.items() if weights[term])
-                if isinstance(share, Tensor):
-                    share.backward()  # type: ignore[no-untyped-call]
-            for term, value in terms.items():
-                sums[term].append(value.detach())
+        for part in packed(frozenset(weights)):
+            with torch.set_grad_enabled(any(weights[term] for term in part.shares)):
+                seen = views(network, part, [losses[term] for term in part.shares])
+                share: Tensor | float = 0.0
+                for term, view in seen.items():
+                    with torch.set_grad_enabled(weights[term] != 0):
+                        value = losses[term].fn({"answer": view}).sum()
+                    sums[term].append(value.detach())
+                    if weights[term]:
+                        share = share + (weights[term] / sizes[term]) * value
+            if isinstance(share, Tensor):
+                share.backward()  # type: ignore[no-untyped-call]
         totals = torch.stack([torch.stack(sums[term]).sum() / sizes[term] for term in weights])
         grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
         for p in params.values():
             p.grad = None
         return Evaluation(dict(zip(weights, totals.tolist(), strict=True)), grads)
 
-    return Batch(oracle, tokens)
+    return Batch(oracle, tokens=sum(len(row.ids) for of_term in rows.values() for row in of_term))
 
 
 def overhead_tokens(network: Network) -> float:
@@ -78,41 +80,62 @@ def _size(loss: Loss, rows: Sequence[TokenRow]) -> int:
     return sum(row.counted for row in rows) if loss.per == "token" else len(rows)
 
 
-def views(
-    network: Network, rows: Sequence[TokenRow], is_forget: Sequence[bool], losses: Collection[Loss]
-) -> dict[str, View]:
-    """A view of each set's share of a micro-batch ("forget", "retain"), with what the losses need."""
-    padded = data.pad(rows, network.device)
+class Share(NamedTuple):
+    """What one term counts of a micro-batch."""
+
+    answers: Answers  # its rows renumbered from 0
+    at_N: Tensor  # int64 positions of the flattened [B*T] whose states predict those tokens
+
+
+class Packed(NamedTuple):
+    """A micro-batch on the device. Nothing in it depends on the parameters."""
+
+    input_ids_BT: Tensor
+    shares: dict[str, Share]  # by term
+
+
+def pack(labelled: Sequence[tuple[str, TokenRow]], device: torch.device) -> Packed:
+    """Pad rows, each with the term that it belongs to. All counting is done before the device sees a number: it never waits."""
+    padded = data.pad([row for _, row in labelled], torch.device("cpu"))
     answers, at_N = counted(padded.input_ids_BT, padded.labels_BT)
+    shares = {}
+    for term in sorted({term for term, _ in labelled}):
+        mine_B = torch.tensor([of == term for of, _ in labelled])
+        mine_N = mine_B[answers.row_N]
+        row_N = (mine_B.cumsum(0) - 1)[answers.row_N[mine_N]]
+        packed = Answers(answers.target_N[mine_N].to(device), row_N.to(device), int(mine_B.sum()))
+        shares[term] = Share(packed, at_N[mine_N].to(device))
+    return Packed(padded.input_ids_BT.to(device), shares)
+
+
+def views(network: Network, part: Packed, losses: Collection[Loss]) -> dict[str, View]:
+    """A view of each term's share of a micro-batch, with what the losses need; one pass for all of them."""
     hidden = any("hidden" in loss.needs for loss in losses)
-    now_ND, now_layers = states(network, padded.input_ids_BT, at_N, hidden)
-    before: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    now = states(network, part.input_ids_BT, hidden)
+    before: States | None = None
     if any("reference" in loss.needs for loss in losses):
         assert network.peft is not None
         with network.peft.disable_adapter(), torch.no_grad():
-            before = states(network, padded.input_ids_BT, at_N, hidden)
+            before = states(network, part.input_ids_BT, hidden)
 
-    seen = {}
-    forget_B = torch.tensor(is_forget, device=network.device)
-    for term, mine_B in {"forget": forget_B, "retain": ~forget_B}.items():
-        chosen_B = torch.nonzero(mine_B)[:, 0]
-        if not len(chosen_B):
-            continue
-        mine_N = mine_B[answers.row_N]
-        target_N = answers.target_N[mine_N]
-        renumbered_B = torch.cumsum(mine_B, 0) - 1
-        seen[term] = View(
-            Answers(target_N, renumbered_B[answers.row_N[mine_N]], len(chosen_B)),
-            network.predictions(now_ND[mine_N], target_N, tuple(layer[mine_N] for layer in now_layers)),
-            None
-            if before is None
-            else network.predictions(before[0][mine_N], target_N, tuple(layer[mine_N] for layer in before[1])),
-        )
-    return seen
+    def predictions(seen: States, share: Share) -> Predictions:
+        layers = tuple(layer_PD[share.at_N] for layer_PD in seen.layers)
+        return network.predictions(seen.last_PD[share.at_N], share.answers.target_N, layers)
+
+    return {
+        term: View(share.answers, predictions(now, share), None if before is None else predictions(before, share))
+        for term, share in part.shares.items()
+    }
 
 
-def states(network: Network, input_ids_BT: Tensor, at_N: Tensor, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What the head reads at the given flat positions [N, D] and, if asked for, the states after every layer there."""
+class States(NamedTuple):
+    """Of all positions P = B*T of a micro-batch."""
+
+    last_PD: Tensor  # what the head reads
+    layers: tuple[Tensor, ...]  # after the embeddings and after every layer, [P, D] each; empty unless asked for
+
+
+def states(network: Network, input_ids_BT: Tensor, hidden: bool) -> States:
     out = network.causal.get_decoder()(input_ids=input_ids_BT, use_cache=False, output_hidden_states=hidden)
-    layers = tuple(layer.flatten(0, 1)[at_N] for layer in out.hidden_states) if hidden else ()
-    return out.last_hidden_state.flatten(0, 1)[at_N], layers
+    layers = tuple(layer.flatten(0, 1) for layer in out.hidden_states) if hidden else ()
+    return States(out.last_hidden_state.flatten(0, 1), layers)

@@ -32,8 +32,8 @@ class Metric(NamedTuple):
     definition: str
 
 
-def mean(by_row: dict[int, float]) -> Score:
-    """The mean over rows.
+def mean(by_row: dict[int, float], empty: str = "no row could be measured") -> Score:
+    """The mean over rows, or `empty` as the reason why there is none.
 
     >>> mean({0: 0.5, 2: 1.0}).value
     0.75
@@ -41,7 +41,7 @@ def mean(by_row: dict[int, float]) -> Score:
     'no row could be measured'
     """
     if not by_row:
-        return Score(None, {}, "no row could be measured")
+        return Score(None, {}, empty)
     return Score(sum(by_row.values()) / len(by_row), by_row)
 
 

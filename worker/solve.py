@@ -37,7 +37,9 @@ class Measured(Protocol):
     @property
     def retain_loss(self) -> float: ...
     @property
-    def retain_upper(self) -> float: ...  # one-sided 95 % bound where sampled, else retain_loss; compared with the bound
+    def retain_upper(
+        self,
+    ) -> float: ...  # one-sided 95 % bound where sampled, else retain_loss; compared with the bound
 
 
 class Limits(NamedTuple):

@@ -25,7 +25,7 @@ def rouge_l_recall() -> Metric:
             p: float(scorer.score(scores.answers[p].strip(), text.strip())["rougeL"].recall)
             for p, text in scores.generated.items()
         }
-        return mean(by_row)
+        return mean(by_row, empty="no row has a prompt that could be answered")
 
     return Metric(
         fn, frozenset({"generated"}), FORGOTTEN_LOWER, "mean over rows of ROUGE-L recall of the greedy answer, stemmed"

@@ -1,0 +1,221 @@
+"""The demo: a model that has memorised people, a request to forget some of them, a verified adapter and a report.
+
+Everything goes the way a user's request goes: over HTTP, through the queue, to the worker. What stays afterwards is the
+folder; every process has ended.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from service import register
+from service.domain.job import TERMINAL, PromptFormat
+from service.local import Stack, stack
+from service.processes import free_port, interruptible, running, tail
+from service.settings import Settings
+from service.store import models
+from service.store.session import make_engine, make_sessions
+
+Json = dict[str, Any]
+Show = Callable[[str], None]
+
+MODEL = "people"
+JOBS = "/v1/unlearning/jobs"
+POLL_S = 0.3
+RECORDS = 12  # lines of the solve that stay on the screen
+REQUEST: Json = {
+    "model": MODEL,
+    "method": {"type": "pdu", "hyperparameters": {}},
+    "constraint": {"epsilon_relative": 0.25},
+    "budget": {"max_steps": 200, "max_seconds": 90},
+    "metadata": {"requested_by": "make demo"},
+}
+
+
+def demo(folder: Path, seed: int = 0) -> int:
+    """Exit status: 0 only if the verdict is PASSED. Raises RuntimeError if a process that is needed does not run."""
+    console, began = Console(highlight=False), time.monotonic()
+    with (
+        interruptible(),
+        _emptied(folder) as folder,
+        _model_maker(folder, seed) as maker,
+        stack(folder, api_port=free_port()) as here,
+        _status(console) as show,
+    ):
+        console.print(f"The service runs at {here.url} ({time.monotonic() - began:.0f} s)")
+        _await_model(maker, folder / "logs" / "model.log", here, show)
+        console.print(tail(folder / "logs" / "model.log", 1))
+        _register(here.settings, folder, console)
+        with httpx.Client(base_url=here.url, timeout=30) as api:
+            job = _submit(api, folder, console)
+            job = _watch(api, job, here, console, show)
+            if job["status"] == "succeeded":
+                _download(api, job, folder)
+    if job["status"] != "succeeded":
+        console.print(f"[bold red]The job {job['status']}: {(job['failure'] or {}).get('message')}[/]")
+        return 1
+    report = json.loads((folder / "report.json").read_text())
+    _tell(report, folder, console)
+    console.print(f"\n{time.monotonic() - began:.0f} s in all; every process that was started has ended.")
+    return 0 if report["verdict"]["result"] == "PASSED" else 1
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """The folder without what an earlier demo left, ours alone while this one runs."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(folder.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another demo runs in {folder}") from error
+        if folder.exists():
+            shutil.rmtree(folder)
+        (folder / "logs").mkdir(parents=True)
+        yield folder
+
+
+@contextmanager
+def _model_maker(folder: Path, seed: int) -> Iterator[Popen[bytes]]:
+    """Trains the target model while the service starts."""
+    command = [sys.executable, "-m", "worker.demo", str(folder), "--seed", str(seed)]
+    with running(command, folder / "logs" / "model.log", os.environ) as maker:
+        yield maker
+
+
+@contextmanager
+def _status(console: Console) -> Iterator[Show]:
+    """One line that changes, on a terminal; elsewhere nothing but what is printed."""
+    with console.status("") as status:
+        yield lambda text: status.update(text)
+
+
+def _await_model(maker: Popen[bytes], log: Path, here: Stack, show: Show) -> None:
+    while maker.poll() is None:
+        here.check()
+        show(f"the target model learns: {tail(log, 1)}")
+        time.sleep(POLL_S)
+    if maker.returncode != 0:
+        raise RuntimeError(f"the target model could not be made:\n{tail(log)}")
+
+
+def _register(settings: Settings, folder: Path, console: Console) -> None:
+    """As `unlearn models add` does."""
+    form = PromptFormat.model_validate_json((folder / "prompt_format.json").read_text())
+    entry = register.folder_entry(settings, MODEL, settings.models_root / MODEL, form, "any")
+    engine = make_engine(settings.database_url)
+    with make_sessions(engine).begin() as session:
+        models.add(session, entry)
+    engine.dispose()
+    console.print(f"registered the model {MODEL!r}: {entry.digest}")
+
+
+def _submit(api: httpx.Client, folder: Path, console: Console) -> Json:
+    """Upload both sets, ask for the deletion."""
+    request = dict(REQUEST)
+    for purpose, path in (("forget_set", folder / "forget.jsonl"), ("retain_set", folder / "retain.jsonl")):
+        with path.open("rb") as file:
+            uploaded = _ok(api.post("/v1/files", data={"purpose": purpose}, files={"file": (path.name, file)}))
+        request[purpose] = uploaded["id"]
+        console.print(f"POST /v1/files  {purpose}: {uploaded['rows']} rows -> {uploaded['id']}")
+    job = _ok(api.post(JOBS, json=request))
+    console.print(f"POST {JOBS}  -> {job['id']} ({job['status']})")
+    return job
+
+
+def _watch(api: httpx.Client, job: Json, here: Stack, console: Console, show: Show) -> Json:
+    """Follow the job to its end: the losses and the dual variable of each step, a dozen of them kept on the screen."""
+    url = f"{JOBS}/{job['id']}"
+    every = max(1, REQUEST["budget"]["max_steps"] // RECORDS)
+    seen = 0
+    while job["status"] not in TERMINAL:
+        here.check()
+        time.sleep(POLL_S)
+        job = _ok(api.get(url))
+        series = _ok(api.get(f"{url}/steps", params={"after": seen}))["data"]
+        if series and seen == 0:
+            console.print(" step  forget loss  retain loss  loss - bound  dual variable")
+        for step in series:
+            seen = step["step"]
+            if seen == 1 or seen % every == 0:
+                console.print(_step_line(step))
+        show(f"{job['stage'] or job['status']} {_step_line(series[-1]) if series else ''}")
+    return job
+
+
+def _step_line(step: Json) -> str:
+    (violation,), (dual,) = step["violation"].values(), step["dual"].values()
+    losses = step["losses"]
+    return f"{step['step']:5} {losses['forget']:12.4f} {losses['retain']:12.4f} {violation:+13.4f} {dual:14.2f}"
+
+
+def _download(api: httpx.Client, job: Json, folder: Path) -> None:
+    """The report in both forms, and the adapter's files."""
+    url = f"{JOBS}/{job['id']}"
+    for name, accept in (("report.json", "application/json"), ("report.html", "text/html")):
+        reply = api.get(f"{url}/report", headers={"Accept": accept}).raise_for_status()
+        (folder / name).write_bytes(reply.content)
+    for artifact in _ok(api.get(f"{url}/artifacts"))["data"]:
+        if artifact["name"].startswith("adapter/"):
+            path = folder / artifact["name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(api.get(f"{url}/artifacts/{artifact['id']}/content").raise_for_status().content)
+
+
+def _tell(report: Json, folder: Path, console: Console) -> None:
+    """The verdict, before and after, and where everything is."""
+    table = Table("set", "figure", "before", "after", "better")
+    for figure in report["figures"]:
+        numbers = ["-" if figure[when] is None else f"{figure[when]:.4f}" for when in ("before", "after")]
+        table.add_row(figure["set"], figure["metric"], *numbers, figure["better"])
+    console.print(table)
+    verdict = report["verdict"]
+    colour = {"PASSED": "green", "WARNED": "yellow"}.get(verdict["result"], "red")
+    console.print(f"[bold {colour}]{verdict['result']}[/]  {verdict['message']}")
+    for gate in verdict["gates"]:
+        console.print(f"  {gate['result']}  {gate['message']}")
+    console.print(f"stopped: {report['stop']['message']}\n")
+    for what, name in (("adapter", "adapter"), ("report", "report.html"), ("as JSON", "report.json"), ("logs", "logs")):
+        console.print(f"{what:8} {folder / name}", soft_wrap=True)
+    console.print("\nLoad it, and ask about somebody who was forgotten:\n")
+    console.print(_load_command(folder), soft_wrap=True, markup=False)
+
+
+def _load_command(folder: Path) -> str:
+    """A shell command that asks the model one of the forgotten questions, without and with the adapter."""
+    form = json.loads((folder / "prompt_format.json").read_text())
+    row = json.loads((folder / "forget.jsonl").read_text().partition("\n")[0])
+    prompt = json.dumps(form["user_start"] + row["question"] + form["user_end"] + form["assistant_start"])
+    base, adapter = (json.dumps(os.path.relpath(folder / name)) for name in (f"models/{MODEL}", "adapter"))
+    lines = (
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"words = AutoTokenizer.from_pretrained({base})",
+        f"model = AutoModelForCausalLM.from_pretrained({base})",
+        f'question = words({prompt}, return_tensors="pt")',
+        "say = lambda model: print(words.decode(model.generate(**question, max_new_tokens=24)[0]))",
+        "say(model)",
+        f"say(PeftModel.from_pretrained(model, {adapter}))",
+    )
+    return f"{os.path.relpath(sys.executable)} -c {shlex.quote('; '.join(lines))}"
+
+
+def _ok(reply: httpx.Response) -> Json:
+    if reply.is_error:
+        raise RuntimeError(f"{reply.request.method} {reply.request.url.path}: {reply.status_code} {reply.text}")
+    body: Json = reply.json()
+    return body

@@ -1,0 +1,131 @@
+"""The whole service on this machine, in one process tree: Postgres and Valkey from wheels, API, worker, sweep.
+
+Each part is its own process with its own log. What needs torch is started as a process: nothing here imports it.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from subprocess import Popen
+from typing import Any, NamedTuple
+
+import httpx
+
+from service import embedded, migrate
+from service.processes import free_port, interruptible, running, tail
+from service.settings import Settings
+
+START_S = 60.0
+PARTS = {
+    "api": ("-m", "service.cli", "api"),
+    "worker": ("-m", "worker.app"),
+    "sweep": ("-m", "service.sweep"),
+}
+
+
+class Part(NamedTuple):
+    process: Popen[bytes]
+    log: Path
+
+
+class Stack(NamedTuple):
+    """What runs. `environment` is what every part was started with; other commands need the same to reach it."""
+
+    settings: Settings
+    environment: dict[str, str]
+    parts: dict[str, Part]
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.settings.api_host}:{self.settings.api_port}"
+
+    @property
+    def worker_metrics_url(self) -> str:
+        return f"http://{self.settings.worker_metrics_host}:{self.settings.worker_metrics_port}/metrics"
+
+    def check(self) -> None:
+        """Raises RuntimeError with the end of its log if a part is no longer alive."""
+        for name, part in self.parts.items():
+            code = part.process.poll()
+            if code is not None:
+                raise RuntimeError(f"{name} ended with exit status {code}:\n{tail(part.log)}\n(the rest: {part.log})")
+
+
+@contextmanager
+def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
+    """Everything started and healthy, with its state below `folder`; everything stopped afterwards, in reverse order.
+
+    Args:
+        knobs: fields of Settings; what is not given comes from the environment, the worker's metrics port is a free one.
+
+    Raises RuntimeError when a part does not come up.
+    """
+    folder = folder.absolute()
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        knobs |= {
+            "database_url": opened.enter_context(embedded.postgres(folder)),
+            "broker_url": opened.enter_context(embedded.valkey(folder)),
+            "storage_url": str(folder / "storage"),
+            "models_root": folder / "models",
+            "worker_scratch_dir": folder / "scratch",
+            "worker_metrics_port": free_port(),
+        }
+        settings = Settings(**knobs)
+        here = Stack(settings, os.environ | _as_environment(settings), {})
+
+        migrate.upgrade(settings.database_url)
+        for name, arguments in PARTS.items():
+            log = logs / f"{name}.log"
+            process = opened.enter_context(running([sys.executable, *arguments], log, here.environment))
+            here.parts[name] = Part(process, log)
+        _wait(here, lambda: _answers(f"{here.url}/readyz") and _answers(here.worker_metrics_url))
+        yield here
+
+
+def up(folder: Path) -> None:
+    """Run the stack in the foreground until a signal ends it, or until a part dies: then RuntimeError."""
+    with interruptible(), stack(folder) as here:
+        names = ("DATABASE_URL", "BROKER_URL", "STORAGE_URL", "MODELS_ROOT")
+        _say(f"API      {here.url}/docs")
+        _say(f"worker   {here.worker_metrics_url}")
+        _say(f"logs     {folder / 'logs'}")
+        _say("For other commands, in another terminal:")
+        _say("  export " + " ".join(f"{name}='{here.environment[name]}'" for name in names))
+        _say("Ctrl-C stops everything.")
+        while True:
+            here.check()
+            time.sleep(0.5)
+
+
+def _as_environment(settings: Settings) -> dict[str, str]:
+    values = settings.model_dump(mode="json", exclude_none=True)
+    return {name.upper(): value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+
+def _wait(here: Stack, healthy: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_S
+    while not healthy():
+        here.check()
+        if time.monotonic() > deadline:
+            logs = "\n".join(f"--- {part.log}\n{tail(part.log)}" for part in here.parts.values())
+            raise RuntimeError(f"not ready after {START_S:g} s:\n{logs}")
+        time.sleep(0.05)
+    here.check()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

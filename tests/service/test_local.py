@@ -1,0 +1,177 @@
+"""The local stack on real servers and real signals: it comes up whole, and nothing of it is left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service import demo
+from service.processes import free_port, interruptible, running
+
+ROOT = Path(__file__).parents[2]
+UP = "import sys; from pathlib import Path; from service.local import up; up(Path(sys.argv[1]))"
+STUBBORN = (
+    "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+    "print(child.pid, flush=True); time.sleep(60)"
+)
+
+
+def until(true: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(pid: int) -> bool:
+    """Not a zombie, which only waits to be reaped by whoever became its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def below(pid: int) -> set[int]:
+    """All descendants, through every thread that may have started one."""
+    try:
+        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+    children = {int(child) for text in lists for child in text.split()}
+    return children.union(*(below(child) for child in children))
+
+
+@contextmanager
+def stack_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """`unlearn up` in a process of its own, which may be killed."""
+    environment = os.environ | {"API_PORT": str(free_port())}
+    with (folder / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", UP, str(folder)], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+    started = set[int]()
+    try:
+        yield process
+    finally:
+        started |= below(process.pid)
+        process.kill()
+        process.wait()
+        for pid in filter(alive, started):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_up(process: subprocess.Popen[str], folder: Path) -> list[str]:
+    """What it printed; the last line is the one that says so."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Ctrl-C"):
+            return lines
+    raise AssertionError(f"ended with {process.wait()}: {(folder / 'errors').read_text()}")
+
+
+def test_it_comes_up_whole_and_ctrl_c_leaves_nothing(reachable_folder: Path) -> None:
+    with stack_process(reachable_folder) as process:
+        told = "".join(wait_until_up(process, reachable_folder))
+        api = re.search(r"http://\S+(?=/docs)", told)
+        worker = re.search(r"http://\S+/metrics", told)
+        assert api is not None
+        assert worker is not None
+        assert httpx.get(f"{api[0]}/readyz").status_code == 200
+        assert httpx.get(f"{api[0]}/v1/methods").status_code == 200
+        assert "unlearn_" in httpx.get(worker[0]).text
+        started = below(process.pid)
+        assert len(started) >= 5
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 128 + signal.SIGINT
+        assert until(lambda: not any(map(alive, started)), 5)
+
+
+@pytest.mark.parametrize("later_s", [0.0, 0.7])
+def test_a_signal_while_it_starts_leaves_nothing(reachable_folder: Path, later_s: float) -> None:
+    with stack_process(reachable_folder) as process:
+        assert until(lambda: len(below(process.pid)) >= 1, 20)
+        time.sleep(later_s)
+        started = below(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+        assert until(lambda: not any(map(alive, started)), 5)
+
+
+def test_sigkill_takes_the_whole_tree_along(reachable_folder: Path) -> None:
+    with stack_process(reachable_folder) as process:
+        wait_until_up(process, reachable_folder)
+        started = below(process.pid)
+        process.kill()
+        assert until(lambda: not any(map(alive, started)), 10)
+
+
+def test_a_part_that_dies_ends_the_stack_and_shows_its_log(reachable_folder: Path) -> None:
+    with stack_process(reachable_folder) as process:
+        wait_until_up(process, reachable_folder)
+        started = below(process.pid)
+        sweep = next(pid for pid in started if "service.sweep" in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(sweep, signal.SIGKILL)
+        assert process.wait(20) == 1
+        assert "sweep ended with exit status -9" in (reachable_folder / "errors").read_text()
+        assert str(reachable_folder / "logs" / "sweep.log") in (reachable_folder / "errors").read_text()
+        assert until(lambda: not any(map(alive, started)), 5)
+
+
+def test_who_ignores_sigterm_is_killed_with_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.processes.STOP_S", 0.2)
+    log = tmp_path / "log"
+    with running([sys.executable, "-c", STUBBORN], log, os.environ) as process:
+        assert until(lambda: log.read_text().endswith("\n"), 10)
+        grandchild = int(log.read_text())
+        assert alive(grandchild)
+    assert process.returncode == -signal.SIGKILL
+    assert until(lambda: not alive(grandchild), 5)
+
+
+def test_the_first_signal_ends_and_the_next_do_not_disturb_the_cleaning_up() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    told = []
+
+    def work() -> None:
+        with interruptible():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+                told.append("cleaned up")
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert told == ["cleaned up"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_during_the_demo_leaves_nothing(reachable_folder: Path) -> None:
+    """While the model still learns and the service starts; what it left does not hinder the next one."""
+    code = f"from pathlib import Path; from service.demo import demo; demo(Path({str(reachable_folder / 'demo')!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    try:
+        assert until(lambda: len(below(process.pid)) >= 2, 20)
+        with pytest.raises(RuntimeError, match="another demo"):
+            demo.demo(reachable_folder / "demo")
+        started = below(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 128 + signal.SIGINT
+        assert until(lambda: not any(map(alive, started)), 5)
+    finally:
+        process.kill()
+        process.wait()
