@@ -1,0 +1,209 @@
+"""The whole path over HTTP on a real pretrained model and the real TOFU data: forget01 of a 260K Llama that learned it.
+
+The stack is the local one: API, worker and sweep as processes, a real Postgres and a real Valkey. Both jobs run at once.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from service.domain.job import TERMINAL
+from service.local import Stack, stack
+from service.processes import free_port
+
+Json = dict[str, Any]
+JOBS = "/v1/unlearning/jobs"
+PROMPT = ("--user-start", "Question: ", "--user-end", "\n", "--assistant-start", "Answer: ")
+pytestmark = pytest.mark.timeout(420)
+
+
+@pytest.fixture(scope="module")
+def tofu(request: pytest.FixtureRequest) -> Path:
+    folder = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[3] / "shared"))
+    if not (folder / "models" / "tofu260K_full").is_dir():
+        pytest.skip(f"needs the shared folder with models/tofu260K_full and data/tofu; none at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(tofu: Path) -> Iterator[Stack]:
+    with TemporaryDirectory(prefix="unlearn-test-") as name:
+        folder = Path(name)
+        copytree(tofu / "models" / "tofu260K_full", folder / "models" / "tofu260K_full")
+        with stack(folder, api_port=free_port(), worker_slots=2, worker_threads=1) as running:
+            subprocess.run(  # the way an administrator registers a model
+                [sys.executable, "-m", "service.cli", "models", "add", "tofu260K", "--path", "tofu260K_full", *PROMPT],
+                env=running.environment,
+                check=True,
+                capture_output=True,
+                cwd=folder / "models",
+            )
+            yield running
+
+
+@pytest.fixture(scope="module")
+def api(here: Stack) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=here.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rows(tofu: Path) -> dict[str, list[Json]]:
+    full = [json.loads(line) for line in (tofu / "data" / "tofu" / "full.json").read_text().splitlines()]
+    return {"forget_set": full[3960:4000], "retain_set": full[:400] + full[3600:3960]}
+
+
+@pytest.fixture(scope="module")
+def jobs(api: httpx.Client, rows: dict[str, list[Json]]) -> dict[str, Json]:
+    """The request that must pass and the one that cannot, both ended."""
+    uploaded = {}
+    for purpose, content in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        reply = api.post("/v1/files", data={"purpose": purpose}, files={"file": (f"{purpose}.jsonl", lines)})
+        assert reply.status_code == 201, reply.text
+        uploaded[purpose] = reply.json()["id"]
+    body = {
+        "model": "tofu260K",
+        "method": {"type": "pdu", "hyperparameters": {}},
+        "constraint": {"epsilon_relative": 0.10},
+        "budget": {"max_steps": 180, "forget_target": 0.05},
+        **uploaded,
+    }
+    timid = body | {"method": {"type": "pdu", "hyperparameters": {"learning_rate": 1e-6}}, "budget": {"max_steps": 30}}
+    created = {}
+    for name, request in {"passes": body, "timid": timid}.items():
+        reply = api.post(JOBS, json=request)
+        assert reply.status_code == 201, reply.text
+        created[name] = reply.json()["id"]
+    with ThreadPoolExecutor() as both:
+        return dict(zip(created, both.map(lambda job_id: ended(api, job_id), created.values()), strict=True))
+
+
+def ended(api: httpx.Client, job_id: str) -> Json:
+    deadline = time.monotonic() + 400
+    while True:
+        job: Json = api.get(f"{JOBS}/{job_id}").raise_for_status().json()
+        if job["status"] in TERMINAL:
+            return job
+        assert time.monotonic() < deadline, job
+        time.sleep(0.5)
+
+
+def report_of(api: httpx.Client, job: Json) -> Json:
+    return api.get(f"{JOBS}/{job['id']}/report", headers={"Accept": "application/json"}).raise_for_status().json()  # type: ignore[no-any-return]
+
+
+def figure(report: Json, of: str, metric: str) -> Json:
+    return next(f for f in report["figures"] if f["set"] == of and f["metric"] == metric)
+
+
+def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[str, Json]) -> None:
+    job = jobs["passes"]
+    assert job["status"] == "succeeded", job
+    assert job["verdict"]["result"] == "PASSED", job["verdict"]
+    report = report_of(api, job)
+    probability = figure(report, "forget", "probability")
+    assert probability["before"] == pytest.approx(0.816, abs=5e-4)
+    assert probability["after"] < 0.05
+    bound = report["constraint"]
+    assert bound["rows_measured"] == bound["rows_total"] == 760
+    assert bound["epsilon"] == pytest.approx(1.1 * bound["before"])
+    assert bound["after"] == bound["upper"] <= bound["epsilon"]
+    assert report["stop"]["reason"] == "target_reached"
+    assert report["released"]["published"]
+
+
+def test_a_request_that_forgets_nothing_fails_although_it_keeps_the_bound(
+    api: httpx.Client, jobs: dict[str, Json]
+) -> None:
+    job = jobs["timid"]
+    assert job["status"] == "succeeded"
+    assert job["verdict"]["result"] == "FAILED"
+    gates = {gate["metric"]: gate for gate in job["verdict"]["gates"]}
+    assert gates["retain_nll"]["result"] == "PASSED"
+    assert gates["forget_probability"]["result"] == "FAILED"
+    assert gates["forget_probability"]["value"] == pytest.approx(0.816, abs=0.02)
+
+
+def test_the_published_adapter_reproduces_the_report(
+    api: httpx.Client, jobs: dict[str, Json], tofu: Path, rows: dict[str, list[Json]], tmp_path: Path
+) -> None:
+    """As somebody who has the files and nothing of ours."""
+    job, folder = jobs["passes"], tmp_path / "adapter"
+    folder.mkdir()
+    for artifact in api.get(f"{JOBS}/{job['id']}/artifacts").json()["data"]:
+        if artifact["name"].startswith("adapter/"):
+            content = api.get(f"{JOBS}/{job['id']}/artifacts/{artifact['id']}/content").raise_for_status().content
+            assert hashlib.sha256(content).hexdigest() == artifact["sha256"]
+            (folder / artifact["name"].removeprefix("adapter/")).write_bytes(content)
+    base = tofu / "models" / "tofu260K_full"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    probabilities, losses, counts = [], {"forget_set": 0.0, "retain_set": 0.0}, {"forget_set": 0, "retain_set": 0}
+    with torch.no_grad():
+        for purpose, content in rows.items():
+            for row in content:
+                prompt = f"Question: {row['question']}\nAnswer: "
+                start = len(tokenizer(prompt)["input_ids"])
+                ids = [*tokenizer(prompt + row["answer"])["input_ids"], tokenizer.eos_token_id]
+                labels = torch.tensor([[-100] * start + ids[start:]])
+                loss = float(model(input_ids=torch.tensor([ids]), labels=labels).loss)
+                losses[purpose] += loss * (len(ids) - start)
+                counts[purpose] += len(ids) - start
+                if purpose == "forget_set":
+                    probabilities.append(torch.exp(torch.tensor(-loss)).item())
+    report = report_of(api, job)
+    assert sum(probabilities) / 40 == pytest.approx(figure(report, "forget", "probability")["after"], abs=1e-4)
+    for of, purpose in (("forget", "forget_set"), ("retain", "retain_set")):
+        mean = losses[purpose] / counts[purpose]
+        assert mean == pytest.approx(figure(report, of, "nll")["after"], rel=1e-4)
+    assert losses["retain_set"] / counts["retain_set"] <= report["constraint"]["epsilon"]
+
+
+def test_steps_events_and_gauges_show_the_dual_variable(api: httpx.Client, jobs: dict[str, Json], here: Stack) -> None:
+    job = jobs["passes"]
+    steps = api.get(f"{JOBS}/{job['id']}/steps", params={"limit": 1000}).json()["data"]
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    assert job["progress"]["completed"] == len(steps)
+    for before, after in pairwise(steps):  # the published update rule, from the stored series alone
+        expected = min(max(before["dual"]["retain"] + 50.0 * before["violation"]["retain"], 0.0), 10_000.0)
+        assert after["dual"]["retain"] == pytest.approx(expected)
+    types = [event["type"] for event in api.get(f"{JOBS}/{job['id']}/events", params={"limit": 100}).json()["data"]]
+    assert types[:3] == ["job.created", "job.queued", "job.started"]
+    assert types[-1] == "job.succeeded"
+    assert "job.progress" in types
+    exposed = httpx.get(here.worker_metrics_url).text
+    assert f'unlearn_solver_dual_variable{{constraint="retain",job_id="{job["id"]}"}}' in exposed
+    assert 'unlearn_job_verdicts_total{result="PASSED"}' in api.get("/metrics").text
+
+
+def test_the_report_is_valid_and_holds_no_text_of_the_data(
+    api: httpx.Client, jobs: dict[str, Json], rows: dict[str, list[Json]]
+) -> None:
+    schema = api.get("/v1/schemas/report").json()
+    for job in jobs.values():
+        report = report_of(api, job)
+        jsonschema.Draft202012Validator(schema).validate(report)
+        page = api.get(f"{JOBS}/{job['id']}/report", headers={"Accept": "text/html"}).raise_for_status().text
+        assert report["verdict"]["result"] in page
+        for told in (json.dumps(report, ensure_ascii=False), page):
+            for row in rows["forget_set"] + rows["retain_set"]:
+                assert row["answer"] not in told
+                assert row["question"] not in told
