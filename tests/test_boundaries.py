@@ -96,7 +96,7 @@ RULES = (
         "runner",
         r"worker\..*",
         TORCH
-        | {"safetensors", "tokenizers", "numpy", "pydantic", "fsspec", "jinja2", "rouge_score", "accelerate"}
+        | {"safetensors", "tokenizers", "numpy", "pydantic", "fsspec", "jinja2", "markupsafe", "rouge_score", "accelerate"}
         | {"huggingface_hub"}  # what the revision of a Hub model is fetched with
         | {"worker", "service.domain"}
         | {"service.store.storage"},  # the storage root: fsspec alone, which `never` proves

@@ -19,6 +19,7 @@ from worker.scores import Metric, Score, Scores
 from worker.tokens import Loss
 
 SAMPLE_ROWS_MAX = 2000  # of a set; a larger one is sampled
+STRATA = 20
 GENERATED_ROWS_MAX = 100  # of a set; generation costs a pass per token
 GENERATED_ROWS_AT_ONCE = 50
 MAX_NEW_TOKENS = 200  # as TOFU
@@ -63,14 +64,22 @@ def sets(forget: Encoded, retain: Encoded, seed: int) -> Sets:
 
 
 def sample(encoded: Encoded, seed: int, rows_max: int) -> list[int]:
-    """All measurable rows, or a systematic sample over their lengths: stratified, and a function of the seed."""
+    """All measurable rows, or a sample stratified by length, a function of the seed.
+
+    Each stratum is drawn from at random: a systematic sample (every k-th row) has only k outcomes, and its bound then holds
+    for more or fewer of them than it says.
+    """
     places = encoded.measured
     if len(places) <= rows_max:
         return places
     by_length = sorted(places, key=lambda place: (len(encoded.rows[place].ids), place))
-    stride = len(places) / rows_max
-    start = float(torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)) * stride
-    return sorted(by_length[int(start + k * stride)] for k in range(rows_max))
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[int] = []
+    for k in range(STRATA):
+        stratum = by_length[k * len(places) // STRATA : (k + 1) * len(places) // STRATA]
+        count = (k + 1) * rows_max // STRATA - k * rows_max // STRATA
+        chosen += [stratum[i] for i in torch.randperm(len(stratum), generator=generator)[:count].tolist()]
+    return sorted(chosen)
 
 
 def measure(network: Network, both: Sets, forget_loss: Loss) -> Measurement:
@@ -82,10 +91,13 @@ def measure(network: Network, both: Sets, forget_loss: Loss) -> Measurement:
     return Measurement(objective, probability, loss, upper)
 
 
-def retain_loss(network: Network, retain: Encoded) -> float:
-    """Nats per counted token over the whole set, sampled or not: what a relative epsilon is relative to."""
-    scores, _ = score(network, retain, retain.measured)
-    return token_mean(scores, len(retain.measured))[0]
+def whole_retain_loss(network: Network, both: Sets, measured: Evaluated) -> float:
+    """Nats per counted token over the whole retain set, sampled or not: what a relative epsilon is relative to."""
+    places = both.retain.measured
+    if len(both.retain_places) == len(places):
+        return measured.measurement.retain_loss
+    scores, _ = score(network, both.retain, places)
+    return token_mean(scores, len(places))[0]
 
 
 def evaluate(network: Network, both: Sets, forget_loss: Loss) -> Evaluated:

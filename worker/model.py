@@ -5,6 +5,7 @@ safetensors only, and no code that a model brings along is run.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,13 +260,11 @@ def adapt(base: Network, lora: Lora, seed: int) -> Network:
         bias="none",
         target_modules=_targets(base.causal, lora.target_modules),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name,
-        revision=base.entry.revision,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft = get_peft_model(base.causal, config)
-    config.base_model_name_or_path, config.revision = base.name, base.entry.revision
+    config.base_model_name_or_path, config.revision = base.name, base.entry.revision  # PEFT would publish a path
     peft.eval()
     return base._replace(peft=peft)
 
@@ -293,6 +292,11 @@ def _targets(causal: Any, wanted: list[str] | None) -> list[str]:
             continue
         raise _unsupported(f"adapter target {target!r} {why}; there are: {', '.join(sorted(linear))}")
     return wanted
+
+
+def adapter_off(network: Network) -> AbstractContextManager[None]:
+    """Within it the network is the base: the reference model."""
+    return _peft(network).disable_adapter()  # type: ignore[no-any-return]
 
 
 def trainable(network: Network) -> Params:

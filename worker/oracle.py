@@ -14,7 +14,7 @@ from torch import Tensor
 
 from worker import data
 from worker.data import Encoded, TokenRow
-from worker.model import Network
+from worker.model import Network, adapter_off
 from worker.problem import Evaluation, Method, Params
 from worker.solve import Batch
 from worker.tokens import Answers, Loss, Predictions, View, counted
@@ -114,8 +114,7 @@ def views(network: Network, part: Packed, losses: Collection[Loss]) -> dict[str,
     now = states(network, part.input_ids_BT, hidden)
     before: States | None = None
     if any("reference" in loss.needs for loss in losses):
-        assert network.peft is not None
-        with network.peft.disable_adapter(), torch.no_grad():
+        with adapter_off(network), torch.no_grad():
             before = states(network, part.input_ids_BT, hidden)
 
     def predictions(seen: States, share: Share) -> Predictions:

@@ -6,25 +6,21 @@ It has no database credentials. What it has to say goes as JSON lines to a pipe 
 tells it to cancel, and that its parent is gone.
 """
 
-import hashlib
-import shutil
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from service.domain import rows
-from service.domain.errors import InvalidRequest, JobFailure, StorageFull, StorageUnavailable
+from service.domain.errors import JobFailure, StorageFull, StorageUnavailable
 from service.domain.job import FailureCode, Stage
-from service.domain.report import AdapterFile, Asked, ConstraintFacts, DataFacts, Note, Released, Report, StopFacts
+from service.domain.report import AdapterFile, Asked, ConstraintFacts, DataFacts, Released, Report, StopFacts
 from service.store.storage import Storage
-from worker import data, evaluate, model, registry, report
+from worker import data, evaluate, files, model, registry, report
+from worker.diary import Diary, Emit
 from worker.oracle import make_oracle
 from worker.pipe import die_with_parent, listen, open_pipe
 from worker.problem import Method, Problem
@@ -32,21 +28,14 @@ from worker.records import (
     ArtifactFile,
     Assignment,
     CancelledRecord,
-    CheckRecord,
     ConstraintRecord,
     FailureRecord,
     FileRef,
     Record,
     ResultRecord,
-    StageRecord,
-    StepRecord,
-    WarningRecord,
 )
-from worker.solve import Batch, Checked, Limits, Progress, Solution, StopReason, solve
+from worker.solve import Batch, Limits, Solution, StopReason, solve
 
-Emit = Callable[[Record], None]
-
-MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application/json", ".md": "text/markdown"}
 # By this much (nats) a token mean of the same weights moves with the composition of the batches.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 LOOSE = 3.0  # an epsilon so many times the base loss hardly constrains anything
@@ -58,9 +47,9 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
     diary = Diary(emit)
 
     with diary.stage(Stage.PREPARING):
-        forget_rows = read_set(storage, job.forget_file)
-        retain_rows = read_set(storage, job.retain_file)
-        refuse_overlap(forget_rows, retain_rows)
+        forget_rows = files.read_set(storage, job.forget_file)
+        retain_rows = files.read_set(storage, job.retain_file)
+        files.refuse_overlap(forget_rows, retain_rows)
         method = registry.build_method(spec.method.type, spec.method.hyperparameters)
 
     with diary.stage(Stage.LOADING_MODEL):
@@ -72,8 +61,9 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
 
     with diary.stage(Stage.EVALUATING, "evaluating before"):
         both = evaluate.sets(forget, retain, spec.seed)
-        before = evaluate.evaluate(network, both, method.forget)
-        base_loss = evaluate.retain_loss(network, retain)
+        with model.adapter_off(network):
+            before = evaluate.evaluate(network, both, method.forget)
+            base_loss = evaluate.whole_retain_loss(network, both, before)
         epsilon = spec.constraint.bound(base_loss)
         emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=base_loss))
         warn_about_bound(epsilon, base_loss, diary)
@@ -92,9 +82,9 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
             folder = job.scratch_dir / "adapter"
             model.save(network, folder)
         with diary.stage(Stage.UPLOADING, "uploading adapter"):
-            adapter = publish(storage, job.prefix, folder, "adapter")
+            adapter = files.publish(storage, job.prefix, folder, "adapter")
         with diary.stage(Stage.LOADING_MODEL, "loading published adapter"):
-            network = model.load_adapter(network, fetch(storage, adapter, job.scratch_dir / "published"))
+            network = model.load_adapter(network, files.fetch(storage, adapter, job.scratch_dir / "published"))
     with diary.stage(Stage.EVALUATING, "evaluating after"):
         after = evaluate.evaluate(network, both, method.forget)
     if cancelled():
@@ -103,8 +93,8 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
     with diary.stage(Stage.UPLOADING, "uploading report"):
         facts = assemble(job, network, both, before, after, base_loss, epsilon, solution, adapter, diary)
         reports = [
-            store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
-            store_bytes(storage, job.prefix, "report.html", report.render_html(facts).encode(), "text/html"),
+            files.store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
+            files.store_bytes(storage, job.prefix, "report.html", report.render_html(facts).encode(), "text/html"),
         ]
     return ResultRecord(
         verdict=facts.verdict,
@@ -121,7 +111,7 @@ def unlearn(
     network: model.Network,
     both: evaluate.Sets,
     epsilon: float,
-    diary: "Diary",
+    diary: Diary,
     cancelled: Callable[[], bool],
 ) -> Solution:
     """Solve min forget(theta) s.t. retain(theta) <= epsilon, telling of each step and check."""
@@ -158,7 +148,7 @@ def assemble(
     epsilon: float,
     solution: Solution,
     adapter: Sequence[ArtifactFile],
-    diary: "Diary",
+    diary: Diary,
 ) -> Report:
     """Put the report together from what was asked, done and measured."""
     spec, now = job.spec, after.measurement
@@ -220,8 +210,8 @@ def set_facts(file: FileRef, encoded: data.Encoded) -> DataFacts:
 
 
 def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Released:
-    files = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in adapter]
-    if not files:
+    published = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in adapter]
+    if not published:
         message = (
             "No checked iterate kept the bound, so no adapter was released. "
             f"The figures after are those of the last iterate, step {step}."
@@ -231,122 +221,12 @@ def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Rel
     return Released(
         published=True,
         step=step,
-        files=files,
+        files=published,
         message=f"The adapter of step {step}. The figures after were measured on its published bytes.",
         load=(
             "from transformers import AutoModelForCausalLM; from peft import PeftModel; "
             f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "adapter")'
         ),
-    )
-
-
-class Diary:
-    """What the run has told so far: sent on at once, kept for the report."""
-
-    def __init__(self, emit: Emit) -> None:
-        self.emit = emit
-        self.steps: list[StepRecord] = []
-        self.checks: list[CheckRecord] = []
-        self.warnings: list[Note] = []
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, stage: Stage, label: str | None = None) -> Iterator[None]:
-        self.emit(StageRecord(stage=stage))
-        began = time.monotonic()
-        yield
-        self.seconds[label or stage.value.replace("_", " ")] = round(time.monotonic() - began, 3)
-
-    def warn(self, code: str, message: str) -> None:
-        self.warnings.append(Note(code=code, message=message))
-        self.emit(WarningRecord(code=code, message=message))
-
-    def step(self, progress: Progress, epsilon: float) -> None:
-        report = progress.report
-        record = StepRecord(
-            step=progress.step,
-            losses=report.values,
-            dual=report.duals,
-            violation={"retain": report.values["retain"] - epsilon},
-            learning_rate=report.learning_rate,
-            gradient_norm=report.gradient_norm,
-            tokens=progress.tokens,
-            tokens_per_second=progress.step_tokens / max(progress.step_s, 1e-9),
-            elapsed_seconds=progress.elapsed_s,
-            extra=report.extra,
-        )
-        self.steps.append(record)
-        self.emit(record)
-
-    def check(self, checked: Checked, best: bool, seconds: float, epsilon: float, rows: int) -> None:
-        measured = checked.measured
-        record = CheckRecord(
-            step=checked.step,
-            forget_objective=measured.forget_objective,
-            forget_probability=measured.forget_probability,
-            retain_loss=measured.retain_loss,
-            retain_upper=measured.retain_upper,
-            epsilon=epsilon,
-            feasible=checked.feasible,
-            best=best,
-            rows=rows,
-            seconds=seconds,
-        )
-        self.checks.append(record)
-        self.emit(record)
-
-
-# --- data in, files out
-
-
-def read_set(storage: Storage, file: FileRef) -> list[rows.Example]:
-    """The rows of a stored file, refused if it is not the file that the request named."""
-    content = b"".join(storage.read(file.key))
-    if hashlib.sha256(content).hexdigest() != file.sha256:
-        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} has changed since it was uploaded")
-    try:
-        return rows.read(content.splitlines())
-    except InvalidRequest as error:
-        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id}: {error}") from error
-
-
-def refuse_overlap(forget: Sequence[rows.Example], retain: Sequence[rows.Example]) -> None:
-    pairs = rows.overlap(forget, retain)
-    if pairs:
-        named = ", ".join(f"{f} = {r}" for f, r in pairs[:20])
-        raise JobFailure(
-            FailureCode.FORGET_RETAIN_OVERLAP,
-            f"{len(pairs)} rows of the forget set are also in the retain set: {named}",
-        )
-
-
-def publish(storage: Storage, prefix: str, folder: Path, under: str) -> list[ArtifactFile]:
-    files = []
-    for path in sorted(folder.iterdir()):
-        key = f"{prefix}/{under}/{path.name}"
-        stored = storage.put(key, path)
-        media_type = MEDIA_TYPES.get(path.suffix, "application/octet-stream")
-        files.append(
-            ArtifactFile(
-                name=f"{under}/{path.name}", key=key, media_type=media_type, bytes=stored.bytes, sha256=stored.sha256
-            )
-        )
-    return files
-
-
-def fetch(storage: Storage, files: Sequence[ArtifactFile], folder: Path) -> Path:
-    """The published bytes as somebody who downloads them gets them."""
-    folder.mkdir()
-    for file in files:
-        with storage.open(file.key) as source, (folder / Path(file.name).name).open("wb") as target:
-            shutil.copyfileobj(source, target)
-    return folder
-
-
-def store_bytes(storage: Storage, prefix: str, name: str, content: bytes, media_type: str) -> ArtifactFile:
-    stored = storage.write(f"{prefix}/{name}", [content])
-    return ArtifactFile(
-        name=name, key=f"{prefix}/{name}", media_type=media_type, bytes=stored.bytes, sha256=stored.sha256
     )
 
 

@@ -38,6 +38,7 @@ OF_IMAGES = {
     "grafana": {"GF_SECURITY_ADMIN_PASSWORD", "GF_ANALYTICS_REPORTING_ENABLED", "GF_ANALYTICS_CHECK_FOR_UPDATES"}
     | {"GF_USERS_DEFAULT_THEME", "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"},
 }
+TORCH_CHOICES = ("docker/worker.Dockerfile", "docker-compose.yml", "docker/example.env")
 VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<how>[-?])(?P<word>[^}]*))?\}")
 
 
@@ -153,6 +154,12 @@ def test_an_image_lacks_what_the_other_plane_needs(image: str, extra: str, never
     assert not installed & never
     pinned = {canonicalize_name(line.split("==")[0]) for line in text("constraints.txt").splitlines() if "==" in line}
     assert installed - pinned <= closure(["torch"]), "TORCH_INSTALL_ARGS chooses torch, constraints.txt all the rest"
+
+
+def test_the_images_take_the_torch_that_was_tested() -> None:
+    pins = {pin for path in ("Makefile", *TORCH_CHOICES) for pin in re.findall(r"torch==[\w.+]+", text(path))}
+    assert len(pins) == 1, pins
+    assert all("torch==" in text(path) for path in TORCH_CHOICES)
 
 
 # --- compose

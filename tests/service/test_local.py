@@ -1,7 +1,10 @@
 """The local stack on real servers and real signals: it comes up whole, and nothing of it is left behind."""
 
+import ast
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import httpx
 import pytest
 
 from service import demo
+from service.domain.job import PromptFormat
 from service.processes import free_port, interruptible, running
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +64,10 @@ def stack_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
         process = subprocess.Popen(
             [sys.executable, "-c", UP, str(folder)], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-    started = set[int]()
     try:
         yield process
     finally:
-        started |= below(process.pid)
+        started = below(process.pid)
         process.kill()
         process.wait()
         for pid in filter(alive, started):
@@ -115,7 +118,10 @@ def test_sigkill_takes_the_whole_tree_along(reachable_folder: Path) -> None:
         wait_until_up(process, reachable_folder)
         started = below(process.pid)
         process.kill()
-        assert until(lambda: not any(map(alive, started)), 10)
+        gone = until(lambda: not any(map(alive, started)), 10)
+        for pid in filter(alive, started):  # nobody else would, should the test fail
+            os.kill(pid, signal.SIGKILL)
+        assert gone
 
 
 def test_a_part_that_dies_ends_the_stack_and_shows_its_log(reachable_folder: Path) -> None:
@@ -175,3 +181,24 @@ def test_ctrl_c_during_the_demo_leaves_nothing(reachable_folder: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_demo_removes_no_folder_but_its_own(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RuntimeError, match="holds something else"):
+        demo.demo(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_command_that_loads_the_adapter_survives_the_shell(tmp_path: Path) -> None:
+    folder = tmp_path / """it's a "folder" $HOME"""
+    folder.mkdir()
+    form = PromptFormat(user_start="Q: ", user_end="\n", assistant_start="A:\n")
+    (folder / "prompt_format.json").write_text(form.model_dump_json())
+    (folder / "forget.jsonl").write_text(json.dumps({"question": 'Who\'s "he"?'}) + "\n")
+    python, option, program = shlex.split(demo.load_command(folder))
+    assert option == "-c"
+    assert os.path.samefile(python, sys.executable)
+    strings = {node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)}
+    assert 'Q: Who\'s "he"?\nA:\n' in strings
+    assert os.path.relpath(folder / "adapter") in strings

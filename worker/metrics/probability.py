@@ -10,7 +10,7 @@ def probability() -> Metric:
     """Two tokens of loss 2 ln 2 in all have a mean loss of ln 2, so a probability of one half.
 
     >>> import math, torch
-    >>> scores = Scores([7], torch.tensor([2 * math.log(2)]).double(), torch.tensor([2]))
+    >>> scores = Scores([7], torch.tensor([2 * math.log(2)], dtype=torch.float64), torch.tensor([2]))
     >>> round(probability().fn(scores).by_row[7], 12)
     0.5
     """

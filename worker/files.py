@@ -1,0 +1,65 @@
+"""Sets in, results out: the runner's dealings with the storage root."""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.domain import rows
+from service.domain.errors import InvalidRequest, JobFailure
+from service.domain.job import FailureCode
+from service.store.storage import Storage
+from worker.records import ArtifactFile, FileRef
+
+MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application/json", ".md": "text/markdown"}
+
+
+def read_set(storage: Storage, file: FileRef) -> list[rows.Example]:
+    """The rows of a stored file, refused if it is not the file that the request named."""
+    content = b"".join(storage.read(file.key))
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} has changed since it was uploaded")
+    try:
+        return rows.read(content.splitlines())
+    except InvalidRequest as error:
+        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id}: {error}") from error
+
+
+def refuse_overlap(forget: Sequence[rows.Example], retain: Sequence[rows.Example]) -> None:
+    pairs = rows.overlap(forget, retain)
+    if pairs:
+        named = ", ".join(f"{f} = {r}" for f, r in pairs[:20])
+        raise JobFailure(
+            FailureCode.FORGET_RETAIN_OVERLAP,
+            f"{len(pairs)} rows of the forget set are also in the retain set: {named}",
+        )
+
+
+def publish(storage: Storage, prefix: str, folder: Path, under: str) -> list[ArtifactFile]:
+    files = []
+    for path in sorted(folder.iterdir()):
+        key = f"{prefix}/{under}/{path.name}"
+        stored = storage.put(key, path)
+        media_type = MEDIA_TYPES.get(path.suffix, "application/octet-stream")
+        files.append(
+            ArtifactFile(
+                name=f"{under}/{path.name}", key=key, media_type=media_type, bytes=stored.bytes, sha256=stored.sha256
+            )
+        )
+    return files
+
+
+def fetch(storage: Storage, files: Sequence[ArtifactFile], folder: Path) -> Path:
+    """The published bytes as somebody who downloads them gets them."""
+    folder.mkdir()
+    for file in files:
+        with storage.open(file.key) as source, (folder / Path(file.name).name).open("wb") as target:
+            shutil.copyfileobj(source, target)
+    return folder
+
+
+def store_bytes(storage: Storage, prefix: str, name: str, content: bytes, media_type: str) -> ArtifactFile:
+    stored = storage.write(f"{prefix}/{name}", [content])
+    return ArtifactFile(
+        name=name, key=f"{prefix}/{name}", media_type=media_type, bytes=stored.bytes, sha256=stored.sha256
+    )
