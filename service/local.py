@@ -121,7 +121,7 @@ def _wait(here: Stack, healthy: Callable[[], bool]) -> None:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == httpx.codes.OK
+        return httpx.get(url, timeout=5, trust_env=False).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
 

@@ -74,9 +74,10 @@ RULES = (
     ),
     Rule(
         "worker process",
-        r"worker|worker\.(app|supervise|lease|journal|process|telemetry|records)",
+        r"worker|worker\.(app|supervise|assignment|lease|journal|process|telemetry|records)",
         {"celery", "kombu", "prometheus_client", "structlog", "sqlalchemy", "pydantic", "fsspec"}
-        | {f"worker.{name}" for name in ("app", "supervise", "lease", "journal", "process", "telemetry", "records")}
+        | {f"worker.{name}" for name in ("app", "supervise", "assignment")}
+        | {f"worker.{name}" for name in ("lease", "journal", "process", "telemetry", "records")}
         | {f"service.{name}" for name in ("domain", "store", "dispatch", "settings")},
         TORCH | WEB | {"service.api", "service.app"},
     ),

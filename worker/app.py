@@ -30,7 +30,7 @@ from service.settings import Settings
 from service.store import jobs
 from service.store.rows import Claim
 from service.store.session import Sessions, make_engine, make_sessions
-from worker.lease import TRANSIENT
+from worker.lease import RETRY_S, TRANSIENT
 from worker.supervise import RUNNER, Slot, supervise
 from worker.telemetry import Telemetry
 
@@ -76,6 +76,7 @@ class Worker:
                 )
             except Exception:  # the lease will lapse, and the job move on; so must the other jobs
                 log.exception("the supervisor failed")
+                self.stopping.wait(RETRY_S)  # what failed at once would fail as often as the processor allows
             finally:
                 self._free.put(slot)
 

@@ -1,12 +1,13 @@
 """Sets in, results out: the runner's dealings with the storage root."""
 
 import hashlib
+import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from service.domain import rows
-from service.domain.errors import InvalidRequest, JobFailure
+from service.domain.errors import InvalidRequest, JobFailure, NotFound
 from service.domain.job import FailureCode
 from service.store.storage import Storage
 from worker.records import ArtifactFile, FileRef
@@ -16,11 +17,14 @@ MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application
 
 def read_set(storage: Storage, file: FileRef) -> list[rows.Example]:
     """The rows of a stored file, refused if it is not the file that the request named."""
-    content = b"".join(storage.read(file.key))
+    try:
+        content = b"".join(storage.read(file.key))
+    except NotFound as error:
+        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} is no longer in the storage") from error
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} has changed since it was uploaded")
     try:
-        return rows.read(content.splitlines())
+        return rows.read(io.BytesIO(content))  # lines as the upload saw them
     except InvalidRequest as error:
         raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id}: {error}") from error
 

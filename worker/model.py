@@ -22,6 +22,7 @@ from service.domain import modelfiles
 from service.domain.errors import InvalidRequest, JobFailure
 from service.domain.job import FailureCode, Lora, ModelEntry
 from service.domain.report import BaseModelFacts
+from worker.failures import failure
 from worker.head import FusedPredictions, Head, PlainPredictions
 from worker.problem import Params
 from worker.tokens import Predictions
@@ -112,9 +113,9 @@ def _read(folder: Path, entry: ModelEntry, dtype: str) -> tuple[Any, Any]:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # there is no common type for "this is not a model that I can read"
+        if known := failure(error):
+            raise known from error
         why = str(error).strip().partition("\n")[0].replace(str(folder), entry.location)
         raise _unsupported(f"{entry.name} cannot be loaded: {type(error).__name__}: {why}") from error
     causal, loading = loaded
@@ -150,6 +151,8 @@ def _folder(entry: ModelEntry, models_root: Path) -> Path:
             snapshot_download(entry.location, revision=entry.revision, allow_patterns=LOADED_FILES + TOKENIZER_FILES)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if known := failure(error):
+            raise known from error
         raise JobFailure(
             FailureCode.MODEL_NOT_FOUND,
             f"{entry.name}: {entry.location} at {entry.revision} could not be fetched from the Hub, and is not in the "
@@ -296,7 +299,7 @@ def _targets(causal: Any, wanted: list[str] | None) -> list[str]:
 
 def adapter_off(network: Network) -> AbstractContextManager[None]:
     """Within it the network is the base: the reference model."""
-    return _peft(network).disable_adapter()  # type: ignore[no-any-return]
+    return _peft(network).disable_adapter()
 
 
 def trainable(network: Network) -> Params:

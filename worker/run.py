@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from service.domain.errors import JobFailure, StorageFull, StorageUnavailable
-from service.domain.job import FailureCode, Stage
+from service.domain.errors import JobFailure
+from service.domain.job import FailureCode, MethodChoice, Stage
 from service.domain.report import AdapterFile, Asked, ConstraintFacts, DataFacts, Released, Report, StopFacts
+from service.domain.rows import Example
 from service.store.storage import Storage
 from worker import data, evaluate, files, model, registry, report
 from worker.diary import Diary, Emit
+from worker.failures import failure
 from worker.oracle import make_oracle
 from worker.pipe import die_with_parent, listen, open_pipe
 from worker.problem import Method, Problem
@@ -50,12 +52,12 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         forget_rows = files.read_set(storage, job.forget_file)
         retain_rows = files.read_set(storage, job.retain_file)
         files.refuse_overlap(forget_rows, retain_rows)
-        method = registry.build_method(spec.method.type, spec.method.hyperparameters)
+        method = build_method(spec.method)
 
     with diary.stage(Stage.LOADING_MODEL):
         base = model.load(job.model, job.models_root, job.device, job.dtype)
-        forget = data.encode(forget_rows, base.tokenizer, job.model.prompt_format, base.context_tokens)
-        retain = data.encode(retain_rows, base.tokenizer, job.model.prompt_format, base.context_tokens)
+        forget = encode("forget", forget_rows, base)
+        retain = encode("retain", retain_rows, base)
         network = model.adapt(base, spec.lora, spec.seed)
         warn_about_rows(forget, retain, diary)
 
@@ -63,10 +65,10 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         both = evaluate.sets(forget, retain, spec.seed)
         with model.adapter_off(network):
             before = evaluate.evaluate(network, both, method.forget)
-            base_loss = evaluate.whole_retain_loss(network, both, before)
-        epsilon = spec.constraint.bound(base_loss)
-        emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=base_loss))
-        warn_about_bound(epsilon, base_loss, diary)
+            whole_before = evaluate.measure_whole(network, both, before, method.forget)
+        epsilon = spec.constraint.bound(whole_before.retain_loss)
+        emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=whole_before.retain_loss))
+        warn_about_bound(epsilon, whole_before.retain_loss, diary)
 
     with diary.stage(Stage.UNLEARNING):
         solution = unlearn(job, method, network, both, epsilon, diary, cancelled)
@@ -87,11 +89,14 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
             network = model.load_adapter(network, files.fetch(storage, adapter, job.scratch_dir / "published"))
     with diary.stage(Stage.EVALUATING, "evaluating after"):
         after = evaluate.evaluate(network, both, method.forget)
+        whole_after = evaluate.measure_whole(network, both, after, method.forget)
     if cancelled():
         return CancelledRecord()
 
     with diary.stage(Stage.UPLOADING, "uploading report"):
-        facts = assemble(job, network, both, before, after, base_loss, epsilon, solution, adapter, diary)
+        facts = assemble(
+            job, network, both, before, after, whole_before, whole_after, epsilon, solution, adapter, diary
+        )
         reports = [
             files.store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
             files.store_bytes(storage, job.prefix, "report.html", report.render_html(facts).encode(), "text/html"),
@@ -144,24 +149,25 @@ def assemble(
     both: evaluate.Sets,
     before: evaluate.Evaluated,
     after: evaluate.Evaluated,
-    base_loss: float,
+    whole_before: evaluate.Measurement,
+    whole_after: evaluate.Measurement,
     epsilon: float,
     solution: Solution,
     adapter: Sequence[ArtifactFile],
     diary: Diary,
 ) -> Report:
     """Put the report together from what was asked, done and measured."""
-    spec, now = job.spec, after.measurement
+    spec, now = job.spec, whole_after
     constraint = ConstraintFacts(
         epsilon=epsilon,
         source="absolute" if spec.constraint.epsilon is not None else "relative",
-        before=base_loss,
+        before=whole_before.retain_loss,
         after=now.retain_loss,
         upper=now.retain_upper,
         slack=epsilon - now.retain_upper,
         tolerance=TOLERANCE[job.dtype],
         satisfied=now.retain_upper <= epsilon,
-        rows_measured=len(both.retain_places),
+        rows_measured=len(both.retain.measured),
         rows_total=len(both.retain.rows),
     )
     step = solution.best.step if solution.best else solution.steps
@@ -171,7 +177,7 @@ def assemble(
         created_at=datetime.now(UTC),
         verdict=report.verdict(
             constraint,
-            before.measurement.forget_probability,
+            whole_before.forget_probability,
             now.forget_probability,
             published=bool(adapter),
         ),
@@ -217,17 +223,38 @@ def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Rel
             f"The figures after are those of the last iterate, step {step}."
         )
         return Released(published=False, step=step, files=[], message=message, load=None)
-    base = job.model.location if job.model.source == "hub" else job.model.name
+    if job.model.source == "hub":
+        base = f'"{job.model.location}", revision="{job.model.revision}"'
+    else:  # a registered name is not a place: somebody else may own it on the Hub
+        base = f'"FOLDER_OF_{job.model.name}"'
     return Released(
         published=True,
         step=step,
         files=published,
         message=f"The adapter of step {step}. The figures after were measured on its published bytes.",
         load=(
-            "from transformers import AutoModelForCausalLM; from peft import PeftModel; "
-            f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "adapter")'
+            "import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM; "
+            f"base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{job.dtype}); "
+            'model = PeftModel.from_pretrained(base, "adapter")'
         ),
     )
+
+
+# --- what was asked, made ready
+
+
+def build_method(choice: MethodChoice) -> Method:
+    try:
+        return registry.build_method(choice.type, choice.hyperparameters)
+    except registry.RegistryError as error:  # the API checked it against its catalogue: this worker is another version
+        raise JobFailure(FailureCode.NO_CAPABLE_WORKER, f"this worker does not know the method: {error}") from error
+
+
+def encode(which: str, rows: Sequence[Example], base: model.Network) -> data.Encoded:
+    try:
+        return data.encode(rows, base.tokenizer, base.entry.prompt_format, base.context_tokens)
+    except JobFailure as failure:
+        raise JobFailure(failure.code, f"{which} set: {failure}") from failure
 
 
 # --- what a user is warned of
@@ -279,15 +306,10 @@ def last_record(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> R
     """How the job ends, with every error as a failure. Messages never quote the data; the traceback goes to the log."""
     try:
         return run(job, emit, cancelled)
-    except JobFailure as failure:
-        return FailureRecord(code=failure.code, message=str(failure))
-    except StorageFull as error:
-        return FailureRecord(code=FailureCode.STORAGE_FULL, message=str(error))
-    except StorageUnavailable as error:
-        return FailureRecord(code=FailureCode.ARTIFACT_UPLOAD_FAILED, message=str(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return FailureRecord(code=FailureCode.OUT_OF_MEMORY, message=f"out of memory ({type(error).__name__})")
     except Exception as error:
+        known = failure(error)
+        if known is not None:
+            return FailureRecord(code=known.code, message=str(known))
         traceback.print_exc()
         return FailureRecord(
             code=FailureCode.INTERNAL_ERROR, message=f"{type(error).__name__}; the worker's log has the details"

@@ -17,7 +17,8 @@ import torch
 from worker.problem import Evaluation, Oracle, Params, Problem, Solver, Step
 
 CHECK_SHARE = 0.2  # at most this share of a solve's work goes into checks (the closing one aside)
-FORWARD_SHARE = 1 / 3  # work of a forward pass against a training step on the same tokens
+# Work of a forward pass against a training step on the same tokens: the base is frozen, so that backward is one pass too.
+FORWARD_SHARE = 1 / 2
 
 
 class Batch(NamedTuple):
@@ -128,7 +129,7 @@ def solve(
             run is the same on a slow machine.
         on_check: told of each check, whether it is the best so far, and its seconds.
 
-    A step runs only while the budget lasts; the time limit is looked at between steps.
+    The time limit is looked at after each step. The check that reaches the target is the best one, whatever the objective.
     """
     start = clock()
     state = solver.init(problem, params)
@@ -144,7 +145,9 @@ def solve(
         # A bound on any term but the retain loss has no measurement yet, so it cannot be promised.
         feasible = all(measured.retain_upper <= bound for bound in problem.bounds.values())
         here = Checked(step, measured, feasible)
-        improves = feasible and (best is None or measured.forget_objective < best.measured.forget_objective)
+        finite = math.isfinite(measured.forget_objective) and math.isfinite(measured.forget_probability)
+        lower = best is None or measured.forget_objective < best.measured.forget_objective
+        improves = feasible and finite and (lower or _reached(measured, limits.forget_target))
         if improves:
             best = here
             best_params = {name: value.detach().clone() for name, value in params.items()}
@@ -159,7 +162,7 @@ def solve(
         if step >= limits.max_steps:
             stop = Stop(StopReason.MAX_STEPS, f"The budget of {limits.max_steps} steps is used.")
             break
-        if clock() - start >= limits.max_seconds:
+        if step and clock() - start >= limits.max_seconds:
             stop = Stop(StopReason.MAX_SECONDS, f"The budget of {limits.max_seconds:g} s is used after step {step}.")
             break
         began = clock()

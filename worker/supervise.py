@@ -4,11 +4,10 @@ The supervisor is the only writer, every write carries the claim's fence, and no
 the database is away the runner goes on and its records wait; only when the lease must be taken for lost is it killed.
 """
 
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -20,23 +19,22 @@ import structlog
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from service.domain.errors import JobFailure, NotFound
+from service.domain.errors import JobFailure
 from service.domain.job import HELD, Failure, FailureCode, Status
 from service.settings import Settings
-from service.store import files, jobs, models
+from service.store import jobs
 from service.store.rows import ArtifactRow, Claim
 from service.store.session import Sessions
 from service.store.storage import FULL, Storage
 from worker import process
+from worker.assignment import assignment, environment, prefix
 from worker.journal import Journal
 from worker.lease import RETRY_S, DatabaseAway, Lease, LeaseLost
 from worker.process import MalformedLine, Runner
 from worker.records import (
     AnyRecord,
-    Assignment,
     CancelledRecord,
     FailureRecord,
-    FileRef,
     ResultRecord,
     parse_record,
 )
@@ -100,7 +98,7 @@ def supervise(
         telemetry.ended(claim.job_id, status)
         if status is not Status.SUCCEEDED and not unknown:
             with suppress(Exception):  # best effort: nobody looks there again
-                Storage(settings.storage_url).delete(_prefix(claim))
+                Storage(settings.storage_url).delete(prefix(claim))
     return status
 
 
@@ -120,9 +118,9 @@ def _attempt(
         process.kill_leftover(pid_file)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        job = lease.insist(lambda s: _assignment(s, lease.claim, settings, scratch))
+        job = lease.insist(lambda s: assignment(s, lease.claim, settings, scratch))
         path.write_text(job.model_dump_json())
-        with process.started([*runner, str(path)], _environment(job.device, slot), pid_file) as running:
+        with process.started([*runner, str(path)], environment(job.device, slot.number), pid_file) as running:
             return _follow(running, lease, journal, settings, stopping, telemetry, deadline)
     except LeaseLost:
         raise
@@ -136,7 +134,8 @@ def _attempt(
         return Failure.of(code, f"the worker could not carry out the attempt: {type(error).__name__}; see its log")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def _follow(
@@ -256,52 +255,3 @@ def _in_words(outcome: Outcome) -> str:
         case Failure():
             return f"{outcome.code}: {outcome.message}"
     return outcome.value
-
-
-def _assignment(s: Session, claim: Claim, settings: Settings, scratch: Path) -> Assignment:
-    """Raises JobFailure where the model or a file is gone."""
-    spec = claim.spec
-    try:
-        model = models.get(s, spec.model)
-    except NotFound as error:
-        raise JobFailure(FailureCode.MODEL_NOT_FOUND, str(error)) from error
-    try:
-        forget, retain = (
-            FileRef.model_validate(files.get(s, name), from_attributes=True)
-            for name in (spec.forget_set, spec.retain_set)
-        )
-    except NotFound as error:
-        raise JobFailure(FailureCode.INVALID_FILE, str(error)) from error
-    on_accelerator = settings.worker_device == "cuda" or (
-        settings.worker_device == "auto" and process.has_accelerator()
-    )
-    dtype = settings.worker_dtype
-    return Assignment(
-        job_id=claim.job_id,
-        attempt=claim.attempt,
-        fence=claim.fence,
-        spec=spec,
-        model=model,
-        forget_file=forget,
-        retain_file=retain,
-        storage_url=settings.storage_url,
-        prefix=_prefix(claim),
-        models_root=settings.models_root,
-        scratch_dir=scratch,
-        device="cuda:0" if on_accelerator else "cpu",  # the first of those that it sees, see _environment
-        dtype=("bfloat16" if on_accelerator else "float32") if dtype == "auto" else dtype,
-        threads=settings.worker_threads,
-    )
-
-
-def _prefix(claim: Claim) -> str:
-    return f"jobs/{claim.job_id}/attempts/{claim.fence}"
-
-
-def _environment(device: str, slot: Slot) -> Mapping[str, str]:
-    """A runner sees the accelerator of its slot alone."""
-    if device == "cpu":
-        return {}
-    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = ours.split(",") if ours else [str(n) for n in range(slot.number + 1)]
-    return {"CUDA_VISIBLE_DEVICES": devices[slot.number % len(devices)]}

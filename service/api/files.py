@@ -74,7 +74,9 @@ def delete_file(here: Here, file_id: str) -> None:
     """Its bytes too. Refused while a job that has not ended needs it."""
     with here.sessions.begin() as s:
         key = files.delete(s, file_id)
-    here.storage.delete(key)
+        here.storage.delete(
+            key
+        )  # before the commit: a row without bytes can be deleted again, bytes without a row cannot
 
 
 def shown_name(given: str | None) -> str:

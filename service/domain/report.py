@@ -4,12 +4,23 @@ No text of the forget or retain set stands in it. A figure that could not be mea
 Published as JSON Schema at /v1/schemas/report.
 """
 
+import math
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.domain.job import Budget, Constraint, Lora, PromptFormat, Verdict
+
+NOT_FINITE = "the value was not finite"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# A run that blew up must be reported: what is not a finite number becomes null, here and nowhere else.
+Measured = Annotated[float | None, BeforeValidator(_finite)]
 
 
 class Part(BaseModel):
@@ -56,50 +67,63 @@ class ConstraintFacts(Part):
     epsilon: float
     source: Literal["absolute", "relative"]
     before: float
-    after: float | None
-    upper: float | None  # one-sided 95 % bound if sampled; this is compared with epsilon
-    slack: float | None  # epsilon - upper
+    after: Measured
+    upper: Measured  # what is compared with epsilon; equal to `after`, since every measurable row was measured
+    slack: Measured  # epsilon - upper
     tolerance: float  # of the measurement at this precision
     satisfied: bool | None
     rows_measured: int
     rows_total: int
     reason: str | None = None  # why `after` is null
 
+    @model_validator(mode="after")
+    def null_has_its_reason(self) -> Self:
+        if self.upper is None:
+            self.reason, self.slack, self.satisfied = self.reason or NOT_FINITE, None, None
+        return self
+
 
 class Figure(Part):
     set: Literal["forget", "retain"]
-    metric: str  # probability, exact_memorization, extraction_strength, rougeL_recall, nll
+    metric: str  # probability, exact_memorization, extraction_strength, rouge_l_recall, nll
     better: Literal["lower", "higher"]
     definition: str
-    before: float | None
-    after: float | None
+    before: Measured
+    after: Measured
     rows: int  # over which the mean is taken
     reason: str | None = None  # why one of them is null
+
+    @model_validator(mode="after")
+    def null_has_its_reason(self) -> Self:
+        if self.before is None or self.after is None:
+            self.reason = self.reason or NOT_FINITE
+        return self
 
 
 class StepPoint(Part):
     step: int
-    forget_loss: float | None  # null: it was not finite
-    retain_loss: float | None
-    dual: float | None  # null for solvers without one
-    violation: float | None
+    forget_loss: Measured  # null: it was not finite
+    retain_loss: Measured
+    dual: Measured  # null for solvers without one
+    violation: Measured
     learning_rate: float
-    gradient_norm: float | None
+    gradient_norm: Measured
 
 
 class CheckPoint(Part):
     step: int
-    forget_objective: float
-    forget_probability: float
-    retain_loss: float
-    retain_upper: float
+    forget_objective: Measured
+    forget_probability: Measured
+    retain_loss: Measured
+    retain_upper: Measured
     feasible: bool
 
 
 class Trajectory(Part):
     steps: list[StepPoint]  # thinned to at most 500 points; the whole series is at /steps
     steps_total: int
-    checks: list[CheckPoint]
+    checks: list[CheckPoint]  # thinned too; the first, the last and the best so far stay
+    checks_total: int
     feasible_checks: int
 
 

@@ -12,6 +12,9 @@ Sessions = sessionmaker[Session]
 # A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever.
 TIMEOUTS = "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
 
+# A network that drops packets is noticed within seconds, not after the system's quarter of an hour (libpq's names).
+DEAD_PEER = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+
 
 def make_engine(database_url: str) -> Engine:
     """Connects lazily. `pool_pre_ping`: a connection that died with a restarted database costs nobody a request."""
@@ -21,7 +24,8 @@ def make_engine(database_url: str) -> Engine:
         pool_size=5,
         max_overflow=20,
         pool_timeout=10,
-        connect_args={"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn"},
+        connect_args={"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn", **DEAD_PEER},
+        hide_parameters=True,  # a failed statement is logged; who asked for what to be forgotten is not
         json_serializer=to_json,
     )
 

@@ -207,3 +207,42 @@ def test_the_report_is_valid_and_holds_no_text_of_the_data(
             for row in rows["forget_set"] + rows["retain_set"]:
                 assert row["answer"] not in told
                 assert row["question"] not in told
+
+
+def submit(api: httpx.Client, rows: dict[str, list[Json]], **changes: Any) -> str:
+    """A small request with inline rows."""
+    few = {
+        purpose: [{"question": row["question"], "answer": row["answer"]} for row in content[:8]]
+        for purpose, content in rows.items()
+    }
+    body = {"model": "tofu260K", "method": {"type": "pdu"}, "constraint": {"epsilon": 0.5}} | few | changes
+    reply = api.post(JOBS, json=body)
+    assert reply.status_code == 201, reply.text
+    return str(reply.json()["id"])
+
+
+def test_a_running_job_stops_at_its_next_step_when_it_is_cancelled(
+    api: httpx.Client, jobs: dict[str, Json], rows: dict[str, list[Json]]
+) -> None:
+    job_id = submit(api, rows, budget={"max_steps": 1_000_000})
+    deadline = time.monotonic() + 60
+    while not api.get(f"{JOBS}/{job_id}/steps").json()["data"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert api.post(f"{JOBS}/{job_id}/cancel").status_code == 202
+    job = ended(api, job_id)
+    assert job["status"] == "cancelled"
+    assert api.get(f"{JOBS}/{job_id}/report").status_code == 404
+    assert api.get(f"{JOBS}/{job_id}/artifacts").json()["data"] == []
+
+
+def test_a_row_longer_than_the_context_fails_the_job_by_its_number(
+    api: httpx.Client, jobs: dict[str, Json], rows: dict[str, list[Json]]
+) -> None:
+    long = {"question": "How long?", "answer": "It goes on and on. " * 200}
+    short = {"question": "How short?", "answer": "Very."}
+    job = ended(api, submit(api, rows, forget_set=[short, long]))
+    assert job["status"] == "failed"
+    assert job["failure"]["code"] == "row_too_long"
+    assert job["failure"]["fault"] == "client"
+    assert "512 tokens: 2 " in job["failure"]["message"]

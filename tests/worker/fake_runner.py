@@ -80,7 +80,7 @@ def normal(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record
             seconds=0.1,
         )
     )
-    return result(job, credentials=sorted(CREDENTIALS & os.environ.keys()), device=job.device)
+    return result(job, credentials=[name for name in os.environ if name.upper() in CREDENTIALS], device=job.device)
 
 
 def endless(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
@@ -92,6 +92,10 @@ def endless(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Recor
         emit(step(number))
         time.sleep(0.02)
     return CancelledRecord()
+
+
+def deaf(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+    return endless(job, emit, cancelled)
 
 
 def stubborn(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
@@ -124,11 +128,16 @@ def oversized(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Rec
     return endless(job, emit, cancelled)
 
 
-def lingers(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
-    """Leaves a child behind that holds the pipe, and does not end by itself after its last record."""
+def parent(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+    """Leaves a child behind that holds the pipe open."""
     fd = int(os.environ["UNLEARN_RECORDS_FD"])
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(fd,))
-    emit(result(job, child=child.pid))
+    return result(job, child=child.pid)
+
+
+def lingers(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+    """And does not end by itself after its last record."""
+    emit(parent(job, emit, cancelled))
     time.sleep(60)
     raise AssertionError
 

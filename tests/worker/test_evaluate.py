@@ -134,7 +134,23 @@ def test_a_check_measures_what_it_says(tiny: Network) -> None:
     assert found.forget_probability == pytest.approx(sum(math.exp(-row.mean()) for row in losses) / 2)
     losses = [torch.nn.functional.cross_entropy(*plain_logits(network, row), reduction="none") for row in retain.rows]
     assert found.retain_loss == found.retain_upper == pytest.approx(torch.cat(losses).mean().item())
-    assert evaluate.retain_loss(network, retain) == found.retain_loss
+
+
+def test_the_whole_retain_loss_is_not_that_of_the_sample(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = model.adapt(tiny, Lora(), 0)
+    retain = encode(network, ROWS)
+    whole = evaluate.sets(retain, retain, 0)
+    monkeypatch.setattr(evaluate, "SAMPLE_ROWS_MAX", 2)
+    sampled = evaluate.sets(retain, retain, 0)
+    assert len(sampled.retain_places) == 2
+    of_whole, of_sample = (evaluate.evaluate(network, both, margin_flattening()) for both in (whole, sampled))
+    expected = of_whole.measurement.retain_loss
+    loss = margin_flattening()
+    assert evaluate.measure_whole(network, whole, of_whole, loss).retain_loss == expected
+    promised = evaluate.measure_whole(network, sampled, of_sample, loss)
+    assert promised.retain_loss == promised.retain_upper == pytest.approx(expected, rel=1e-12)
+    assert promised.forget_probability == pytest.approx(of_whole.measurement.forget_probability)
+    assert of_sample.measurement.retain_upper > of_sample.measurement.retain_loss != expected
 
 
 def test_rows_without_an_answer_are_measured_by_none(tiny: Network) -> None:

@@ -42,6 +42,7 @@ def run(
     upper_by: float = 0.0,
     cancel_at: int | None = None,
     max_seconds: float = math.inf,
+    course: list[tuple[float, float]] | None = None,  # objective and probability of each check
 ) -> tuple[Solution, Params, list[Progress], list[tuple[Checked, bool]]]:
     params: Params = {"x": torch.zeros(1, dtype=torch.float64)}
     steps: list[Progress] = []
@@ -57,7 +58,8 @@ def run(
 
     def check() -> Measurement:
         x = float(params["x"])
-        return Measurement((x - 4) ** 2, 1 / (1 + x), x, x + upper_by)
+        objective, probability = ((x - 4) ** 2, 1 / (1 + x)) if course is None else course[len(checks)]
+        return Measurement(objective, probability, x, x + upper_by)
 
     ticks = count()
     solution = solve(
@@ -136,8 +138,30 @@ def test_non_finite_stops_before_the_parameters_are_touched() -> None:
 def test_checks_use_a_bounded_share_of_the_work() -> None:
     _, _, steps, checks = run(max_steps=100, check_tokens=90)
     between = checks[:-1]  # the closing one aside
-    assert len(between) == 6
+    assert len(between) == 4
     assert len(between) * 90 * FORWARD_SHARE <= CHECK_SHARE * 10 * len(steps)
+
+
+def test_the_check_that_reaches_the_target_is_released_even_if_another_had_a_lower_objective() -> None:
+    solution, params, _, checks = run(target=0.2, course=[(5.0, 0.3), (6.0, 0.1)])
+    assert solution.stop.reason is StopReason.TARGET_REACHED
+    assert [improves for _, improves in checks] == [True, True]
+    assert solution.best is not None
+    assert solution.best.measured.forget_probability == 0.1
+    assert solution.best_params is not None
+    torch.testing.assert_close(solution.best_params["x"], params["x"])
+
+
+def test_an_iterate_whose_objective_is_not_finite_is_no_candidate() -> None:
+    solution, *_ = run(max_steps=3, course=[(math.nan, 0.3), (6.0, 0.2), (7.0, 0.1)])
+    assert solution.best is not None
+    assert solution.best.step == 2
+
+
+def test_the_smallest_time_budget_still_buys_a_step() -> None:
+    solution, *_ = run(max_seconds=1e-9)
+    assert solution.stop.reason is StopReason.MAX_SECONDS
+    assert solution.steps == 1
 
 
 def test_cancel_and_time_limit_end_between_steps() -> None:
