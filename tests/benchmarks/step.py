@@ -161,6 +161,12 @@ def compare_steps(folder: Path, rows: Sequence[Example], repeats: int, rate: flo
             f"  {name:6} {used.seconds:8.4f} s  {batch.tokens / used.seconds:8.0f} tokens/s  "
             f"{used.peak_bytes / 2**20:8.1f} MiB above the weights  {used.seconds / bound_s:5.2f} x the lower bound"
         )
+    logits = max(padded_forget.input_ids_BT.numel(), padded_retain.input_ids_BT.numel()) * network.vocabulary * 4
+    share = logits / usage["plain"].peak_bytes
+    print(
+        f"  the head: one set's logits in float32 are {logits / 2**20:.1f} MiB, {share:.0%} of plain's peak each time"
+    )
+    print("            that they are held (values, float32 copy, gradient); ours holds none of them")
     print(f"  lower bound {bound_s:.4f} s")
     print(_ratios(usage))
 
