@@ -3,7 +3,8 @@
 Two kinds of numbers guide a run. A step reports the losses of its own batch, for free and with noise. A *check* measures
 the whole forget and the whole retain set at the current parameters, and only a check can call an iterate feasible or
 end the run as "target reached". What is returned as `best` is the checked iterate with the lowest forget objective
-among those within every bound; the parameters before the first step are no candidate.
+among those within every bound, unless a check reached the target: then it is that one. The parameters before the first
+step are no candidate.
 """
 
 import math
