@@ -106,6 +106,25 @@ def test_reaches_its_closed_form(name: str) -> None:
     assert reports[-1].duals == ({} if dual is None else {"retain": pytest.approx(dual, abs=1e-6)})
 
 
+@pytest.mark.parametrize(("largest", "within"), [(4.0, 0.5), (400.0, 5e-3)])
+def test_ofmu_ends_at_the_stationary_point_of_its_outer_problem_as_the_penalty_outweighs_the_inner_steps(
+    largest: float, within: float
+) -> None:
+    """F = r + rho s |grad f|^2 alone: |theta - a| = |b - a| / (1 + 2 rho s); 2 s is |g_r| / |d| after the first inner step."""
+    rate = 0.4 / largest
+    solver = registry.build(
+        "solvers",
+        "penalty_bilevel",
+        {"inner_steps": 1, "beta": 0.0, "penalty": largest, "penalty_max": largest},
+        sgd(learning_rate=rate),
+    )
+    params, _ = run(solver, 200)
+    first = A + (1 - rate) * (flat(start()) - A)
+    two_rho_s = largest * float((first - B).norm() / (first - A).norm())
+    theirs = A + (B - A) / (1 + two_rho_s)
+    assert float((flat(params) - theirs).norm() / (theirs - A).norm()) < within
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_reports_what_was_so_before_the_parameters_moved(name: str) -> None:
     solver, params = build(name, sgd(learning_rate=RATE)), start()

@@ -34,7 +34,7 @@ def ofmu(
     npo_beta: Beta = 0.03,
     inner_steps: Annotated[int, Field(ge=1, description="T, steps on the forget side per step on the retain side")] = 1,
     beta: Annotated[
-        float, Field(ge=0, description="weight of the similarity of both gradients; 0 saves two of four")
+        float, Field(ge=0, description="weight of the similarity of both gradients; 0 saves four of six")
     ] = 0.1,
     similarity: Annotated[
         Literal["cosine", "cosine_squared", "relu_cosine"], Field(description="the paper's is cosine")

@@ -11,7 +11,7 @@ A round is inner_steps steps of descent on psi (ascent on Phi) and one step on F
 grows. That the outer step is taken there is ours: the paper's text seems to return to where the round started, which would
 make its inner steps useless. Inner steps go on while rho grows, so a round at rest balances F against inner_steps * psi; it is
 a stationary point of F only as far as the penalty outweighs them. Products with Hessians are differences of gradients on the
-same batch in full precision: one-sided in grad c (two gradients more), central in the outer step.
+same batch in full precision, on both sides: a one-sided one is wrong by the curvature's change along the way.
 
 Ours too: s is fixed at the first outer step, such that the penalty's part of grad F is rho times as long as g_r there. As a
 plain factor of |grad psi|^2 rho would depend on the number of parameters, on the scale of f and on its curvature.
@@ -36,10 +36,10 @@ from worker.vectors import flat, moved, unflat
 
 Gradient = Callable[[], Tensor]  # [P], at the parameters as they are when it is called
 
-# How far to go for one-sided and for central differences, in norms of the parameters. Farther, and the curvature itself has
-# changed (on an adapter of a model of 260 thousand parameters a one-sided product is a quarter off at 1e-3, wholly at 1e-2);
-# nearer, and rounding grows, which is divided by both where one difference is taken of the other.
-DISTANCES = {torch.float32: (1e-4, 1e-3), torch.float64: (1e-6, 1e-4)}
+# How far to go on either side, in norms of the parameters: for grad c, and for the product of the outer step, which takes
+# differences of it. Farther, and the curvature itself has changed (on an adapter of a model of 260 thousand parameters a
+# one-sided product is a quarter off at 1e-3, wholly at 1e-2); nearer, and rounding grows, which is divided by both.
+DISTANCES = {torch.float32: (3e-4, 1e-3), torch.float64: (1e-5, 3e-5)}
 # A gradient shorter than this share of the other one counts as so long where grad c divides by it: a memorised forget set.
 SHORTEST = 1e-3
 NOISE = 0.5
@@ -63,7 +63,7 @@ def penalty_bilevel(
     /,
     *,
     inner_steps: Annotated[int, Field(ge=1, description="steps on the forget side per step on the retain side")] = 5,
-    beta: Annotated[float, Field(ge=0, description="weight of the similarity; 0 saves two gradients of four")] = 0.1,
+    beta: Annotated[float, Field(ge=0, description="weight of the similarity; 0 saves four gradients of six")] = 0.1,
     similarity: Annotated[
         Literal["cosine", "cosine_squared", "relu_cosine"],
         Field(
@@ -79,7 +79,7 @@ def penalty_bilevel(
 ) -> Solver:
     """Rounds of inner_steps steps inside and one outside; each is one solver step.
 
-    Gradients: 2 of an inner step, 4 with similarity; 6 of an outer step, 20 with similarity.
+    Gradients: 2 of an inner step, 6 with similarity; 6 of an outer step, 30 with similarity.
 
     Extra: phase (0 inside, 1 outside), cosine of g_f and g_r (1: they agree), penalty (rho), phi_norm (|grad Phi|); of an outer
     step also guard_fired (0 or 1) and hessian_error: how far (Hess psi)(grad psi) changes when its difference is taken over
@@ -115,10 +115,12 @@ def penalty_bilevel(
         terms = {problem.objective: 1.0}, dict.fromkeys(problem.bounds, 1.0)
         forget, retain = (partial(_exact, oracle, weights, params) for weights in terms)
 
+        near, far = (share * (_norm(flat(params)) or 1.0) for share in DISTANCES[flat(params).dtype])
+
         def tilted(f_P: Tensor, r_P: Tensor) -> Tensor:
             """Grad psi where the parameters are, from both gradients there."""
             pull = beta * slope(_cosine(f_P, r_P))
-            return f_P + pull * _cosine_gradient(forget, retain, f_P, r_P, params) if pull else f_P
+            return f_P + pull * _cosine_gradient(forget, retain, f_P, r_P, params, near) if pull else f_P
 
         def psi() -> Tensor:
             return tilted(forget(), retain()) if beta else forget()
@@ -134,7 +136,8 @@ def penalty_bilevel(
             "phi_norm": _norm(psi_P),
         }
         if outside:
-            product_P, error = _central(psi, psi_P, params)
+            coarse_P, product_P = (_product(psi, psi_P, params, distance) for distance in (far, far / 2))
+            error = _ratio(_norm(coarse_P - product_P), _norm(product_P))
             reliable = error <= NOISE
             scale = state["scale"] or (_ratio(_norm(r_P), 2 * _norm(product_P)) if reliable else 0.0)
             penalty_P, fired = guarded((2 * state["rho"] * scale if reliable else 0.0) * product_P, f_P)
@@ -161,48 +164,28 @@ def _exact(oracle: Oracle, weights: dict[str, float], params: Params) -> Tensor:
     return flat(oracle(weights, full_precision=True).grads, params)
 
 
-def _cosine_gradient(forget: Gradient, retain: Gradient, f_P: Tensor, r_P: Tensor, params: Params) -> Tensor:
+def _cosine_gradient(
+    forget: Gradient, retain: Gradient, f_P: Tensor, r_P: Tensor, params: Params, distance: float
+) -> Tensor:
     """Grad c [P] from both gradients where the parameters are; 0 where one of them is, and c is not defined."""
     f_norm, r_norm = _norm(f_P), _norm(r_P)
     if not f_norm or not r_norm:
         return torch.zeros_like(f_P)
     f_unit, r_unit, c = f_P / f_norm, r_P / r_norm, _cosine(f_P, r_P)
-    of_forget = _one_sided(forget, f_P, r_unit - c * f_unit, params) / max(f_norm, SHORTEST * r_norm)
-    of_retain = _one_sided(retain, r_P, f_unit - c * r_unit, params) / max(r_norm, SHORTEST * f_norm)
+    of_forget = _product(forget, r_unit - c * f_unit, params, distance) / max(f_norm, SHORTEST * r_norm)
+    of_retain = _product(retain, f_unit - c * r_unit, params, distance) / max(r_norm, SHORTEST * f_norm)
     return of_forget + of_retain
 
 
-def _one_sided(gradient: Gradient, here_P: Tensor, v_P: Tensor, params: Params) -> Tensor:
-    """Hessian times v from one more gradient."""
-    length, (distance, _) = _norm(v_P), _reach(params)
+def _product(gradient: Gradient, v_P: Tensor, params: Params, distance: float) -> Tensor:
+    """Hessian times v, from the gradients at this distance on either side."""
+    length = _norm(v_P)
     if not length:
         return torch.zeros_like(v_P)
     with moved(params, v_P / length, distance):
-        return (gradient() - here_P) * (length / distance)
-
-
-def _central(gradient: Gradient, v_P: Tensor, params: Params) -> tuple[Tensor, float]:
-    """Hessian times v from gradients on both sides, at half the distance, and its relative change from the whole one."""
-    length, (_, whole) = _norm(v_P), _reach(params)
-    if not length:
-        return torch.zeros_like(v_P), 0.0
-
-    def product(distance: float) -> Tensor:
-        with moved(params, v_P / length, distance):
-            ahead_P = gradient()
-        with moved(params, v_P / length, -distance):
-            return (ahead_P - gradient()) * (length / (2 * distance))
-
-    coarse_P, fine_P = product(whole), product(whole / 2)
-    return fine_P, _ratio(_norm(coarse_P - fine_P), _norm(fine_P))
-
-
-def _reach(params: Params) -> tuple[float, float]:
-    """How far to go for a one-sided and for a central difference."""
-    theta_P = flat(params)
-    size = _norm(theta_P) or 1.0
-    one_sided, central = DISTANCES[theta_P.dtype]
-    return one_sided * size, central * size
+        ahead_P = gradient()
+    with moved(params, v_P / length, -distance):
+        return (ahead_P - gradient()) * (length / (2 * distance))
 
 
 def _cosine(f_P: Tensor, r_P: Tensor) -> float:
