@@ -34,6 +34,8 @@ CORE = {
         "descent",
         "solve",
         "scores",
+        "statistics",
+        "rouge",
         "losses",
         "metrics",
     )
@@ -97,15 +99,30 @@ RULES = (
         TORCH | WEB | {"service.api", "service.app"},
     ),
     Rule(
+        "pages",  # a report is read and drawn where there is no torch
+        r"worker\.(words|chart|course|pictures|page|chain|chain_page)",
+        {"pydantic", "jinja2", "markupsafe", "service.domain"}
+        | {f"worker.{name}" for name in ("words", "chart", "course", "pictures", "page", "chain", "chain_page")},
+        TORCH | {"numpy", "fsspec", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
+    ),
+    Rule(
         "one file, one thing",  # never a sibling: `may` names no package of theirs
         r"worker\.(losses|solvers|metrics)\..*",
-        {"torch", "pydantic", "numpy", "rouge_score"} | CORE - {"worker.losses", "worker.metrics"},
+        {"torch", "pydantic", "numpy"} | CORE - {"worker.losses", "worker.metrics"},
+        {"transformers", "peft", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
+    ),
+    Rule(
+        "suites",  # pure: they see rows and scores, never a model; and no suite sees another
+        r"worker\.(suite|figures|membership|suites(\..*)?)",
+        {"service.domain.rows", "worker.suite", "worker.figures", "worker.membership"} | CORE,
         {"transformers", "peft", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
     ),
     Rule(
         "numerical core",
-        r"worker\.(tokens|head|problem|vectors|layers|hyperparameters|descent|solve|scores|registry|losses|solvers|metrics|methods(\..*)?)",
-        {"torch", "pydantic", "numpy", "worker.solvers", "worker.methods", "worker.registry"} | CORE,
+        r"worker\.(tokens|head|problem|vectors|layers|hyperparameters|descent|solve|scores|statistics|rouge|registry|losses|solvers|metrics|methods(\..*)?)",
+        {"torch", "pydantic", "numpy", "scipy", "rouge_score"}
+        | {"worker.solvers", "worker.methods", "worker.registry", "worker.suite"}
+        | CORE,
         {"transformers", "peft", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
     ),
     Rule(

@@ -1,4 +1,4 @@
-"""Finds methods, losses, solvers and metrics by file name, and says what there is: python -m worker.registry
+"""Finds methods, losses, solvers, metrics and suites by file name, and says what there is: python -m worker.registry
 
 One file is one thing: the file's name is its name in the API and the name of the factory in it. The catalogue that is
 printed here is service/catalog.json, which is all that the service knows of this package.
@@ -24,6 +24,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from worker.hyperparameters import Choice
 from worker.problem import Method
+from worker.suite import Suite
 from worker.tokens import Loss
 
 PACKAGES = {
@@ -31,6 +32,7 @@ PACKAGES = {
     "losses": ("worker.losses.forget", "worker.losses.retain"),
     "solvers": ("worker.solvers",),
     "metrics": ("worker.metrics",),
+    "suites": ("worker.suites",),
 }
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=())
@@ -51,7 +53,7 @@ class Entry(NamedTuple):
 
 
 def entries(kind: str) -> dict[str, Entry]:
-    """All things of a kind ("methods", "losses", "solvers", "metrics") by name.
+    """All things of a kind, as `PACKAGES` has them, by name.
 
     Raises:
         RegistryError: two files of the same name, or a file without a factory of its name.
@@ -116,11 +118,10 @@ def catalog() -> dict[str, Any]:
 
 
 def _describe(kind: str, e: Entry) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "summary": e.summary,
-        "reference": e.reference,
-        "parameters": e.parameters.model_json_schema(schema_generator=_Untitled),
-    }
+    described: dict[str, Any] = {"summary": e.summary, "reference": e.reference}
+    if kind == "suites":
+        return described | _describe_suite(e.factory())
+    described["parameters"] = e.parameters.model_json_schema(schema_generator=_Untitled)
     if kind == "methods":
         described |= {"composition": composition(e.factory()), "presets": e.presets}
     if kind == "losses":
@@ -128,6 +129,14 @@ def _describe(kind: str, e: Entry) -> dict[str, Any]:
         described |= {"per": loss.per, "needs": sorted(loss.needs), "lowers": loss.lowers}
         described |= {"role": e.module.split(".")[-2]}
     return described
+
+
+def _describe_suite(suite: Suite) -> dict[str, Any]:
+    sets = {
+        name: form._asdict() | {"columns": sorted(form.columns), "optional": sorted(form.optional)}
+        for name, form in suite.sets.items()
+    }
+    return {"sets": sets, "figures": {name: form._asdict() for name, form in suite.figures.items()}}
 
 
 class _Untitled(GenerateJsonSchema):

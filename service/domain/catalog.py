@@ -1,4 +1,5 @@
-"""What the worker can do, as the service knows it: methods, losses, solvers and metrics, with their parameters.
+"""What the worker can do, as the service knows it: methods, losses, solvers and metrics with their parameters,
+and suites with what they take and give.
 
 catalog.json is written by `make catalog` from worker/, reviewed in diffs and checked in CI, so that a request is validated
 here, without torch, against the same types that the worker's factories declare.
@@ -40,6 +41,33 @@ class Loss(Thing):
     lowers: str = Field(description="the quantity that descent on it moves down")
 
 
+class SuiteSet(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    what: str
+    columns: list[str] = Field(description="that every row must have")
+    optional: list[str] = Field(description="that are used where a row has them")
+    required: bool
+
+
+class SuiteFigure(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    definition: str
+    better: Literal["lower", "higher"] | None = Field(description="which way unlearning wants it; null: neither")
+    benchmark: bool = Field(description="computed as the reference does, under its name; false: ours, beside it")
+    retrained: bool = Field(description="needs a retrained reference")
+
+
+class Suite(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    summary: str
+    reference: str | None
+    sets: dict[str, SuiteSet]
+    figures: dict[str, SuiteFigure]
+
+
 class Catalog(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,6 +75,7 @@ class Catalog(BaseModel):
     losses: dict[str, Loss]
     solvers: dict[str, Thing]
     metrics: dict[str, Thing]
+    suites: dict[str, Suite]
 
     def complete(self, method: str, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
         """The method's hyperparameters, defaults filled in.

@@ -39,6 +39,7 @@ CATALOG = Catalog.model_validate(
         "losses": {},
         "solvers": {},
         "metrics": {},
+        "suites": {},
     }
 )
 
@@ -109,6 +110,24 @@ def test_the_catalogue_that_ships_has_pdu() -> None:
         "solver": "primal_dual",
     }
     assert load() is load()
+
+
+def test_the_catalogue_that_ships_has_the_suites() -> None:
+    suites = load().suites
+    assert suites.keys() == {"tofu", "muse", "request"}
+    forget = suites["tofu"].sets["forget"]
+    assert forget.columns == ["answer", "paraphrased_answer", "perturbed_answer", "question"]
+    assert {name for name, of in suites["tofu"].sets.items() if not of.required} == {"holdout"}
+    assert not any(of.required for of in suites["muse"].sets.values())
+    figures = suites["tofu"].figures
+    assert (figures["model_utility"].better, figures["privleak"].better) == ("higher", None)
+    assert {name for name, f in figures.items() if f.retrained and f.benchmark} == {
+        "forget_quality",
+        "privleak",
+        "mia_reference",
+    }
+    assert not figures["extraction_strength_corrected"].benchmark
+    assert all(name.partition("/")[0] in suites["request"].sets for name in suites["request"].figures)
 
 
 def test_a_part_that_can_be_chosen_says_what_it_is_and_whose() -> None:

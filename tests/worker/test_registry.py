@@ -110,4 +110,4 @@ def test_it_runs_as_a_program_without_transformers() -> None:
     code = "import sys; from worker import registry; registry.main([]); sys.exit('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout).keys() == {"methods", "losses", "solvers", "metrics"}
+    assert json.loads(done.stdout).keys() == {"methods", "losses", "solvers", "metrics", "suites"}

@@ -3,7 +3,7 @@
 Reference: the retain loss of Entesari et al. 2025, arXiv 2506.05314.
 """
 
-from worker.scores import Metric, Score, Scores
+from worker.scores import Metric, Score, Scores, mean_loss
 
 
 def nll() -> Metric:
@@ -17,8 +17,7 @@ def nll() -> Metric:
     def fn(scores: Scores) -> Score:
         if not scores.places:
             return Score(None, {}, "no row could be measured")
-        by_row = dict(zip(scores.places, (scores.nll_B / scores.counted_B).tolist(), strict=True))
-        return Score(float(scores.nll_B.sum() / scores.counted_B.sum()), by_row)
+        return Score(float(scores.nll_B.sum() / scores.counted_B.sum()), mean_loss(scores))
 
     return Metric(
         fn,

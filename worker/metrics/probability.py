@@ -3,7 +3,9 @@
 Reference: Maini et al. 2024, TOFU, arXiv 2401.06121.
 """
 
-from worker.scores import FORGOTTEN_LOWER, Metric, Score, Scores, mean
+import math
+
+from worker.scores import FORGOTTEN_LOWER, Metric, Score, Scores, mean, mean_loss
 
 
 def probability() -> Metric:
@@ -16,6 +18,6 @@ def probability() -> Metric:
     """
 
     def fn(scores: Scores) -> Score:
-        return mean(dict(zip(scores.places, (-scores.nll_B / scores.counted_B).exp().tolist(), strict=True)))
+        return mean({place: math.exp(-loss) for place, loss in mean_loss(scores).items()})
 
     return Metric(fn, frozenset(), FORGOTTEN_LOWER, "mean over rows of exp(-mean loss of the answer's tokens)")
