@@ -19,6 +19,7 @@ from service.domain.job import FailureCode, PromptFormat
 from service.domain.rows import Example
 
 NAMED_ROWS_MAX = 20
+SHOT_END = "\n\n"  # behind each answer of the questions that stand before a plain prompt
 
 
 class TokenRow(NamedTuple):
@@ -58,8 +59,20 @@ class Padded(NamedTuple):
     attention_BT: Tensor  # int64, 1 on real positions
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFormat, context_tokens: int) -> Encoded:
-    """Tokenise a set.
+def encode(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    prompt_format: PromptFormat,
+    context_tokens: int | None,
+    shots: Sequence[tuple[str, str]] = (),
+    ends: bool = True,
+) -> Encoded:
+    """Tokenise a set. Without `context_tokens` rows may be of any length, and none need count.
+
+    Args:
+        shots: questions and answers that stand before each question.
+        ends: put the end of sequence behind each row. False: as MUSE reads a corpus. The reference leaves the last token out
+            where it leaves out an end of sequence, whatever it is; so do such rows, which are marked as if they ended.
 
     Raises JobFailure: row_too_long naming the rows that are longer than the model's context, or invalid_file when no row
     has a token that counts.
@@ -68,18 +81,19 @@ def encode(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFor
     ends_by_itself = tokenizer("")["input_ids"][-1:] == [eos]
     rows, prompts = [], []
     for example in examples:
-        prompt, whole = _texts(example, tokenizer, prompt_format)
+        prompt, whole = _texts(example, tokenizer, prompt_format, shots)
         special = not (example.kind == "question" and prompt_format.type == "chat")  # a chat template brings its own
         prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
         if special and ends_by_itself and prompt_ids[-1:] == [eos]:  # a prompt is not the end
             prompt_ids = prompt_ids[:-1]
         ids = tokenizer(whole, add_special_tokens=special)["input_ids"]
-        if eos is not None and (not ids or ids[-1] != eos):
+        if ends and eos is not None and (not ids or ids[-1] != eos):
             ids = [*ids, eos]
         start = 1 if example.kind == "text" else max(1, len(prompt_ids))
-        rows.append(TokenRow(ids, min(start, len(ids)), ends=eos is not None))
+        rows.append(TokenRow(ids, min(start, len(ids)), ends=not ends or eos is not None))
         prompts.append([] if example.kind == "text" else prompt_ids)
-    long = [number for number, row in enumerate(rows, start=1) if len(row.ids) > context_tokens]
+    room = math.inf if context_tokens is None else context_tokens
+    long = [number for number, row in enumerate(rows, start=1) if len(row.ids) > room]
     if long:
         raise JobFailure(
             FailureCode.ROW_TOO_LONG,
@@ -88,7 +102,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFor
         )
     # A row whose only label is the end of sequence says nothing of its answer: the tokeniser merged that into the prompt.
     unmeasured = [number for number, row in enumerate(rows, start=1) if row.counted <= row.ends]
-    if len(unmeasured) == len(rows):
+    if context_tokens is not None and len(unmeasured) == len(rows):
         raise JobFailure(FailureCode.INVALID_FILE, "no row has a token that counts")
     return Encoded(rows, prompts, [example.answer for example in examples], unmeasured)
 
@@ -122,12 +136,16 @@ def _named(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:NAMED_ROWS_MAX])) + (", ..." if len(numbers) > NAMED_ROWS_MAX else "")
 
 
-def _texts(example: Example, tokenizer: Any, prompt_format: PromptFormat) -> tuple[str, str]:
+def _texts(
+    example: Example, tokenizer: Any, prompt_format: PromptFormat, shots: Sequence[tuple[str, str]]
+) -> tuple[str, str]:
     """(prompt, prompt + answer) as the model reads them."""
     if example.kind != "question":
         return example.prompt, example.prompt + example.answer
     if prompt_format.type == "chat":
         messages = [{"role": "system", "content": prompt_format.system}] if prompt_format.system else []
+        for question, answer in shots:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": example.prompt})
         try:
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -136,7 +154,11 @@ def _texts(example: Example, tokenizer: Any, prompt_format: PromptFormat) -> tup
                 FailureCode.UNSUPPORTED_ARCHITECTURE, f"the chat template cannot be applied: {error}"
             ) from error
         return prompt, prompt + example.answer
-    prompt = prompt_format.user_start + example.prompt + prompt_format.user_end + prompt_format.assistant_start
+    *before, prompt = [
+        prompt_format.user_start + question + prompt_format.user_end + prompt_format.assistant_start
+        for question in (*(question for question, _ in shots), example.prompt)
+    ]
+    prompt = "".join(asked + answer + SHOT_END for asked, (_, answer) in zip(before, shots, strict=True)) + prompt
     return prompt, prompt + example.answer
 
 

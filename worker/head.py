@@ -14,7 +14,7 @@ computing the gradient in the forward pass is Liger Kernel's (Hsu et al. 2024, a
 Sums are float32 (float64 if the inputs are). First derivatives only: asking for a second one raises.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+
+from worker.tokens import Distribution
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk of logits: large enough for a fast product, small beside any model
 CACHED_BYTES = 4 * 2**20  # a chunk of columns that stays in a CPU's cache is done in two thirds of the time
@@ -115,6 +117,11 @@ class FusedPredictions(_HiddenStates):
     def margin_N(self) -> Tensor:
         return _Margin.apply(self.last_ND, self.head)  # type: ignore[no-any-return,no-untyped-call]
 
+    @torch.no_grad()
+    def distribution(self) -> Distribution:
+        """See worker.tokens.Predictions."""
+        return _distribution(_logits_by_chunk(self.last_ND, self.head), self.target_N)
+
 
 class PlainPredictions(_HiddenStates):
     """The same for any other head (a cap or a scale on the logits): whole rows of logits, a chunk of tokens at a time."""
@@ -143,6 +150,15 @@ class PlainPredictions(_HiddenStates):
 
     def margin_N(self) -> Tensor:
         return self.map_logits(lambda _, z_nV: z_nV.max(-1).values - z_nV.mean(-1))
+
+    @torch.no_grad()
+    def distribution(self) -> Distribution:
+        """See worker.tokens.Predictions."""
+        parts = [
+            _distribution([(0, self.logits_nV(self.last_ND[at]))], self.target_N[at])
+            for at in _token_chunks(self.last_ND, self.vocabulary)
+        ]
+        return Distribution(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 class _LogpResult(NamedTuple):
@@ -174,6 +190,40 @@ def _logp(h_ND: Tensor, target_N: Tensor, head: Head, *, with_grad: bool) -> _Lo
     if pull_ND is None:
         return _LogpResult(value_N, None)
     return _LogpResult(value_N, head.weight_VD[target_N].to(wide) - pull_ND.div_(sum_N[:, None]))
+
+
+def _distribution(chunks: Iterable[tuple[int, Tensor]], target_N: Tensor) -> Distribution:
+    """From the logits, a chunk of the vocabulary at a time; they are overwritten.
+
+    With x = z - top and running sums s, s_x, s_xx of exp(x), x exp(x), x^2 exp(x): mean = s_x / s - log s and variance =
+    s_xx / s - (s_x / s)^2. A higher top shifts every x so far.
+    """
+    top_N = s_N = s_x_N = s_xx_N = target_logit_N = torch.zeros(0)
+    likeliest_N = torch.zeros_like(target_N)
+    for start, z_Nv in chunks:
+        if start == 0:
+            top_N = z_Nv.new_full((len(z_Nv),), torch.finfo(z_Nv.dtype).min)
+            s_N = s_x_N = s_xx_N = target_logit_N = torch.zeros_like(top_N)
+        width = z_Nv.shape[1]
+        at_N = target_N - start
+        found_N = z_Nv.gather(1, at_N.clamp(0, width - 1)[:, None])[:, 0]
+        target_logit_N = torch.where((at_N >= 0) & (at_N < width), found_N, target_logit_N)
+        here_N, at_N = z_Nv.max(1)
+        likeliest_N = torch.where(here_N > top_N, at_N + start, likeliest_N)
+        new_top_N = torch.maximum(top_N, here_N)
+        shift_N = (top_N - new_top_N).clamp(min=-1e4)  # beyond that exp(shift) is 0, and the square must stay finite
+        shrink_N = shift_N.exp()
+        s_xx_N = shrink_N * (s_xx_N + 2 * shift_N * s_x_N + shift_N.square() * s_N)
+        s_x_N = shrink_N * (s_x_N + shift_N * s_N)
+        x_Nv = z_Nv.sub_(new_top_N[:, None])
+        e_Nv = x_Nv.exp()
+        s_N = shrink_N * s_N + e_Nv.sum(1)
+        s_x_N = s_x_N + e_Nv.mul_(x_Nv).sum(1)
+        s_xx_N = s_xx_N + e_Nv.mul_(x_Nv).sum(1)
+        top_N = new_top_N
+    mean_x_N, log_s_N = s_x_N / s_N, s_N.log()
+    variance_N = (s_xx_N / s_N - mean_x_N.square()).clamp(min=0.0)
+    return Distribution(target_logit_N - top_N - log_s_N, likeliest_N, mean_x_N - log_s_N, variance_N)
 
 
 class _LogProb(torch.autograd.Function):
@@ -234,15 +284,19 @@ def _logits_by_chunk(h_ND: Tensor, head: Head) -> Iterator[tuple[int, Tensor]]:
 
 def _map_tokens(f: Callable[[Tensor, slice], Tensor], h_ND: Tensor, width: int) -> Tensor:
     """f over chunks of tokens, small enough that `width` numbers for each fit the budget; recomputed in backward."""
-    count = max(1, CHUNK_BYTES // (width * _wide(h_ND.dtype).itemsize))
     done = []
-    for start in range(0, max(len(h_ND), 1), count):
-        at = slice(start, start + count)
+    for at in _token_chunks(h_ND, width):
         if _wants_grad(h_ND):
             done.append(checkpoint(f, h_ND[at], at, use_reentrant=False, preserve_rng_state=False))
         else:
             done.append(f(h_ND[at], at))
     return torch.cat(done)
+
+
+def _token_chunks(h_ND: Tensor, width: int) -> Iterator[slice]:
+    count = max(1, CHUNK_BYTES // (width * _wide(h_ND.dtype).itemsize))
+    for start in range(0, max(len(h_ND), 1), count):
+        yield slice(start, start + count)
 
 
 def _product(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:

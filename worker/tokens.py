@@ -19,6 +19,15 @@ class Answers(NamedTuple):
     rows: int  # B
 
 
+class Distribution(NamedTuple):
+    """What a model says at N positions, [N] each, without a gradient."""
+
+    logp_N: Tensor  # of the target, nats
+    likeliest_N: Tensor  # int64 token ids
+    mean_N: Tensor  # of log p(v) over the vocabulary, v drawn from the model itself: minus the entropy
+    variance_N: Tensor  # of the same
+
+
 class Predictions(Protocol):
     """What a model says at those N positions. A tensor [N, V] is never held."""
 
@@ -28,6 +37,10 @@ class Predictions(Protocol):
 
     def margin_N(self) -> Tensor:
         """max logit - mean logit over the tokeniser's vocabulary."""
+        ...
+
+    def distribution(self) -> Distribution:
+        """In one walk over the logits; no gradient. Types as logp_N."""
         ...
 
     def map_logits(self, f: Callable[..., Tensor], *others: Any) -> Tensor:

@@ -13,7 +13,7 @@ from worker import data
 from worker.data import Encoded, TokenRow
 from worker.layers import passed
 from worker.model import Network
-from worker.tokens import Answers, Loss, Predictions, View, counted
+from worker.tokens import Answers, Distribution, Loss, Predictions, View, counted
 
 
 class Stored(NamedTuple):
@@ -134,6 +134,9 @@ class Recalled:
 
     def margin_N(self) -> Tensor:
         return self.logits_nV
+
+    def distribution(self) -> Distribution:
+        raise LookupError("no loss sees the reference's distribution")
 
     def map_logits(self, *_: object) -> Tensor:
         return self.logits_nV

@@ -1,0 +1,168 @@
+"""Greedy answers: batched by length of the prompt, each row ending where it ends, a common prefix read once."""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from worker import data, decoder
+from worker.model import Network, own_logits
+from worker.trees import common_prefix
+
+GENERATION_TOKENS = 16_384  # positions of a batch, answers included: what its keys and values may take
+PASS_TOKENS = 32  # what one more forward pass costs, in tokens
+
+
+class Generated(NamedTuple):
+    text: str  # cut at the end of sequence and before the first stop, stripped
+    ids: list[int]  # the tokens that were chosen, the end of sequence left out
+
+
+@torch.no_grad()
+def generate(
+    network: Network,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    beyond_context: bool = False,
+) -> list[Generated]:
+    """Greedy answers to the prompts (token ids), at most so many tokens.
+
+    They are those of transformers' `generate` on one prompt at a time, up to the order of sums.
+
+    Args:
+        stops: a row ends as soon as its text contains one of them.
+        beyond_context: answers go on past the model's context where it has positions there; otherwise no row is longer than
+            the context, and a prompt as long as that has an empty answer. So has a prompt of no tokens.
+    """
+    rooms = [min(max_new_tokens, room(network, prompt, beyond_context)) for prompt in prompts]
+    chosen = [i for i, room in enumerate(rooms) if room > 0]
+    lengths = [len(prompts[i]) + rooms[i] for i in chosen]
+    said: dict[int, list[int]] = {}
+    if not chosen:
+        pass
+    elif not decoder.caches(network, max(lengths)):
+        said = {i: _by_the_library(network, prompts[i], rooms[i]) for i in chosen}
+    else:
+        # a gap between the tokens of a row would count towards a window: then only prompts of one length go together
+        gaps = max(lengths) <= decoder.window(network)
+        shared = _shared([prompts[i] for i in chosen]) if gaps else 0
+        kept = decoder.prefilled(network, prompts[chosen[0]][:shared])
+        for rows in _batches(chosen, prompts, rooms, gaps):
+            answers = _continue(
+                network, kept, shared, [prompts[i][shared:] for i in rows], [rooms[i] for i in rows], stops
+            )
+            said |= dict(zip(rows, answers, strict=True))
+    return [
+        Generated(_cut(_decoded(network, said.get(i, [])), stops).strip(), said.get(i, [])) for i in range(len(prompts))
+    ]
+
+
+def room(network: Network, prompt: Sequence[int], beyond_context: bool) -> int:
+    """How many tokens can follow a prompt, at least 0; of an empty prompt none can."""
+    longest = decoder.positions_max(network) if beyond_context else network.context_tokens
+    return max(0, longest - len(prompt)) if prompt else 0
+
+
+def _batches(
+    chosen: Sequence[int], prompts: Sequence[Sequence[int]], rooms: Sequence[int], gaps: bool
+) -> Iterator[list[int]]:
+    """Prompts of like length, or of one length where no gap may be."""
+    groups: dict[int, list[int]] = {}
+    for i in chosen:
+        groups.setdefault(0 if gaps else len(prompts[i]), []).append(i)
+    for group in groups.values():
+        for part in data.by_length([len(prompts[i]) + rooms[i] for i in group], GENERATION_TOKENS):
+            yield [group[k] for k in part]
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, if it saves something to read them once; at least one of each is left."""
+    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two have in common, all have
+    shared = min(common_prefix(first, last), min(map(len, prompts)) - 1)
+    return shared if shared * (len(prompts) - 1) > PASS_TOKENS else 0
+
+
+def _continue(
+    network: Network,
+    prefix: DynamicCache,
+    shared: int,
+    rests: Sequence[Sequence[int]],
+    rooms: Sequence[int],
+    stops: Sequence[str],
+) -> list[list[int]]:
+    """The tokens that follow each row, at most `rooms` of them.
+
+    Args:
+        prefix: keys and values of the `shared` tokens that stand before every rest.
+    """
+    ends = set(network.causal.generation_config.eos_token_id or [])
+    said: list[list[int]] = [[] for _ in rests]
+    going = list(range(len(rests)))
+    kept = deepcopy(prefix)
+    kept.batch_repeat_interleave(len(rests))
+    width = max(map(len, rests))
+    ids_BT = torch.tensor([[*rest, *[0] * (width - len(rest))] for rest in rests])
+    mask_BS = torch.tensor([[1] * (shared + len(rest)) + [0] * (width - len(rest)) for rest in rests])
+    last_B = torch.tensor([len(rest) - 1 for rest in rests], device=network.device)
+    while True:
+        states_BTD = decoder.step(network, kept, ids_BT, mask_BS)
+        last_BD = states_BTD[torch.arange(len(going), device=network.device), last_B]
+        chosen = _logits(network, last_BD).argmax(-1).tolist()
+        stay = []
+        for b, (row, token) in enumerate(zip(going, chosen, strict=True)):
+            if token in ends:
+                continue
+            said[row].append(token)
+            if len(said[row]) < rooms[row] and not _stopped(network, said[row], stops):
+                stay.append(b)
+        if not stay:
+            return said
+        if len(stay) < len(going):
+            kept.batch_select_indices(torch.tensor(stay, device=network.device))
+            going, mask_BS = [going[b] for b in stay], mask_BS[stay]
+        ids_BT, last_B = torch.tensor([[chosen[b]] for b in stay]), last_B.new_zeros(len(stay))
+        mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BT)], 1)
+
+
+def _logits(network: Network, last_BD: Tensor) -> Tensor:
+    """The model's own, over its whole vocabulary, which may be larger than the tokeniser's."""
+    own = network.causal.get_output_embeddings() if network.head is not None else own_logits(network.causal)
+    logits_BV: Tensor = own(last_BD)
+    return logits_BV
+
+
+def _stopped(network: Network, ids: Sequence[int], stops: Sequence[str]) -> bool:
+    if not stops:
+        return False
+    text = _decoded(network, ids)
+    return any(stop in text for stop in stops)
+
+
+def _decoded(network: Network, ids: Sequence[int]) -> str:
+    text: str = network.tokenizer.decode(ids, skip_special_tokens=True)
+    return text
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
+def _by_the_library(network: Network, prompt: Sequence[int], room: int) -> list[int]:
+    """The same of one row, for a model whose cache is not understood."""
+    ends = network.causal.generation_config.eos_token_id or []
+    ids_1T = torch.tensor([prompt], device=network.device)
+    whole_1T = network.causal.generate(
+        input_ids=ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        max_new_tokens=room,
+        do_sample=False,
+        pad_token_id=network.tokenizer.eos_token_id or 0,
+    )
+    ids: list[int] = whole_1T[0, len(prompt) :].tolist()
+    return next((ids[:k] for k, token in enumerate(ids) if token in ends), ids)
