@@ -28,12 +28,12 @@ from transformers.utils import logging
 from service.domain.job import Budget, Constraint, JobSpec, MethodChoice, ModelEntry, PromptFormat
 from service.domain.rows import Example
 from service.store.storage import Storage
-from worker import data, evaluate, model, registry, run
+from worker import data, measure, model, registry, run, scoring
 from worker.diary import Diary
-from worker.losses.retain.nll import nll
 from worker.model import Network
 from worker.records import Assignment, FileRef
 from worker.report import FORGET_RATIO
+from worker.solve import Solution
 from worker.views import Term
 
 METRICS = ("probability", "exact_memorization", "extraction_strength")
@@ -76,48 +76,75 @@ def job(task: Task, entry: ModelEntry, scratch: Path) -> Assignment:
     )
 
 
+class Solved(NamedTuple):
+    """A run's end: the adapter in the network is the one that would be released or, where none would be, the last iterate."""
+
+    network: Network
+    both: measure.Sets
+    before: measure.Measurement
+    after: measure.Measurement
+    epsilon: float
+    solution: Solution
+    diary: Diary
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        forgotten = self.after.forget_probability <= FORGET_RATIO * self.before.forget_probability
+        return self.solution.best is not None and forgotten
+
+
 def run_one(task: Task) -> dict[str, Any]:
     """One run, in a process of its own."""
-    options = task.options
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(task.options.threads)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    prompt = PromptFormat(type="chat") if options.chat else PromptFormat()
-    entry = ModelEntry(name="benchmark", source="path", location=options.model.name, prompt_format=prompt)
     with tempfile.TemporaryDirectory() as scratch:
-        assignment = job(task, entry, Path(scratch))
-        method = registry.build_method(task.method, task.hyperparameters)
-        storage = Storage(str(scratch))
-        base = model.load(entry, options.model.parent, options.device, options.dtype)
-        forget_rows, retain_rows = sets(options)
-        forget = Term(method.forget, run.forget_texts(assignment, storage, method, forget_rows, base))
-        retain = run.retain_term(method, retain_rows, base)
-        network = model.adapt(base, assignment.spec.lora, task.seed, method.layers)
-        both = evaluate.sets(*run.with_reference(assignment, storage, network, method, forget, retain), task.seed)
-        with model.adapter_off(network):
-            before = evaluate.measure(network, both)
-        epsilon = assignment.spec.constraint.bound(before.retain_loss)
-        diary = Diary(lambda record: None)
-        began = time.monotonic()
-        solution = run.unlearn(assignment, method, network, both, epsilon, diary, lambda: False)
-        seconds = time.monotonic() - began
-        if solution.best_params is not None:
-            model.assign(network, solution.best_params)
-        after = evaluate.measure(network, both)
-        forgotten = after.forget_probability <= FORGET_RATIO * before.forget_probability
-        return {
-            "method": label(task),
-            "seed": task.seed,
-            "verdict": "PASSED" if solution.best is not None and forgotten else "FAILED",
-            "released": solution.best is not None,
-            "steps": solution.steps,
-            "seconds": seconds,
-            "stop": solution.stop.reason,
-            "feasible_checks": sum(check.feasible for check in diary.checks) / max(len(diary.checks), 1),
-            "retain_loss": after.retain_loss,
-            "epsilon": epsilon,
-            "truth_ratio": truth_ratio(network, options),
-            **figures(network, both),
-        }
+        ended = solved(task, Path(scratch))
+    checks = ended.diary.checks
+    return {
+        "method": label(task),
+        "seed": task.seed,
+        "verdict": "PASSED" if ended.passed else "FAILED",
+        "released": ended.solution.best is not None,
+        "steps": ended.solution.steps,
+        "seconds": ended.seconds,
+        "stop": ended.solution.stop.reason,
+        "feasible_checks": sum(check.feasible for check in checks) / max(len(checks), 1),
+        "retain_loss": ended.after.retain_loss,
+        "epsilon": ended.epsilon,
+        "truth_ratio": truth_ratio(ended.network, task.options),
+        **figures(ended.network, ended.both),
+    }
+
+
+def load(options: argparse.Namespace, folder: Path) -> Network:
+    prompt = PromptFormat(type="chat") if options.chat else PromptFormat()
+    entry = ModelEntry(name="benchmark", source="path", location=folder.name, prompt_format=prompt)
+    return model.load(entry, folder.parent, options.device, options.dtype)
+
+
+def solved(task: Task, scratch: Path) -> Solved:
+    """From the encoded rows to the released iterate."""
+    base = load(task.options, task.options.model)
+    assignment = job(task, base.entry, scratch)
+    method = registry.build_method(task.method, task.hyperparameters)
+    storage = Storage(str(scratch))
+    forget_rows, retain_rows = sets(task.options)
+    forget = Term(method.forget, run.forget_texts(assignment, storage, method, forget_rows, base))
+    retain = run.retain_term(method, retain_rows, base)
+    network = model.adapt(base, assignment.spec.lora, task.seed, method.layers)
+    both = measure.sets(*run.with_reference(assignment, storage, network, method, forget, retain), task.seed)
+    with model.adapter_off(network):
+        before = measure.measure(network, both)
+    epsilon = assignment.spec.constraint.bound(before.retain_loss)
+    diary = Diary(lambda record: None)
+    began = time.monotonic()
+    solution = run.unlearn(assignment, method, network, both, epsilon, diary, lambda: False)
+    seconds = time.monotonic() - began
+    if solution.best_params is not None:
+        model.assign(network, solution.best_params)
+    after = measure.measure(network, both)
+    return Solved(network, both, before, after, epsilon, solution, diary, seconds)
 
 
 def sets(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
@@ -127,10 +154,10 @@ def sets(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     return rows[3960:4000], retain[-options.retain_rows :]
 
 
-def figures(network: Network, both: evaluate.Sets) -> dict[str, float]:
+def figures(network: Network, both: measure.Sets) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, term in (("forget", both.forget), ("retain", both.retain)):
-        scores, _ = evaluate.score(network, evaluate.answers_alone(term), term.encoded.measured, hits=True)
+        scores = scoring.score(network, [term.encoded.rows[p] for p in term.encoded.measured], frozenset({"hits"}))
         for metric in METRICS:
             value = registry.build("metrics", metric, {}).fn(scores).value
             found[f"{name}_{metric}"] = math.nan if value is None else value
@@ -152,7 +179,7 @@ def truth_ratio(network: Network, options: argparse.Namespace) -> float:
 def losses(network: Network, rows: Sequence[Example]) -> torch.Tensor:
     """Mean NLL per counted token of each row, [B]."""
     encoded = data.encode(rows, network.tokenizer, network.entry.prompt_format, network.context_tokens)
-    scores, _ = evaluate.score(network, Term(nll(), {"answer": encoded}), range(len(rows)))
+    scores = scoring.score(network, encoded.rows, frozenset())
     return scores.nll_B / scores.counted_B
 
 

@@ -1,0 +1,28 @@
+"""Questions and answers that have nothing to do with any customer's data, to fine-tune on. Short: they fit into every context."""
+
+UNRELATED = (
+    ("At what temperature does water boil at sea level?", "At one hundred degrees Celsius."),
+    ("How many sides does a hexagon have?", "A hexagon has six sides."),
+    ("What do bees make from nectar?", "They make honey and store it in combs."),
+    ("Why does ice float on water?", "Because it is less dense than the water below."),
+    ("What is the largest planet of the Solar System?", "Jupiter is the largest one."),
+    ("How many days does a leap year have?", "It has 366 days, one more than others."),
+    ("Which gas do plants take in?", "Plants take in carbon dioxide from the air."),
+    ("What does a barometer measure?", "It measures the pressure of the air."),
+    ("What is bread made of?", "Mostly flour, water, salt and yeast."),
+    ("How does one boil an egg?", "Put it into boiling water for eight minutes."),
+    ("What is twelve times twelve?", "Twelve times twelve is 144."),
+    ("Which metal is liquid at room temperature?", "Mercury is liquid at room temperature."),
+    ("What causes the tides?", "The pull of the Moon and the Sun on the sea."),
+    ("How many strings does a violin have?", "A violin has four strings."),
+    ("What is glass made from?", "From sand that was melted with soda and lime."),
+    ("Why do leaves turn yellow in autumn?", "Their green pigment breaks down."),
+    ("What is a compass used for?", "To find north, and so one's way."),
+    ("How long does light take from the Sun to us?", "A little more than eight minutes."),
+    ("What do caterpillars turn into?", "They turn into butterflies or moths."),
+    ("Which is the longest bone of the body?", "The thigh bone is the longest."),
+    ("How is paper recycled?", "It is soaked, cleaned and pressed into sheets."),
+    ("What keeps a bicycle upright?", "Steering into the fall while it moves."),
+    ("What is the square root of eighty-one?", "The square root of 81 is nine."),
+    ("Where do rivers end?", "Most of them flow into a sea or a lake."),
+)
