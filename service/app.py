@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 
-from service.api import docs, errors, files, health, jobs, metrics, models, reports
+from service.api import benchmarks, docs, errors, files, health, jobs, metrics, models, reports
 from service.api.deps import Parts
 from service.api.edge import Edge, HttpFigures
 from service.dispatch import CeleryDispatcher, Dispatcher
@@ -55,7 +55,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
     app.add_middleware(Edge, settings=settings, figures=HttpFigures(registry))
     metrics.build_info(registry)
     errors.install(app)
-    for module in (jobs, reports, files, models, health, docs):
+    for module in (jobs, reports, files, benchmarks, models, health, docs):
         app.include_router(module.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

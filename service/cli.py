@@ -1,19 +1,20 @@
 """unlearn: what an administrator does on the machine, and what a user does over HTTP."""
 
-import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import sqlalchemy.exc
 import typer
 import uvicorn
 
-from service import client, logs, register
+from service import client, logs, register, remote
 from service.app import create_app
+from service.domain import modelfiles
 from service.domain.errors import UnlearnError
 from service.domain.job import SPACE_WARNING, ModelEntry, PromptFormat
 from service.settings import Settings
@@ -25,6 +26,7 @@ models_app = typer.Typer(
     help="The registry: the only models that a request can name.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(models_app, name="models")
+app.add_typer(remote.app)  # what goes over HTTP
 
 
 class Form(StrEnum):
@@ -32,11 +34,13 @@ class Form(StrEnum):
     plain = "plain"
 
 
-Url = Annotated[str, typer.Option("--url", envvar="UNLEARN_URL", help="where the API answers", show_default=True)]
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-
-# --- on the machine
+FormOption = Annotated[
+    Form | None, typer.Option("--prompt-format", help="default: chat if the tokeniser has a chat template, else plain")
+]
+System = Annotated[str | None, typer.Option(help="chat: the system's message")]
+UserStart = Annotated[str | None, typer.Option(help="plain: before the question [default: 'Question: ']")]
+UserEnd = Annotated[str | None, typer.Option(help="plain: after it [default: a line's end]")]
+AssistantStart = Annotated[str | None, typer.Option(help="plain: before the answer [default: 'Answer: ']")]
 
 
 @app.command()
@@ -87,26 +91,17 @@ def add(
     name: str,
     path: Annotated[Path | None, typer.Option(help="a folder below MODELS_ROOT")] = None,
     hub: Annotated[str | None, typer.Option(help="a Hub model at a commit", metavar="ID@SHA")] = None,
-    prompt_format: Annotated[
-        Form | None, typer.Option(help="default: chat if the tokeniser has a chat template, else plain")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="chat: the system's message")] = None,
-    user_start: Annotated[str | None, typer.Option(help="plain: before the question [default: 'Question: ']")] = None,
-    user_end: Annotated[str | None, typer.Option(help="plain: after it [default: a line's end]")] = None,
-    assistant_start: Annotated[str | None, typer.Option(help="plain: before the answer [default: 'Answer: ']")] = None,
+    prompt_format: FormOption = None,
+    system: System = None,
+    user_start: UserStart = None,
+    user_end: UserEnd = None,
+    assistant_start: AssistantStart = None,
     gpu_class: Annotated[str, typer.Option(help="the class of accelerator that it needs")] = "any",
 ) -> None:
     """Register a model. Safetensors only; nothing of it is run. In --user-start and the others, \\n is a line's end."""
-    strings = {"user_start": user_start, "user_end": user_end, "assistant_start": assistant_start}
-    given = {key: text.replace("\\n", "\n") for key, text in strings.items() if text is not None}
     if (path is None) == (hub is None):
         raise typer.BadParameter("give exactly one of --path and --hub")
-    if prompt_format is Form.chat and given:
-        raise typer.BadParameter("a chat template brings its own strings; --system alone goes with it")
-    form = None
-    if prompt_format or given or system:
-        kind = prompt_format or (Form.chat if system else Form.plain)
-        form = PromptFormat(type=kind.value, system=system, **given)
+    form = _form(prompt_format, system, user_start, user_end, assistant_start)
     settings = Settings()
     with _told():
         entry = (
@@ -136,69 +131,68 @@ def remove(name: str) -> None:
         models.remove(s, name)
 
 
-# --- over HTTP
-
-
 @app.command()
-def submit(
-    model: Annotated[str, typer.Option()],
-    forget: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON Lines")],
-    retain: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSON Lines")],
-    refusals: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="JSON Lines of text, for a method that teaches them"),
+def evaluate(
+    model: Annotated[str, typer.Option(help="a folder, or the name of a registered model")],
+    suite: Annotated[str, typer.Option(help="tofu or muse")],
+    data: Annotated[list[str], typer.Option(metavar="SET=FILE", help="JSON Lines, or a JSON array; one for each set")],
+    adapter: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="a PEFT adapter's folder")] = None,
+    retrained: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="what this printed of a retrained model")
     ] = None,
-    epsilon: Annotated[float | None, typer.Option(help="bound on the retain loss, nats per token")] = None,
-    epsilon_relative: Annotated[float | None, typer.Option(help="the same, relative to the base model's")] = None,
-    method: str = "pdu",
-    hyperparameter: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE")] = None,
-    max_steps: int | None = None,
-    max_seconds: float | None = None,
-    seed: int = 0,
-    stay: Annotated[bool, typer.Option("--watch", help="stay until it has ended")] = False,
-    url: Url = DEFAULT_URL,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16")] = None,
+    threads: int | None = None,
+    prompt_format: FormOption = None,
+    system: System = None,
+    user_start: UserStart = None,
+    user_end: UserEnd = None,
+    assistant_start: AssistantStart = None,
 ) -> None:
-    """Ask a model to forget; prints the job's id."""
-    budget = {"max_steps": max_steps, "max_seconds": max_seconds}
-    constraint = {"epsilon": epsilon, "epsilon_relative": epsilon_relative}
-    with _told(), client.connect(url) as http:
-        job = {
-            "model": model,
-            "method": {"type": method, "hyperparameters": dict(map(client.pair, hyperparameter or ()))},
-            "constraint": {name: value for name, value in constraint.items() if value is not None},
-            "budget": {name: value for name, value in budget.items() if value is not None},
-            "seed": seed,
-            "forget_set": client.upload(http, "forget_set", forget),
-            "retain_set": client.upload(http, "retain_set", retain),
-            "refusal_set": client.upload(http, "refusal_set", refusals) if refusals else None,
-        }
-        created = client.body_of(
-            http.post(client.JOBS, content=json.dumps(job), headers={"Content-Type": "application/json"})
-        )
-        for warning in created["warnings"]:
-            typer.echo(f"warning: {warning['message']}", err=True)
-        typer.echo(created["id"])
-        if stay:
-            raise typer.Exit(client.follow(http, created["id"]))
+    """Run a suite here, without the service; prints figure -> agg_value, value_by_index, as the field's reference does."""
+    form = _form(prompt_format, system, user_start, user_end, assistant_start)
+    with _told():
+        folder, form = _model(model, form)
+    given = {"--adapter": adapter, "--retrained": retrained, "--device": device, "--dtype": dtype, "--threads": threads}
+    # -P: our worker, not one that lies in the folder from which somebody calls
+    command = [sys.executable, "-P", "-m", "worker.evaluate", "--model", str(folder), "--suite", suite]
+    command += ["--prompt-format", form.model_dump_json()]
+    command += [part for pair in data for part in ("--data", pair)]
+    command += [part for option, value in given.items() if value is not None for part in (option, str(value))]
+    os.execv(command[0], command)  # noqa: S606  what it prints and how it ends is what this prints and how this ends
 
 
-@app.command()
-def watch(job_id: str, url: Url = DEFAULT_URL) -> None:
-    """Follow a job to its end. Exit status 0: its model passed; 1: it did not, or the run failed."""
-    with _told(), client.connect(url) as http:
-        raise typer.Exit(client.follow(http, job_id))
+def _form(
+    prompt_format: Form | None,
+    system: str | None,
+    user_start: str | None,
+    user_end: str | None,
+    assistant_start: str | None,
+) -> PromptFormat | None:
+    """As the options say it; None: they say nothing."""
+    strings = {"user_start": user_start, "user_end": user_end, "assistant_start": assistant_start}
+    given = {key: text.replace("\\n", "\n") for key, text in strings.items() if text is not None}
+    if prompt_format is Form.chat and given:
+        raise typer.BadParameter("a chat template brings its own strings; --system alone goes with it")
+    if not (prompt_format or given or system):
+        return None
+    kind = prompt_format or (Form.chat if system else Form.plain)
+    return PromptFormat(type=kind.value, system=system, **given)
 
 
-@app.command()
-def status(job_id: Annotated[str | None, typer.Argument()] = None, url: Url = DEFAULT_URL) -> None:
-    """Show one job as JSON, or the latest ones, a line each."""
-    with _told(), client.connect(url) as http:
-        if job_id:
-            typer.echo(json.dumps(client.body_of(http.get(f"{client.JOBS}/{job_id}")), indent=2))
-            return
-        for job in client.body_of(http.get(client.JOBS))["data"]:
-            verdict = (job["verdict"] or {}).get("result", "")
-            typer.echo(f"{job['id']}  {job['created_at'][:19]}Z  {job['model']:20} {job['status']:10} {verdict}")
+def _model(model: str, form: PromptFormat | None) -> tuple[Path, PromptFormat]:
+    """The folder, and how it is asked. A name is looked up in the registry unless there is a folder of that path."""
+    if Path(model).is_dir():
+        chat = form is None and modelfiles.inspect(Path(model)).chat_template
+        return Path(model), form or PromptFormat(type="chat" if chat else "plain")
+    if os.sep in model:
+        raise UnlearnError(f"there is no folder {model}")
+    settings = Settings()
+    with _sessions(settings) as sessions, sessions.begin() as s:
+        entry = models.get(s, model)
+    if entry.source == "hub":
+        raise UnlearnError(f"{model} is a Hub model: give the folder of its revision {entry.revision}")
+    return settings.models_root / entry.location, form or entry.prompt_format
 
 
 @contextmanager
@@ -212,17 +206,12 @@ def _sessions(settings: Settings) -> Iterator[Sessions]:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """An error that is meant for people: its sentence, and exit status 2."""
-    try:
-        yield
-    except typer.Exit:  # a RuntimeError too, and none
-        raise
-    except (UnlearnError, RuntimeError, httpx.TransportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except sqlalchemy.exc.DBAPIError as error:
-        typer.echo(f"error: the database says: {str(error.orig).partition(chr(10))[0]}", err=True)
-        raise typer.Exit(2) from error
+    """As over HTTP; and what the database says."""
+    with client.told():
+        try:
+            yield
+        except sqlalchemy.exc.DBAPIError as error:
+            raise UnlearnError(f"the database says: {str(error.orig).partition(chr(10))[0]}") from error
 
 
 def _line(entry: ModelEntry) -> str:

@@ -1,10 +1,13 @@
 """The API as the command line uses it."""
 
+import io
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import typer
@@ -14,6 +17,8 @@ from service.domain.job import TERMINAL
 
 JOBS = "/v1/unlearning/jobs"
 POLL_S = 1.0
+HEAD_BYTES = 1024
+NO_CONTENT = 204
 RELEASED = ("PASSED", "WARNED")
 
 
@@ -56,9 +61,29 @@ def _show(line: str) -> None:
 
 
 def upload(client: httpx.Client, purpose: str, path: Path) -> str:
-    with path.open("rb") as file:
+    """The id of the file. One JSON array goes up as JSON Lines."""
+    with _as_lines(path) as file:
         reply = client.post("/v1/files", data={"purpose": purpose}, files={"file": (path.name, file)})
     return str(body_of(reply)["id"])
+
+
+@contextmanager
+def _as_lines(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as file:
+        if not file.read(HEAD_BYTES).lstrip().startswith(b"["):
+            file.seek(0)
+            yield file
+            return
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise UnlearnError(f"{path} begins as a JSON array does, and is none") from None
+    yield io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """What is answered. In Python's JSON, in which a number that is not finite reaches the service, which refuses it by name."""
+    return body_of(client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"}))
 
 
 def pair(text: str) -> tuple[str, Any]:
@@ -73,6 +98,8 @@ def pair(text: str) -> tuple[str, Any]:
 
 def body_of(reply: httpx.Response) -> dict[str, Any]:
     """The body. Raises UnlearnError with the problem's own words."""
+    if reply.status_code == NO_CONTENT:
+        return {}
     try:
         body: dict[str, Any] = reply.json()
     except ValueError:
@@ -82,6 +109,18 @@ def body_of(reply: httpx.Response) -> dict[str, Any]:
         lines += [f"  {error['pointer'] or '-'}: {error['detail']}" for error in body.get("errors", ())]
         raise UnlearnError("\n".join(lines))
     return body
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """An error that is meant for people: its sentence, and exit status 2."""
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError too, and none
+        raise
+    except (UnlearnError, RuntimeError, httpx.TransportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 def connect(url: str) -> httpx.Client:

@@ -42,6 +42,7 @@ REQUEST: Json = {
     "method": {"type": "pdu", "hyperparameters": {}},
     "constraint": {"epsilon_relative": 0.25},
     "budget": {"max_steps": 200, "max_seconds": 90},
+    "audit": {"relearn_steps": 10},
     "metadata": {"requested_by": "make demo"},
 }
 
@@ -186,9 +187,12 @@ def _tell(report: Json, folder: Path, console: Console) -> None:
     """The verdict, before and after, and where everything is."""
     table = Table("set", "figure", "before", "after", "better")
     for figure in report["figures"]:
+        if figure["after"] is None:  # the report says why
+            continue
         numbers = ["-" if figure[when] is None else f"{figure[when]:.4f}" for when in ("before", "after")]
-        table.add_row(figure["set"], figure["metric"], *numbers, figure["better"])
+        table.add_row(figure["set"], figure["metric"], *numbers, figure["better"] or "")
     console.print(table)
+    _tell_audit(report["audit"], console)
     verdict = report["verdict"]
     colour = {"PASSED": "green", "WARNED": "yellow"}.get(verdict["result"], "red")
     console.print(f"[bold {colour}]{verdict['result']}[/]  {verdict['message']}")
@@ -200,6 +204,16 @@ def _tell(report: Json, folder: Path, console: Console) -> None:
         console.print(load_command(folder), markup=False)
     else:
         console.print(f"\nNo adapter was published: {report['released']['message']}")
+
+
+def _tell_audit(audit: list[Json], console: Console) -> None:
+    """How much of the forgotten answers each attack brought back."""
+    table = Table("attack", "base", "released", "attacked", title="mean probability of the forgotten answers")
+    for entry in audit:
+        if entry["metric"] == "probability":
+            numbers = ["-" if entry[who] is None else f"{entry[who]:.4f}" for who in ("base", "released", "attacked")]
+            table.add_row(entry["attack"], *numbers)
+    console.print(table)
 
 
 def load_command(folder: Path) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from service.domain.errors import JobFailure, NotFound
-from service.domain.job import FailureCode, JobSpec
+from service.domain.job import SETS, FailureCode, JobSpec, ModelEntry
 from service.settings import Settings
-from service.store import artifacts, files, models
+from service.store import artifacts, benchmarks, files, models
 from service.store.rows import Claim
 from worker.process import count_accelerators
-from worker.records import Assignment, FileRef
+from worker.records import Assignment, BenchmarkAssignment, FileRef
 
 DRIVER = Path("/dev/nvidiactl")
 
@@ -20,28 +20,20 @@ DRIVER = Path("/dev/nvidiactl")
 def assignment(
     s: Session, claim: Claim, spec: JobSpec, settings: Settings, scratch: Path, on_accelerator: bool
 ) -> Assignment:
-    """Raises JobFailure where the model or a file is gone."""
-    try:
-        model = models.get(s, spec.model)
-    except NotFound as error:
-        raise JobFailure(FailureCode.MODEL_NOT_FOUND, str(error)) from error
-    try:
-        forget, retain, refusals = (
-            None if name is None else FileRef.model_validate(files.get(s, name), from_attributes=True)
-            for name in (spec.forget_set, spec.retain_set, spec.refusal_set)
-        )
-    except NotFound as error:
-        raise JobFailure(FailureCode.INVALID_FILE, str(error)) from error
+    """Raises JobFailure where a model, a file or a benchmark is gone."""
+    forget, retain, refusals, holdout = (_file(s, getattr(spec, purpose)) for purpose in SETS)
     dtype = settings.worker_dtype
     return Assignment(
         job_id=claim.job_id,
         attempt=claim.attempt,
         fence=claim.fence,
         spec=spec,
-        model=model,
+        model=_model(s, spec.model),
         forget_file=forget,
         retain_file=retain,
         refusal_file=refusals,
+        holdout_file=holdout,
+        benchmarks=[_benchmark(s, name) for name in spec.benchmarks],
         storage_url=settings.storage_url,
         prefix=prefix(claim),
         models_root=settings.models_root,
@@ -50,6 +42,38 @@ def assignment(
         dtype=("bfloat16" if on_accelerator else "float32") if dtype == "auto" else dtype,
         threads=settings.worker_threads,
     )
+
+
+def _model(s: Session, name: str) -> ModelEntry:
+    try:
+        return models.get(s, name)
+    except NotFound as error:
+        raise JobFailure(FailureCode.MODEL_NOT_FOUND, str(error)) from error
+
+
+def _file(s: Session, file_id: str | None) -> FileRef | None:
+    try:
+        return None if file_id is None else FileRef.model_validate(files.get(s, file_id), from_attributes=True)
+    except NotFound as error:
+        raise JobFailure(FailureCode.INVALID_FILE, str(error)) from error
+
+
+def _benchmark(s: Session, name: str) -> BenchmarkAssignment:
+    try:
+        found = benchmarks.get(s, name)
+    except NotFound as error:
+        raise JobFailure(FailureCode.INVALID_FILE, str(error)) from error
+    try:
+        return BenchmarkAssignment(
+            name=name,
+            suite=found.suite,
+            corpus=found.corpus,
+            files={of: _file(s, file_id) for of, file_id in found.sets.items()},
+            retrained_model=None if found.retrained_model is None else _model(s, found.retrained_model),
+            retrained_scores=_file(s, found.retrained_scores),
+        )
+    except JobFailure as failure:
+        raise JobFailure(failure.code, f"benchmark {name!r}: {failure}") from failure
 
 
 def prefix(claim: Claim) -> str:

@@ -23,6 +23,17 @@ class FileRef(BaseModel):
     bytes: int
 
 
+class BenchmarkAssignment(BaseModel):
+    """A registered benchmark that the request names."""
+
+    name: str
+    suite: Literal["tofu", "muse"]
+    corpus: str
+    files: dict[str, FileRef]  # by the suite's name of the set
+    retrained_model: ModelEntry | None = None  # measured once, or
+    retrained_scores: FileRef | None = None  # its stored figures; or neither
+
+
 class Assignment(BaseModel):
     job_id: str
     attempt: int
@@ -32,6 +43,8 @@ class Assignment(BaseModel):
     forget_file: FileRef
     retain_file: FileRef
     refusal_file: FileRef | None = None  # of the request; None: worker.refusals
+    holdout_file: FileRef | None = None
+    benchmarks: list[BenchmarkAssignment] = Field(default_factory=list)  # in the request's order
     storage_url: str
     prefix: str  # below the storage root; this attempt's own: "jobs/<id>/attempts/<fence>"
     models_root: Path

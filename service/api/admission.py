@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from service.api import shown
-from service.api.deps import Parts
+from service.api.deps import Parts, uploaded
 from service.api.shapes import JobObject
-from service.domain import rows
+from service.domain import gates, rows
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound, UnlearnError
 from service.domain.job import SETS, SPACE_WARNING, JobCreate, JobSpec, ModelEntry, Row
 from service.domain.rows import Example
-from service.store import files, jobs, models
+from service.store import benchmarks, files, jobs, models
 from service.store.rows import WarningRow
 from service.store.storage import Stored
 
@@ -52,6 +52,7 @@ def submit(here: Parts, request: JobCreate) -> JobObject:
         *_gpu_class(here, request),
         *_target_modules(request),
         *_refusals_unused(here, request, hyperparameters),
+        *_benchmarks_and_gates(here, request),
     ]
     if problems:
         raise InvalidRequest(*problems)
@@ -113,6 +114,24 @@ def _refusals_unused(here: Parts, request: JobCreate, hyperparameters: Mapping[s
         yield FieldProblem("/refusal_set", f"{method} does not teach a refusal, so it would not be used", "unused")
 
 
+def _benchmarks_and_gates(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
+    named = dict[str, gates.Named]()
+    for index, name in enumerate(request.benchmarks):
+        pointer = f"/benchmarks/{index}"
+        if name in named:
+            yield FieldProblem(pointer, f"benchmark {name!r} is named twice", "duplicate")
+            continue
+        try:
+            with here.sessions.begin() as s:
+                found = benchmarks.get(s, name)
+            retrained = found.retrained_model is not None or found.retrained_scores is not None
+            named[name] = gates.Named(found.suite, retrained)
+        except NotFound:
+            detail = f"benchmark {name!r} is not registered; GET /v1/benchmarks lists those that are"
+            yield FieldProblem(pointer, detail, "benchmark_not_found")
+    yield from gates.problems(request, here.catalog, named)
+
+
 def _judge_refusals(here: Parts, request: JobCreate) -> None:
     """Raises InvalidRequest unless every row is a text."""
     if request.refusal_set is None:
@@ -125,25 +144,31 @@ def _judge_refusals(here: Parts, request: JobCreate) -> None:
 
 
 def _judge_sets(here: Parts, request: JobCreate) -> tuple[Kinds, Kinds]:
-    """Of the forget and the retain set. Raises InvalidRequest if one cannot be had or is empty, or if they share rows."""
-    kinds: tuple[Kinds, Kinds] = ({}, {})
+    """Of the forget and the retain set. Raises InvalidRequest if one cannot be had or is empty, or if sets share rows."""
+    kinds: dict[str, Kinds] = {purpose: {} for purpose in SETS}
 
-    def noting(examples: Iterator[Example], kinds: Kinds) -> Iterator[Example]:
+    def noted(examples: Iterator[Example], kinds: Kinds) -> Iterator[Example]:
         for number, example in enumerate(examples, start=1):
             kinds.setdefault(example.kind, number)
             yield example
 
-    with _opened(here, request, "forget_set") as forget, _opened(here, request, "retain_set") as retain:
-        pairs = rows.overlap(noting(forget, kinds[0]), noting(retain, kinds[1]))
-    if pairs:
-        named = [
-            FieldProblem("/forget_set", f"forget row {f} is retain row {r}", "overlap")
-            for f, r in pairs[:OVERLAPS_NAMED]
-        ]
-        if more := len(pairs) - len(named):
-            named.append(FieldProblem("/forget_set", f"and {more} more", "overlap"))
-        raise InvalidRequest(*named)
-    return kinds
+    pairs = [("forget_set", "retain_set")]
+    if request.holdout_set is not None:  # what the model was trained on, or is trained on now, is no holdout
+        pairs += [("holdout_set", "forget_set"), ("holdout_set", "retain_set")]
+    for one, other in pairs:
+        with _opened(here, request, one) as first, _opened(here, request, other) as second:
+            shared = rows.overlap(noted(first, kinds[one]), noted(second, kinds[other]))
+        if shared:
+            raise InvalidRequest(*_overlaps(one, other, shared))
+    return kinds["forget_set"], kinds["retain_set"]
+
+
+def _overlaps(one: str, other: str, shared: list[tuple[int, int]]) -> Iterator[FieldProblem]:
+    names = one.removesuffix("_set"), other.removesuffix("_set")
+    for first, second in shared[:OVERLAPS_NAMED]:
+        yield FieldProblem(f"/{one}", f"{names[0]} row {first} is {names[1]} row {second}", "overlap")
+    if more := len(shared[OVERLAPS_NAMED:]):
+        yield FieldProblem(f"/{one}", f"and {more} more", "overlap")
 
 
 @contextmanager
@@ -152,15 +177,8 @@ def _opened(here: Parts, request: JobCreate, purpose: str) -> Iterator[Iterator[
     if isinstance(given, list):
         yield _inline_rows(given, purpose)
         return
-    try:
-        with here.sessions.begin() as s:
-            file = files.get(s, given)
-        if file.purpose != purpose:
-            raise InvalidRequest(FieldProblem(f"/{purpose}", f"{given} was uploaded as {file.purpose}", "purpose"))
-        with here.storage.open(file.key) as lines:
-            yield rows.each(rows.lines(lines), f"/{purpose}")
-    except NotFound as error:
-        raise InvalidRequest(FieldProblem(f"/{purpose}", f"there is no file {given}", "file_not_found")) from error
+    with uploaded(here, given, purpose, f"/{purpose}") as content:
+        yield rows.each(rows.lines(content), f"/{purpose}")
 
 
 def _inline_rows(given: list[Row], purpose: str) -> Iterator[Example]:

@@ -1,7 +1,8 @@
 """What endpoints share: the parts of the service, pages, media types."""
 
-from collections.abc import Sequence
-from typing import Annotated, Generic, Literal, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Annotated, Generic, Literal, NamedTuple, TypeVar
 
 from fastapi import Depends, Request, Response
 from pydantic import BaseModel, Field
@@ -10,8 +11,10 @@ from starlette.exceptions import HTTPException
 
 from service.dispatch import Dispatcher
 from service.domain.catalog import Catalog
+from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.job import Strict
 from service.settings import Settings
+from service.store import files
 from service.store.paging import Order
 from service.store.session import Sessions
 from service.store.storage import Storage
@@ -33,6 +36,21 @@ async def _parts(request: Request) -> Parts:
 
 
 Here = Annotated[Parts, Depends(_parts)]
+
+
+@contextmanager
+def uploaded(here: Parts, file_id: str, purpose: str, pointer: str) -> Iterator[IO[bytes]]:
+    """The bytes of a file that a request names. Raises InvalidRequest if it is not there, or is there for another purpose."""
+    try:
+        with here.sessions.begin() as s:
+            file = files.get(s, file_id)
+        if file.purpose != purpose:
+            detail = f"{file_id} was uploaded as {file.purpose}, not as {purpose}"
+            raise InvalidRequest(FieldProblem(pointer, detail, "purpose"))
+        with here.storage.open(file.key) as content:
+            yield content
+    except NotFound as error:
+        raise InvalidRequest(FieldProblem(pointer, f"there is no file {file_id}", "file_not_found")) from error
 
 
 class PageQuery(Strict):

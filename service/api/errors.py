@@ -170,7 +170,7 @@ def _field_problem(item: Mapping[str, Any], body: Any) -> FieldProblem:
     if where == "body":
         missing = path.pop() if item["type"] == "missing" and path else None
         steps = _present(path, body) + ([missing] if missing is not None else [])
-        return FieldProblem("".join(map(_escaped, steps)), message, item["type"])
+        return FieldProblem("".join(map(escaped, steps)), message, item["type"])
     return FieldProblem("", f"{'.'.join(map(str, path))}: {message}", item["type"])
 
 
@@ -189,8 +189,8 @@ def _plain(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _escaped(step: Any) -> str:
-    """RFC 6901."""
+def escaped(step: Any) -> str:
+    """One step of a pointer (RFC 6901)."""
     return "/" + str(step).replace("~", "~0").replace("/", "~1")
 
 

@@ -1,4 +1,4 @@
-"""Uploaded sets: JSON Lines, judged line by line before anything is kept."""
+"""Uploaded sets, JSON Lines, and stored figures, one JSON document: judged before anything is kept."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from service.api.deps import Here, Page, PageQuery, Reads, link_next, page
 from service.api.errors import declared
 from service.api.shapes import FILES_PATH, FileObject, file_object
-from service.domain import rows
+from service.domain import rows, scores
 from service.domain.errors import UnlearnError
 from service.domain.job import FilePurpose, Strict
 from service.store import files
@@ -30,19 +30,22 @@ class Upload(Strict):
 @router.post(
     "",
     status_code=201,
-    summary="Upload a forget, retain, refusal or evaluation set",
+    summary="Upload a set, or stored figures",
     dependencies=[Depends(Reads("multipart/form-data"))],
     responses=declared(400, 413, 415, 503, 507),
 )
 def upload(
     here: Here, form: Annotated[Upload, Form(media_type="multipart/form-data")], response: Response
 ) -> FileObject:
-    """One JSON object per line, with `question` and `answer`, or `prompt` and `completion`, or `text`.
+    """Of a set: one JSON object per line, with `question` and `answer`, or `prompt` and `completion`, or `text`.
 
-    A line that is wrong is named by its number, and then nothing is kept.
+    Beside them a row may have `paraphrased_question` and `paraphrased_answer`, strings, and `perturbed_answer`, a list of
+    wrong answers: what is measured then is more. An `eval_set` is for a benchmark; its rows have the columns that
+    `GET /v1/suites` names. `eval_scores` are figures of a retrained model, one JSON document: figure -> `agg_value` and,
+    by row, `value_by_index`. A line that is wrong is named by its number, and then nothing is kept.
     """
     source = form.file.file
-    count = sum(1 for _ in rows.each(rows.lines(source), "/file"))
+    count = _count(form.purpose, source)
     source.seek(0)
     file_id = files.new_file_id()
     stored = here.storage.write(files.file_key(file_id), _chunks(source), here.settings.upload_max_bytes)
@@ -77,12 +80,22 @@ def get_file(here: Here, file_id: str) -> FileObject:
 
 @router.delete("/{file_id}", status_code=204, summary="Delete a file", responses=declared(404, 409, 503))
 def delete_file(here: Here, file_id: str) -> None:
-    """Its bytes too. Refused while a job that has not ended needs it."""
+    """Its bytes too. Refused while a benchmark, or a job that has not ended, needs it."""
     with here.sessions.begin() as s:
         key = files.delete(s, file_id)
         here.storage.delete(
             key
         )  # before the commit: a row without bytes can be deleted again, bytes without a row cannot
+
+
+def _count(purpose: FilePurpose, source: IO[bytes]) -> int:
+    """How many rows, or figures. Raises InvalidRequest for what is wrong with them."""
+    match purpose:
+        case "eval_scores":
+            return len(scores.read(source.read(scores.BYTES_MAX + 1), "/file"))
+        case "eval_set":
+            return sum(1 for _ in rows.each_object(rows.lines(source), "/file"))
+    return sum(1 for _ in rows.each(rows.lines(source), "/file"))
 
 
 def shown_name(given: str | None) -> str:

@@ -43,7 +43,10 @@ class StepsQuery(Strict):
     responses=declared(400, 413, 415, 503, 507),
 )
 def create(here: Here, request: JobCreate, response: Response) -> JobObject:
-    """Both sets are ids of uploaded files, or up to 1,000 rows each, which become files."""
+    """The sets are ids of uploaded files, or up to 1,000 rows each, which become files.
+
+    Benchmarks, an audit and gates are for the report and its verdict: they change nothing of how the model is trained.
+    """
     answer = submit(here, request)
     response.headers["Location"] = answer.links.self
     _poll_headers(response, answer)

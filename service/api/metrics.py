@@ -85,12 +85,16 @@ class JobFigures(Collector):
         silence = GaugeMetricFamily(
             "unlearn_running_heartbeat_age_seconds_max", "Since the most silent worker was heard of", labels=["queue"]
         )
+        workers = GaugeMetricFamily(
+            "unlearn_workers", "Workers heard of in the last minutes, by the queues that they hear", labels=["queue"]
+        )
         for queue in queues:
             for status in Status:
                 jobs.add_metric([status, queue], found.jobs.get((status, queue), 0))
             waiting.add_metric([queue], found.queue_oldest_age_s.get(queue, 0.0))
             silence.add_metric([queue], found.heartbeat_age_max_s.get(queue, 0.0))
-        yield from (jobs, waiting, silence)
+            workers.add_metric([queue], found.workers.get(queue, 0))
+        yield from (jobs, waiting, silence, workers)
 
     def _counters(self, counts: list[Count]) -> Iterator[Metric]:
         """Every set of labels from the start, at 0: else the first increase of each would be invisible to rate()."""

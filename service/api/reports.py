@@ -33,9 +33,10 @@ ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
     f"{JOBS_PATH}/{{job_id}}/report",
     summary="The report",
     response_model=Report,
-    responses=declared(404, 406, 409, 503) | {200: {"content": {"text/html": {}}}},
+    responses=declared(404, 406, 409, 503)
+    | {200: {"content": {"text/html": {}}}, 304: {"description": "Not modified"}},
 )
-def report(here: Here, job_id: str, accept: Annotated[str, Header()] = "*/*") -> Response:
+def report(here: Here, job_id: str, request: Request, accept: Annotated[str, Header()] = "*/*") -> Response:
     """JSON or, by `Accept`, HTML that needs no network. 409 until the job has ended; 404 if it ended without one."""
     media_type = preferred(accept, list(REPORTS))
     if media_type is None:
@@ -51,6 +52,8 @@ def report(here: Here, job_id: str, accept: Annotated[str, Header()] = "*/*") ->
     extra = {"Content-Security-Policy": REPORT_CSP} if media_type == "text/html" else {}
     name = f"{job_id}-{REPORTS[media_type]}"
     headers = _headers(artifact) | extra | {"Vary": "Accept", "Content-Disposition": f'inline; filename="{name}"'}
+    if unchanged(request, headers["ETag"]):
+        return Response(status_code=304, headers={"ETag": headers["ETag"], "Vary": headers["Vary"]})
     return StreamingResponse(_content(here, artifact), headers=headers, media_type=media_type)
 
 

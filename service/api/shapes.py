@@ -8,11 +8,14 @@ from typing import Any, Literal
 import structlog
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
 
+from service.domain.catalog import SuiteFigure, SuiteSet
 from service.domain.job import (
+    Audit,
     Budget,
     Constraint,
     Failure,
     FilePurpose,
+    Gate,
     JobSpec,
     Limits,
     Lora,
@@ -27,9 +30,13 @@ from service.domain.job import (
 from service.store import tables
 
 JOBS_PATH = "/v1/unlearning/jobs"
+BENCHMARKS_PATH = "/v1/benchmarks"
 FILES_PATH = "/v1/files"
 ADAPTER, REPORT_JSON, REPORT_HTML = "adapter/adapter_model.safetensors", "report.json", "report.html"
-OF_SPEC = ("method", "constraint", "budget", "lora", "seed", "resources", "limits")  # the rest has columns
+OF_SPEC = (  # the rest has columns
+    *("method", "constraint", "budget", "lora", "seed", "resources", "limits"),
+    *("benchmarks", "audit", "gates"),
+)
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +47,7 @@ class FileObject(BaseModel):
     purpose: FilePurpose
     filename: str
     bytes: int
-    rows: int
+    rows: int = Field(description="or figures, of eval_scores")
     sha256: str
     created_at: datetime
 
@@ -69,6 +76,26 @@ class MethodObject(BaseModel):
     composition: dict[str, str]
     parameters: dict[str, Any] = Field(description="JSON Schema of `hyperparameters`, with defaults")
     presets: dict[str, dict[str, Any]]
+
+
+class SuiteObject(BaseModel):
+    id: str
+    object: Literal["suite"] = "suite"
+    summary: str
+    reference: str | None
+    sets: dict[str, SuiteSet] = Field(description="what it takes; the columns are those that every row must have")
+    figures: dict[str, SuiteFigure]
+
+
+class BenchmarkObject(BaseModel):
+    id: str = Field(description="the name by which a job asks for it")
+    object: Literal["benchmark"] = "benchmark"
+    suite: Literal["tofu", "muse"]
+    corpus: str
+    sets: dict[str, str] = Field(description="the suite's name of a set -> the file")
+    retrained_model: str | None
+    retrained_scores: str | None
+    created_at: datetime
 
 
 class BaseModelRef(BaseModel):
@@ -143,6 +170,10 @@ class JobObject(BaseModel):
     forget_set: str
     retain_set: str
     refusal_set: str | None
+    holdout_set: str | None
+    benchmarks: SerializeAsAny[list[str]]
+    audit: SerializeAsAny[Audit | None]
+    gates: SerializeAsAny[list[Gate]]
     priority: int
     resources: SerializeAsAny[Resources]
     seed: SerializeAsAny[int]
@@ -237,6 +268,10 @@ def model_object(entry: ModelEntry) -> ModelObject:
     """Without the folder: a path of the workers' machines is nobody's business."""
     hub_id = entry.location if entry.source == "hub" else None
     return ModelObject(id=entry.name, hub_id=hub_id, **entry.model_dump(exclude={"name", "location"}))
+
+
+def benchmark_object(row: tables.Benchmark) -> BenchmarkObject:
+    return BenchmarkObject.model_validate(_columns(row) | {"id": row.name})
 
 
 def job_object(

@@ -174,6 +174,49 @@ class Limits(Strict):
     max_attempts: int = Field(default=3, ge=1, le=10)
 
 
+class Gate(Strict):
+    """A threshold on a figure of the report. A figure that could not be measured fails its gate, with that reason."""
+
+    metric: str = Field(
+        max_length=200,
+        description="of the request: SET/METRIC, a figure of the suite `request` (forget/rouge_l_recall); of a benchmark "
+        "that is asked for: NAME/FIGURE; of the audit: audit/ATTACK/probability or audit/ATTACK/extraction_strength",
+    )
+    op: Literal["<=", ">="]
+    threshold: float
+    severity: Literal["fail", "warn"] = "fail"
+
+
+class Audit(Strict):
+    """Which attacks are tried on what was released. Each reports how much of the forgotten answers comes back."""
+
+    relearn_steps: int = Field(
+        default=20,
+        ge=0,
+        le=1000,
+        description="of fine-tuning, on a part of the forget set, and on unrelated text; 0: none",
+    )
+    relearn_share: float = Field(
+        default=0.1, gt=0, lt=1, description="of the forget set that is fine-tuned on; the other rows are measured"
+    )
+    relearn_learning_rate: float = Field(default=5e-4, gt=0, le=1)
+    quantise_bits: list[Literal[4, 8]] = Field(
+        default=[8, 4], max_length=2, description="weights of the merged model, rounded to so many bits"
+    )
+    paraphrases: bool = Field(default=True, description="ask by `paraphrased_question`, where the rows have one")
+    prefixes: bool = Field(default=True, description="put jailbreak-style prefixes before each question")
+
+    @property
+    def attacks(self) -> list[str]:
+        """Those that it asks for, as the report and its gates name them."""
+        return [
+            *(("relearn_forget", "relearn_unrelated") if self.relearn_steps else ()),
+            *(f"quantise_{bits}" for bits in self.quantise_bits),
+            *(("paraphrase",) if self.paraphrases else ()),
+            *(("prefix",) if self.prefixes else ()),
+        ]
+
+
 class Row(Strict):
     """One inline row, in one of three forms: question/answer, prompt/completion, or text."""
 
@@ -200,6 +243,7 @@ Rows = Annotated[  # told apart beforehand, so that a complaint is about the one
 ModelName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a name from GET /v1/models")
 ]
+BenchmarkName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
@@ -227,10 +271,24 @@ class JobOptions(Strict):
     limits: Limits = Limits()
     external_id: str | None = Field(default=None, max_length=255)
     metadata: Metadata = Field(default_factory=dict)
+    benchmarks: list[BenchmarkName] = Field(
+        default_factory=list, max_length=8, description="names from GET /v1/benchmarks; run before and after"
+    )
+    audit: Audit | None = Field(default=None, description="attacks on what was released; null: none")
+    gates: list[Gate] = Field(
+        default_factory=list, max_length=64, description="beside the constraint and the forget gate"
+    )
 
 
-SETS = ("forget_set", "retain_set", "refusal_set")  # of a request, each an uploaded file's purpose too
-FilePurpose = Literal["forget_set", "retain_set", "refusal_set", "eval_set"]
+SETS = ("forget_set", "retain_set", "refusal_set", "holdout_set")  # of a request, each an uploaded file's purpose too
+FilePurpose = Literal[
+    "forget_set",
+    "retain_set",
+    "refusal_set",
+    "holdout_set",
+    "eval_set",  # of a benchmark
+    "eval_scores",  # stored figures of a retrained model
+]
 
 
 class JobCreate(JobOptions):
@@ -242,6 +300,10 @@ class JobCreate(JobOptions):
         default=None,
         description="for methods that teach a refusal: rows of `text`, each a way to refuse; null: those of the service",
     )
+    holdout_set: Rows | None = Field(
+        default=None,
+        description="rows like the forget set's that the model never saw: membership inference compares with them",
+    )
 
 
 class JobSpec(JobOptions):
@@ -250,6 +312,7 @@ class JobSpec(JobOptions):
     forget_set: DataSet
     retain_set: DataSet
     refusal_set: DataSet | None = None
+    holdout_set: DataSet | None = None
 
 
 class Failure(BaseModel):
@@ -273,6 +336,7 @@ class GateResult(BaseModel):
     op: Literal["<=", ">="]
     threshold: float | None
     value: float | None
+    severity: Literal["fail", "warn"] = "fail"
     result: Literal["PASSED", "WARNED", "FAILED"]
     message: str
 
@@ -296,6 +360,31 @@ class ModelEntry(BaseModel):
     gpu_class: str = "any"
     info: dict[str, Any] = Field(default_factory=dict)  # architecture, context length, vocabulary, from config.json
     created_at: datetime | None = None
+
+
+class BenchmarkCreate(Strict):
+    """Body of POST /v1/benchmarks: files that were uploaded as eval_set, under the names that the suite gives its sets."""
+
+    name: BenchmarkName
+    suite: Literal["tofu", "muse"]
+    sets: dict[str, DataSet] = Field(
+        min_length=1, max_length=16, description="the suite's name of a set (GET /v1/suites) -> the id of its file"
+    )
+    corpus: str = Field(
+        min_length=1, max_length=255, description="what the data is, for the report: 'TOFU forget01', 'MUSE News'"
+    )
+    retrained_model: ModelName | None = Field(
+        default=None, description="a registered model that never saw the forget set; it is measured once"
+    )
+    retrained_scores: DataSet | None = Field(
+        default=None, description="or its stored figures, as `unlearn evaluate` or the reference prints them"
+    )
+
+    @model_validator(mode="after")
+    def one_reference(self) -> Self:
+        if self.retrained_model is not None and self.retrained_scores is not None:
+            raise ValueError("give at most one of retrained_model and retrained_scores")
+        return self
 
 
 class PromptFormat(BaseModel):

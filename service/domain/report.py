@@ -90,19 +90,90 @@ class ConstraintFacts(Part):
         return self
 
 
+Interval = tuple[Measured, Measured]  # 95 %, by bootstrap over rows
+
+
 class Figure(Part):
     set: Literal["forget", "retain"]
     metric: str  # probability, exact_memorization, extraction_strength, rouge_l_recall, nll
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher"] | None  # which way unlearning wants it; null: neither
     definition: str
     before: Measured
     after: Measured
+    before_interval: Interval | None = None
+    after_interval: Interval | None = None
     rows: int  # over which the mean is taken
     reason: str | None = None  # why one of them is null
 
     @model_validator(mode="after")
     def null_has_its_reason(self) -> Self:
         if self.before is None or self.after is None:
+            self.reason = self.reason or NOT_FINITE
+        return self
+
+
+class RowPoint(Part):
+    """One row, by its number in the file: no text of it."""
+
+    row: int  # 1-based
+    before: Measured
+    after: Measured
+
+
+class BenchmarkFigure(Part):
+    name: str
+    definition: str
+    better: Literal["lower", "higher"] | None
+    benchmark: bool  # computed as the benchmark's reference does, under its name; false: ours, beside it
+    before: Measured
+    after: Measured
+    retrained: Measured  # of the retrained reference, where there is one
+    before_interval: Interval | None
+    after_interval: Interval | None
+    rows: int
+    reason: str | None = None  # why `after` is null
+
+    @model_validator(mode="after")
+    def null_has_its_reason(self) -> Self:
+        if self.after is None:
+            self.reason = self.reason or NOT_FINITE
+        return self
+
+
+class BenchmarkSet(Part):
+    name: str
+    sha256: str
+    rows: int
+    beyond_context: int  # rows longer than the model's context: run as the reference runs them
+    unmeasured_rows: int
+
+
+class BenchmarkFacts(Part):
+    name: str  # as registered
+    suite: Literal["tofu", "muse"]
+    corpus: str
+    sets: list[BenchmarkSet]
+    retrained: str | None  # what the retrained reference is: a registered model, or stored scores with their digest
+    figures: list[BenchmarkFigure]
+    truth_ratios: dict[Literal["before", "after", "retrained"], list[Measured]]  # of the forget rows; empty: none
+
+
+class AuditEntry(Part):
+    """One attack, and how much of the forgotten answers it brought back: means over the rows that were measured."""
+
+    attack: str  # relearn_forget, relearn_unrelated, quantise_8, quantise_4, paraphrase, prefix
+    setting: str  # in words
+    metric: Literal["probability", "extraction_strength"]
+    base: Measured  # of the base model under the same attack: what there is to bring back
+    released: Measured  # of what was released (or, if nothing was, of the last iterate), before the attack
+    attacked: Measured
+    retrained: Measured  # of the retrained reference under the same attack, where there is one
+    rows: int
+    reason: str | None = None  # why `attacked` is null
+
+    @model_validator(mode="after")
+    def null_has_its_reason(self) -> Self:
+        if self.attacked is None:
             self.reason = self.reason or NOT_FINITE
         return self
 
@@ -190,8 +261,14 @@ class Report(Part):
     base_model: BaseModelFacts
     forget_set: DataFacts
     retain_set: DataFacts
+    holdout_set: DataFacts | None = None
     constraint: ConstraintFacts
     figures: list[Figure]
+    rows: dict[str, list[RowPoint]] = Field(
+        default_factory=dict, description="per row, without text: forget/probability and retain/probability"
+    )
+    benchmarks: list[BenchmarkFacts] = Field(default_factory=list)
+    audit: list[AuditEntry] = Field(default_factory=list)
     stop: StopFacts
     released: Released
     trajectory: Trajectory
@@ -199,6 +276,47 @@ class Report(Part):
     timings_seconds: dict[str, float]
     environment: Environment
     caveats: list[str] = Field(description="what this report does not prove")
+
+
+class ChainJob(Part):
+    """One job of a chain, as its own report has it."""
+
+    job_id: str
+    created_at: datetime
+    model: str
+    base_digest: str
+    method: str
+    result: Literal["PASSED", "WARNED", "FAILED"]
+    released: bool
+    forget_rows: int
+    forget_sha256: str
+    retain_sha256: str
+    epsilon: float
+    retain_before: float
+    retain_after: Measured
+
+
+class ChainSeries(Part):
+    """A figure over the jobs of a chain; null where a job did not ask for it or could not measure it."""
+
+    source: str  # "request", or the name of a benchmark
+    figure: str
+    definition: str
+    better: Literal["lower", "higher"] | None
+    benchmark: bool  # as in BenchmarkFigure; of a request's figures always false
+    before: list[Measured]  # one value per job, in the chain's order
+    after: list[Measured]
+    retrained: list[Measured]
+
+
+class ChainReport(Part):
+    """Several reports in order: what holds on as requests follow on each other, and what grows with their size."""
+
+    schema_version: Literal["1"] = "1"
+    jobs: list[ChainJob]
+    series: list[ChainSeries]
+    comparable: list[str] = Field(description="what may be compared over the jobs, and what the chain shows")
+    not_comparable: list[str] = Field(description="what may not, with the reason")
 
 
 Released.model_rebuild()

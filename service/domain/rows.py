@@ -1,14 +1,14 @@
-"""The rows of a forget or retain set: JSON Lines, read line by line, with the line's number in every complaint.
+"""The rows of uploaded sets: JSON Lines, read line by line, with the line's number in every complaint.
 
-A row has `question` and `answer`, or `prompt` and `completion`, or `text`. Other fields of an uploaded file are
-left alone (benchmark files carry paraphrases and wrong alternatives).
+A row of a request's sets has `question` and `answer`, or `prompt` and `completion`, or `text`. One of an evaluation set has
+the columns that its suite reads. Columns with a meaning are of their type wherever they stand; others are left alone.
 """
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from hashlib import blake2b
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 from service.domain.errors import FieldProblem, InvalidRequest
 
@@ -20,6 +20,12 @@ FORMS: dict[str, tuple[str, str] | tuple[str]] = {
     "prompt": ("prompt", "completion"),
     "text": ("text",),
 }
+EXTRAS = ("paraphrased_question", "paraphrased_answer", "perturbed_answer")  # what a request's rows may have beside
+LISTS = frozenset({"perturbed_answer"})  # of strings: wrong alternatives; every other column is a string
+COLUMNS = (*(field for form in FORMS.values() for field in form), "gt", *EXTRAS)
+
+Object = dict[str, Any]
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -32,29 +38,54 @@ class Example(NamedTuple):
 
 def parse(line: bytes) -> Example:
     """One line. Raises ValueError with a sentence that says what is wrong, without quoting the row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON in UTF-8") from error
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+    row = _object(line)
     forms = [kind for kind, fields in FORMS.items() if all(field in row for field in fields)]
     if not forms:
         raise ValueError("lacks question and answer, or prompt and completion, or text")
     if len(forms) > 1:
         raise ValueError(f"has the fields of two forms ({' and '.join(forms)})")
     kind = forms[0]
+    _judge(row, (*FORMS[kind], *EXTRAS))
     values = [row[field] for field in FORMS[kind]]
-    for field, value in zip(FORMS[kind], values, strict=True):
-        if not isinstance(value, str):
-            raise ValueError(f"{field} is not a string")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{field} has half a surrogate pair, which is no character") from error
     if not values[-1].strip():
         raise ValueError(f"{FORMS[kind][-1]} is empty")
     return Example(kind, "" if kind == "text" else values[0], values[-1])  # type: ignore[arg-type]
+
+
+def parse_columns(line: bytes, required: Collection[str] = ()) -> Object:
+    """One line of an evaluation set, with all its columns. Raises as `parse` does."""
+    row = _object(line)
+    if missing := [name for name in required if name not in row]:
+        raise ValueError(f"lacks {' and '.join(sorted(missing))}")
+    if not any(name in row for name in COLUMNS):
+        raise ValueError(f"has none of the columns {', '.join(COLUMNS)}")
+    _judge(row, COLUMNS)
+    return row
+
+
+def _object(line: bytes) -> Object:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON in UTF-8") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def _judge(row: Object, names: Iterable[str]) -> None:
+    """Raises ValueError for one of these columns that is there and is not of its type."""
+    for name in names:
+        if name not in row:
+            continue
+        value = row[name]
+        texts = value if name in LISTS else [value]
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} is not {'a list of strings' if name in LISTS else 'a string'}")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} has half a surrogate pair, which is no character") from error
 
 
 def capped(line: bytes) -> bytes:
@@ -82,10 +113,19 @@ def lines(source: IO[bytes]) -> Iterator[bytes]:
 
 
 def each(lines: Iterable[bytes], pointer: str = "") -> Iterator[Example]:
-    """The rows of a file that need not fit into memory; blank lines are passed over.
+    """The rows of a request's set that need not fit into memory; blank lines are passed over.
 
     Raises InvalidRequest at the end, naming the lines that are wrong (at most 20), or that there are no rows.
     """
+    return _each(lines, parse, pointer)
+
+
+def each_object(lines: Iterable[bytes], pointer: str = "", required: Collection[str] = ()) -> Iterator[Object]:
+    """The same of an evaluation set: objects that have the required columns, and whose columns are of their types."""
+    return _each(lines, lambda line: parse_columns(line, required), pointer)
+
+
+def _each(lines: Iterable[bytes], parse: Callable[[bytes], T], pointer: str) -> Iterator[T]:
     rows, problems = 0, list[FieldProblem]()
     for number, line in enumerate(lines, start=1):
         try:
@@ -110,14 +150,14 @@ def each(lines: Iterable[bytes], pointer: str = "") -> Iterator[Example]:
         raise InvalidRequest(FieldProblem(pointer, "the set has no rows", "empty"))
 
 
-def overlap(forget: Iterable[Example], retain: Iterable[Example]) -> list[tuple[int, int]]:
-    """Pairs of 1-based row numbers (forget, retain) that say the same, white space at the ends aside.
+def overlap(first: Iterable[Example], second: Iterable[Example]) -> list[tuple[int, int]]:
+    """Pairs of 1-based row numbers of the two sets that say the same, white space at the ends aside.
 
-    By digest: the sets need not fit into memory. Of a row that is in the forget set twice, the last is named.
+    By digest: the sets need not fit into memory. Of a row that is in the first set twice, the last is named.
     """
-    where = {_digest(row): number for number, row in enumerate(forget, start=1)}
+    where = {_digest(row): number for number, row in enumerate(first, start=1)}
     return sorted(
-        (where[digest], number) for number, row in enumerate(retain, start=1) if (digest := _digest(row)) in where
+        (where[digest], number) for number, row in enumerate(second, start=1) if (digest := _digest(row)) in where
     )
 
 

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import TERMINAL
+from service.store import benchmarks
 from service.store.ids import new_id
 from service.store.paging import Order, fetch_page
 from service.store.tables import File, Job
@@ -52,15 +53,17 @@ def named(s: Session, keys: Collection[str]) -> set[str]:
 
 
 def delete(s: Session, file_id: str) -> str:
-    """The storage key to delete once this is committed. Raises InvalidTransition while a job needs the file."""
-    # The lock waits for a job that is just being created with this file, and makes a later one find it gone.
+    """The storage key to delete once this is committed. Raises InvalidTransition while a job or a benchmark needs the file."""
+    # The lock waits for a job or a benchmark that is just being created with this file, and makes a later one find it gone.
     file = s.scalar(select(File).where(File.id == file_id).with_for_update())
     if file is None:
         raise NotFound("file", file_id)
-    uses = or_(Job.forget_set == file_id, Job.retain_set == file_id, Job.refusal_set == file_id)
+    uses = or_(*(column == file_id for column in (Job.forget_set, Job.retain_set, Job.refusal_set, Job.holdout_set)))
     users = select(Job.id).where(Job.status.not_in(TERMINAL), uses)
     user = s.scalar(users.limit(1))
     if user is not None:
         raise InvalidTransition(f"job {user} still needs file {file_id}")
+    if (benchmark := benchmarks.of_file(s, file_id)) is not None:
+        raise InvalidTransition(f"benchmark {benchmark!r} still needs file {file_id}")
     s.execute(delete_from(File).where(File.id == file_id))
     return file.key

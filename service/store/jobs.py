@@ -15,13 +15,13 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from service.domain.errors import NotFound
-from service.domain.job import HELD, Failure, FailureCode, JobSpec, Limits, Stage, Status, Verdict
+from service.domain.job import HELD, SETS, Failure, FailureCode, JobSpec, Limits, Stage, Status, Verdict
 from service.store import moves
 from service.store.ids import new_id
 from service.store.metrics import ATTEMPTS_LOST, FENCED_WRITES, JOB_VERDICTS, LEASES_EXPIRED, bump
 from service.store.moves import FRESH
 from service.store.rows import ArtifactRow, Beat, CheckRow, Claim, ConstraintRow, Event, StepRow, WarningRow
-from service.store.tables import Artifact, File, Job, JobCheck, JobEvent, JobStep, Model
+from service.store.tables import Artifact, Benchmark, File, Job, JobCheck, JobEvent, JobStep, Model
 
 CLAIM_ORDER = (Job.priority.desc(), Job.due_at, Job.queued_at, Job.id)  # ascending is NULLS LAST
 READY = (Job.status == Status.QUEUED) & (Job.not_before.is_(None) | (Job.not_before <= func.now()))
@@ -32,12 +32,12 @@ RETRY_MAX_S = 600
 
 
 def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, rings: bool = False) -> Job:
-    """A queued job. Raises NotFound for a file or a model; both stay as long as the job needs them.
+    """A queued job. Raises NotFound for a file, a model or a benchmark; they stay as long as the job needs them.
 
     Args:
         rings: the caller rings its bell after the commit; else the sweep does.
     """
-    files = {file for file in (spec.forget_set, spec.retain_set, spec.refusal_set) if file is not None}
+    files = {getattr(spec, purpose) for purpose in SETS} - {None}
     missing = files - set(
         s.scalars(select(File.id).where(File.id.in_(files)).with_for_update(key_share=True, read=True))
     )
@@ -45,18 +45,22 @@ def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, ri
         raise NotFound("file", min(missing))
     if s.scalar(select(Model.name).where(Model.name == spec.model).with_for_update(key_share=True, read=True)) is None:
         raise NotFound("model", spec.model)
+    named = select(Benchmark.name).where(Benchmark.name.in_(spec.benchmarks))
+    if missing := set(spec.benchmarks) - set(s.scalars(named.with_for_update(key_share=True, read=True))):
+        raise NotFound("benchmark", min(missing))
     job = Job(
         id=new_id("ujob"),
         version=0,  # 1 with the events below
         status=Status.QUEUED,
         queued_at=func.now(),
         rung_at=func.now() if rings else None,
-        spec=spec.model_dump(mode="json", exclude_none=True),  # a worker of an older version may read it
+        spec=_as_asked(spec),
         model=spec.model,
         method=spec.method.type,
         forget_set=spec.forget_set,
         retain_set=spec.retain_set,
         refusal_set=spec.refusal_set,
+        holdout_set=spec.holdout_set,
         priority=spec.priority,
         due_at=spec.due_at,
         gpu_class=spec.resources.gpu_class,
@@ -69,6 +73,12 @@ def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, ri
     s.add(job)
     s.flush()
     return moves.write(s, job, [Event("job.created", "created"), Event("job.queued", "waits for a worker")])
+
+
+def _as_asked(spec: JobSpec) -> dict[str, Any]:
+    """Without what was not asked for: a worker of an older version, which may read it, refuses fields that it does not know."""
+    stored = spec.model_dump(mode="json", exclude_none=True)
+    return {name: value for name, value in stored.items() if value != []}
 
 
 def get(s: Session, job_id: str) -> Job:

@@ -1,5 +1,6 @@
 """What /metrics tells of jobs, read from Postgres at scrape time; and the counters, bumped with what they count."""
 
+from collections import Counter as Collected
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.job import HELD, Status
 from service.store.tables import Counter, Job
+from service.store.workers import heard
 
 JOBS_FINISHED = "unlearn_jobs_finished_total"  # {status, method, failure_code}
 JOB_VERDICTS = "unlearn_job_verdicts_total"  # {result}
@@ -21,6 +23,7 @@ class Figures(NamedTuple):
     """Gauges, by GPU class, which is the bell queue's name: what `queue` labels."""
 
     jobs: dict[tuple[Status, str], int]
+    workers: dict[str, int]  # that were heard of lately and hear the class
     queue_oldest_age_s: dict[str, float]
     heartbeat_age_max_s: dict[str, float]
 
@@ -53,6 +56,7 @@ def figures(s: Session) -> Figures:
     running = select(Job.gpu_class, func.max(silence_s)).where(Job.status.in_(HELD))
     return Figures(
         {(status, gpu_class): count for status, gpu_class, count in jobs},
+        dict(Collected(gpu_class for worker in heard(s) for gpu_class in {*worker.gpu_classes, "any"})),
         {gpu_class: float(age) for gpu_class, age in s.execute(waiting.group_by(Job.gpu_class))},
         {gpu_class: float(age) for gpu_class, age in s.execute(running.group_by(Job.gpu_class))},
     )

@@ -6,6 +6,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import TERMINAL, ModelEntry
+from service.store import benchmarks
 from service.store.tables import Job, Model
 
 
@@ -29,12 +30,14 @@ def every(s: Session) -> list[ModelEntry]:
 
 
 def remove(s: Session, name: str) -> None:
-    """Forgets the entry; files stay where they are. Raises InvalidTransition while a job needs it."""
+    """Forgets the entry; files stay where they are. Raises InvalidTransition while a job or a benchmark needs it."""
     if s.scalar(select(Model.name).where(Model.name == name).with_for_update()) is None:
         raise NotFound("model", name)
     user = s.scalar(select(Job.id).where(Job.status.not_in(TERMINAL), Job.model == name).limit(1))
     if user is not None:
         raise InvalidTransition(f"job {user} still needs model {name!r}")
+    if (benchmark := benchmarks.of_model(s, name)) is not None:
+        raise InvalidTransition(f"benchmark {benchmark!r} still needs model {name!r}")
     s.execute(delete(Model).where(Model.name == name))
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.types import BigInteger, TypeDecorator
 
 from service.domain.job import HELD, TERMINAL, FilePurpose, Stage, Status
 
-HEAD = "0003"  # the revision of migrations/ that makes these tables; a test holds the two together
+HEAD = "0004"  # the revision of migrations/ that makes these tables; a test holds the two together
 
 Json = dict[str, Any]
 
@@ -96,6 +96,7 @@ class Job(Base):
     forget_set: Mapped[str]
     retain_set: Mapped[str]
     refusal_set: Mapped[str | None]
+    holdout_set: Mapped[str | None]
     priority: Mapped[int]
     due_at: Mapped[datetime | None]
     gpu_class: Mapped[str]
@@ -254,6 +255,20 @@ class Model(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
     __table_args__ = (CheckConstraint(one_of("source", ("path", "hub")), name="source"),)
+
+
+class Benchmark(Base):
+    """A registered benchmark; the fields of domain.BenchmarkCreate. Its files and its model stay as long as it does."""
+
+    __tablename__ = "benchmarks"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    suite: Mapped[str]
+    corpus: Mapped[str]
+    sets: Mapped[dict[str, str]]  # the suite's name of a set -> the file
+    retrained_model: Mapped[str | None]
+    retrained_scores: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Counter(Base):

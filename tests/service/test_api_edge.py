@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from service.api.errors import KINDS
 from service.app import create_app
 from service.settings import Settings
-from service.store import jobs
+from service.store import jobs, workers
 from service.store.session import Sessions
 from tests.service.conftest import JOBS, Bell
 
@@ -149,14 +150,19 @@ def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
         claim = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
     assert claim is not None
     job_id = new_job()
+    with sessions.begin() as s:
+        workers.seen(s, "w1", ["cpu"], 0)
+        workers.seen(s, "w2", ["any", "secret-class"], 0)
+        workers.seen(s, "w3", ["cpu"], 0)
+        s.execute(text("UPDATE workers SET seen_at = now() - interval '1 hour' WHERE name = 'w3'"))
     fresh = settings.model_copy(update={"metrics_cache_s": 0.0})
     with TestClient(create_app(fresh, dispatcher=bell)) as http:
         http.get(f"{JOBS}/{job_id}")
         http.get("/secret/subject-1")
-        text = http.get("/metrics").text
+        shown = http.get("/metrics").text
     samples = {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(shown)
         for sample in family.samples
     }
 
@@ -169,6 +175,8 @@ def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
     assert value("unlearn_jobs", status="failed", queue="cpu") == 0, "from the start"
     assert value("unlearn_jobs_finished_total", status="failed", method="pdu", failure_code="worker_lost") == 0
     assert value("unlearn_job_verdicts_total", result="PASSED") == 0
+    assert value("unlearn_workers", queue="cpu") == 1, "the one that fell silent does not count"
+    assert value("unlearn_workers", queue="any") == 2, "every worker hears it"
     assert value("unlearn_leases_expired_total", queue="cpu") == 0
     assert value("unlearn_fenced_writes_total") == 0
     assert value("unlearn_queue_oldest_age_seconds", queue="any") > 0
@@ -176,8 +184,8 @@ def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
     assert value("unlearn_http_requests_total", method="GET", route=JOBS + "/{job_id}", code="200") == 1
     assert value("unlearn_http_requests_total", method="GET", route="unmatched", code="404") == 1
     assert value("unlearn_http_in_flight_requests") == 1
-    assert "secret" not in text
-    assert job_id not in text
+    assert "secret" not in shown
+    assert job_id not in shown
     assert len(samples) < 2000
 
 

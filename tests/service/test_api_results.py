@@ -62,6 +62,17 @@ def test_the_report_comes_as_json_or_as_html_that_can_do_nothing(
     assert http.get(url, headers={"Accept": "application/pdf"}).status_code == 406
 
 
+def test_a_report_that_the_client_has_is_not_sent_again(http: TestClient, done: dict[str, dict[str, Any]]) -> None:
+    url = f"{JOBS}/{done['report.json']['job_id']}/report"
+    tags = {accept: http.get(url, headers={"Accept": accept}).headers["ETag"] for accept in ("*/*", "text/html")}
+    for accept, tag in tags.items():
+        again = http.get(url, headers={"Accept": accept, "If-None-Match": tag})
+        assert (again.status_code, again.content) == (304, b"")
+        assert (again.headers["ETag"], again.headers["Vary"]) == (tag, "Accept")
+    other_form = http.get(url, headers={"Accept": "text/html", "If-None-Match": tags["*/*"]})
+    assert (other_form.status_code, other_form.content) == (200, CONTENTS["report.html"][0])
+
+
 def test_a_report_is_not_ready_before_the_end_and_missing_after_a_failure(
     http: TestClient, sessions: Sessions, new_job: Callable[..., str]
 ) -> None:

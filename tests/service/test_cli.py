@@ -1,6 +1,10 @@
 """The command line: the registry against the real database, and jobs over real HTTP."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +18,11 @@ from typer.testing import CliRunner, Result
 from service import client
 from service.app import create_app
 from service.cli import app
-from service.domain.job import JobSpec, ModelEntry, PromptFormat, Verdict
+from service.domain import rows
+from service.domain.job import Audit, Gate, JobSpec, ModelEntry, PromptFormat, Verdict
 from service.domain.modelfiles import digest_model, inspect
 from service.settings import Settings
-from service.store import files, jobs, models
+from service.store import benchmarks, files, jobs, models
 from service.store.session import Sessions
 from tests.service.conftest import Bell
 
@@ -276,3 +281,180 @@ def test_a_refusal_is_told_in_the_services_words(run: Callable[..., Result], url
     assert run("watch", "ujob_x", "--url", url).exit_code == 2
     nobody = run("watch", "ujob_x", "--url", "http://127.0.0.1:1")
     assert (nobody.exit_code, nobody.stderr.startswith("error: ")) == (2, True)
+
+
+# --- benchmarks, and what a request says of them
+
+
+@pytest.fixture
+def tofu(url: str, tmp_path: Path) -> list[object]:
+    """The options that name the required sets of TOFU; the forget set's is one JSON array."""
+    with client.connect(url) as http:
+        suites = {suite["id"]: suite for suite in http.get("/v1/suites").json()["data"]}
+    options: list[object] = []
+    for name, form in suites["tofu"]["sets"].items():
+        row = {column: ["\u2028"] if column in rows.LISTS else "\u2028" for column in form["columns"]}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps([row, row], indent=1) if name == "forget" else json.dumps(row))
+        options += ["--set", f"{name}={path}"] if form["required"] else []
+    return options
+
+
+def test_a_benchmark_is_added_listed_and_removed_with_its_files(
+    run: Callable[..., Result], url: str, tofu: list[object], sessions: Sessions, tmp_path: Path
+) -> None:
+    (tmp_path / "scores.json").write_text('{"forget_truth_ratio": {"agg_value": 0.5}}')
+    options = ["--suite", "tofu", "--corpus", "TOFU forget01", *tofu, "--url", url]
+    added = run("benchmarks", "add", "forget01", *options, "--retrained-scores", tmp_path / "scores.json")
+    assert added.exit_code == 0, added.output
+    with sessions.begin() as s:
+        benchmark = benchmarks.get(s, "forget01")
+        forget = files.get(s, benchmark.sets["forget"])
+    assert (benchmark.corpus, forget.rows, forget.purpose) == ("TOFU forget01", 2, "eval_set")
+    listed = run("benchmarks", "list", "--url", url).stdout
+    assert listed == added.stdout
+    assert "forget01  tofu  TOFU forget01  sets forget, " in listed
+    taken = run("benchmarks", "add", "forget01", *options)
+    assert (taken.exit_code, "is registered" in taken.stderr) == (2, True)
+    assert run("benchmarks", "remove", "forget01", "--url", url).exit_code == 0
+    assert run("benchmarks", "list", "--url", url).stdout == ""
+    gone = run("benchmarks", "remove", "forget01", "--url", url)
+    assert (gone.exit_code, "no benchmark 'forget01'" in gone.stderr) == (2, True)
+    with sessions.begin() as s:
+        assert files.page(s) == ([], False), "neither those of the benchmark nor those of the refused registration"
+
+
+def test_a_benchmark_that_is_refused_leaves_no_files(
+    run: Callable[..., Result], url: str, tofu: list[str], sessions: Sessions, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.json").write_text("[1,")
+    for changes, words in (
+        (["--set", f"forgot={tofu[1].partition('=')[2]}"], "has no set 'forgot'"),
+        (["--set", "forget"], "write SET=FILE"),
+        (["--set", f"holdout={tmp_path / 'none.json'}"], "with a file that is there"),
+        (["--set", f"holdout={tmp_path / 'broken.json'}"], "begins as a JSON array does, and is none"),
+        (["--retrained-model", "none"], "model 'none' is not registered"),
+    ):
+        refused = run("benchmarks", "add", "b", "--suite", "tofu", "--corpus", "c", *tofu, *changes, "--url", url)
+        assert (refused.exit_code, words in re.sub(r"\s+[│|]?\s*", " ", refused.stderr)) == (2, True), refused.output
+    with sessions.begin() as s:
+        assert files.page(s) == ([], False)
+
+
+def test_one_file_may_serve_as_two_sets(run: Callable[..., Result], url: str, tmp_path: Path) -> None:
+    with client.connect(url) as http:
+        (muse,) = [suite for suite in http.get("/v1/suites").json()["data"] if suite["id"] == "muse"]
+    row = {"question": "q", "answer": "a", "prompt": "p", "gt": "g", "text": "t"}
+    (tmp_path / "all.json").write_text(json.dumps([row]))
+    sets = [part for name in muse["sets"] for part in ("--set", f"{name}={tmp_path / 'all.json'}")]
+    added = run("benchmarks", "add", "alice", "--suite", "muse", "--corpus", "Alice", *sets, "--url", url)
+    assert added.exit_code == 0, added.output
+    with client.connect(url) as http:
+        assert len(http.get("/v1/files").json()["data"]) == 1
+    assert set(muse["sets"]) <= set(re.findall(r"\w+", run("benchmarks", "suites", "--url", url).stdout))
+
+
+def test_a_request_names_benchmarks_gates_an_audit_and_a_holdout_set(
+    run: Callable[..., Result], url: str, sets: list[object], tofu: list[object], sessions: Sessions, tmp_path: Path
+) -> None:
+    (tmp_path / "held.json").write_text('[{"question": "q", "answer": "held out"}]')
+    assert run("benchmarks", "add", "b", "--suite", "tofu", "--corpus", "c", *tofu, "--url", url).exit_code == 0
+    options = ["--epsilon", 1, "--benchmark", "b", "--audit", "--holdout", tmp_path / "held.json", "--url", url]
+    gates = ["b/model_utility >= 0.5:warn", "forget/probability<=5e-2", "audit/prefix/probability<=.3:fail"]
+    submitted = run("submit", "--model", "m", *sets, *options, *(part for gate in gates for part in ("--gate", gate)))
+    assert submitted.exit_code == 0, submitted.output
+    with sessions.begin() as s:
+        spec = JobSpec.model_validate(jobs.get(s, submitted.stdout.strip()).spec)
+        assert files.get(s, spec.holdout_set or "").rows == 1
+    assert (spec.benchmarks, spec.audit) == (["b"], Audit())
+    assert spec.gates == [
+        Gate(metric="b/model_utility", op=">=", threshold=0.5, severity="warn"),
+        Gate(metric="forget/probability", op="<=", threshold=0.05),
+        Gate(metric="audit/prefix/probability", op="<=", threshold=0.3),
+    ]
+    for gate in ("forget/probability", "forget/probability<0.5", "a<=x", "a<=1:never", "<=1", "a>=<=1"):
+        refused = run("submit", "--model", "m", *sets, "--epsilon", 1, "--gate", gate, "--url", url)
+        assert (refused.exit_code, "--gate" in refused.stderr) == (2, True), gate
+    refused = run("submit", "--model", "m", *sets, "--epsilon", 1, "--gate", "forget/x<=1", "--url", url)
+    assert (refused.exit_code, "/gates/0/metric: forget has no figure" in refused.stderr) == (2, True)
+
+
+# --- evaluation without the service
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that take this process's place."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    return commands
+
+
+def options_of(command: list[str]) -> list[tuple[str, str]]:
+    assert command[:4] == [sys.executable, "-P", "-m", "worker.evaluate"]
+    return list(zip(command[4::2], command[5::2], strict=True))
+
+
+def test_an_evaluation_has_the_same_arguments(
+    run: Callable[..., Result], folder: Path, started: list[list[str]], tmp_path: Path
+) -> None:
+    for name in ("f.json", "scores.json"):
+        (tmp_path / name).write_text("{}")
+    asked = ["--model", folder, "--suite", "tofu", "--data", "forget=f.json", "--data", "retain=r.json"]
+    others = ["--adapter", tmp_path, "--retrained", tmp_path / "scores.json", "--device", "cpu", "--threads", 2]
+    assert run("evaluate", *asked, *others, "--user-end", "\\n").exit_code == 0
+    assert options_of(started[-1]) == [
+        ("--model", str(folder)),
+        ("--suite", "tofu"),
+        ("--prompt-format", PromptFormat(user_end="\n").model_dump_json()),
+        ("--data", "forget=f.json"),
+        ("--data", "retain=r.json"),
+        ("--adapter", str(tmp_path)),
+        ("--retrained", str(tmp_path / "scores.json")),
+        ("--device", "cpu"),
+        ("--threads", "2"),
+    ]
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert run("evaluate", *asked).exit_code == 0
+    assert dict(options_of(started[-1]))["--prompt-format"] == PromptFormat(type="chat").model_dump_json()
+    assert run("evaluate", *asked, "--prompt-format", "chat", "--user-end", "x").exit_code == 2
+    assert len(started) == 2
+
+
+def test_a_registered_model_is_evaluated_as_it_is_registered(
+    run: Callable[..., Result], folder: Path, started: list[list[str]], settings: Settings
+) -> None:
+    run("models", "add", "bot", "--path", folder, "--user-start", "Q: ")
+    run("models", "add", "far", "--hub", f"owner/name@{SHA}", "--prompt-format", "chat")
+    asked = ["--suite", "tofu", "--data", "forget=f.json"]
+    assert run("evaluate", "--model", "bot", *asked).exit_code == 0
+    told = dict(options_of(started[-1]))
+    assert Path(told["--model"]) == settings.models_root / "family" / "tiny"
+    assert PromptFormat.model_validate_json(told["--prompt-format"]) == PromptFormat(user_start="Q: ")
+    for name, words in (
+        ("far", "give the folder"),
+        ("none", "no model 'none'"),
+        ("./none", "there is no folder ./none"),
+    ):
+        refused = run("evaluate", "--model", name, *asked)
+        assert (refused.exit_code, words in refused.stderr) == (2, True)
+    assert len(started) == 1
+
+
+def test_what_an_evaluation_prints_and_how_it_ends_is_passed_through(folder: Path, tmp_path: Path) -> None:
+    program = "import sys; print(len(sys.argv)); print('why', file=sys.stderr); sys.exit(7)"
+    for where, content in (("path", program), ("here", "raise SystemExit('not this one')")):
+        (tmp_path / where / "worker").mkdir(parents=True)
+        (tmp_path / where / "worker" / "__init__.py").touch()
+        (tmp_path / where / "worker" / "evaluate.py").write_text(content)
+    command = ["evaluate", "--model", str(folder), "--suite", "tofu", "--data", "forget=f"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "path")}
+    ran = subprocess.run(
+        [sys.executable, "-m", "service.cli", *command],
+        cwd=tmp_path / "here",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (7, "9\n", "why\n")

@@ -92,6 +92,34 @@ VALUES ('ujob_1', 'queued', '{"seed": 3, "refusal_set": "ufile_1"}', 'm', 'idk_d
 """
 
 
+def test_a_version_without_benchmarks_can_read_what_it_finds(empty_database_url: str) -> None:
+    migrate.upgrade(empty_database_url)
+    engine = make_engine(empty_database_url)
+    with engine.begin() as connection:
+        connection.execute(text(JOB_WITH_BENCHMARKS))
+        for purpose in ("eval_scores", "holdout_set", "retain_set"):
+            connection.execute(text(FILE), {"id": purpose, "purpose": purpose})
+    migrate.downgrade(empty_database_url, "0003")
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT spec FROM jobs")).scalar_one() == {"seed": 3}
+        purposes = connection.execute(text("SELECT id, purpose FROM files")).all()
+        assert {id_: purpose for id_, purpose in purposes if id_ != purpose} == {
+            "eval_scores": "eval_set",
+            "holdout_set": "eval_set",
+        }
+    migrate.upgrade(empty_database_url)
+    engine.dispose()
+
+
+FILE = "INSERT INTO files (id, purpose, name, key, bytes, sha256, rows) VALUES (:id, :purpose, 'n', 'k', 1, '', 1)"
+JOB_WITH_BENCHMARKS = """
+INSERT INTO jobs (id, status, spec, model, method, forget_set, retain_set, priority, gpu_class, holdout_set)
+VALUES ('ujob_1', 'queued',
+        '{"seed": 3, "holdout_set": "ufile_1", "benchmarks": ["b"], "audit": {"relearn_steps": 3}, "gates": []}',
+        'm', 'pdu', 'f', 'r', 5, 'any', 'ufile_1')
+"""
+
+
 def test_revision_of_a_database(empty_database_url: str) -> None:
     engine = make_engine(empty_database_url)
     with make_sessions(engine)() as s:

@@ -10,8 +10,19 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
-from service.domain.job import Failure, FailureCode, GateResult, JobSpec, Limits, Resources, Stage, Status, Verdict
-from service.store import artifacts, files, jobs, metrics, models, reads, workers
+from service.domain.job import (
+    BenchmarkCreate,
+    Failure,
+    FailureCode,
+    GateResult,
+    JobSpec,
+    Limits,
+    Resources,
+    Stage,
+    Status,
+    Verdict,
+)
+from service.store import artifacts, benchmarks, files, jobs, metrics, models, reads, workers
 from service.store.rows import ArtifactRow, Beat, CheckRow, Claim, ConstraintRow, Event, StepRow, WarningRow
 from service.store.session import Sessions
 from service.store.tables import Job
@@ -341,7 +352,7 @@ def test_a_stored_spec_has_no_field_that_was_not_asked_for(new_job: NewJob, sess
     """A worker of an older version refuses fields that it does not know."""
     chosen = {"type": "custom", "hyperparameters": {"part": {"type": "x", "cap": None}}}
     spec = read(sessions, new_job(method=chosen)).spec
-    assert not {"refusal_set", "due_at", "external_id"} & spec.keys()
+    assert not {"refusal_set", "holdout_set", "due_at", "external_id", "benchmarks", "audit", "gates"} & spec.keys()
     assert spec["method"] == chosen, "a hyperparameter that is null is asked for"
     assert JobSpec.model_validate(spec).refusal_set is None
 
@@ -668,6 +679,48 @@ def test_a_file_cannot_vanish_under_a_job_in_the_making(new_job: NewJob, session
         assert thread.is_alive()
     thread.join()
     assert [type(answer) for answer in answers] == [InvalidTransition]
+
+
+def test_a_benchmark_cannot_vanish_under_a_job_in_the_making_nor_its_files_under_it(
+    new_job: NewJob, sessions: Sessions
+) -> None:
+    job = read(sessions, new_job())
+    with sessions.begin() as s:
+        jobs.request_cancel(s, job.id)
+    asked = BenchmarkCreate(name="b", suite="tofu", sets={"forget": job.forget_set}, corpus="c", retrained_model="m")
+
+    def refused(hold: Callable[[Session], object], take: Callable[[Session], object]) -> None:
+        """`take` waits for `hold` to commit, and is refused then."""
+
+        def taken() -> object:
+            with sessions.begin() as s:
+                return take(s)
+
+        with sessions.begin() as s:
+            hold(s)
+            thread, answers = in_thread(taken)
+            thread.join(0.2)
+            assert thread.is_alive()
+        thread.join()
+        assert [type(answer) for answer in answers] == [InvalidTransition]
+
+    refused(lambda s: benchmarks.add(s, asked), lambda s: files.delete(s, job.forget_set))
+    with pytest.raises(InvalidTransition, match="benchmark 'b' still needs model 'm'"), sessions.begin() as s:
+        models.remove(s, "m")
+    naming = JobSpec.model_validate(job.spec | {"benchmarks": ["b"]})
+    refused(lambda s: jobs.create(s, naming), lambda s: benchmarks.remove(s, "b"))
+
+
+def test_a_job_and_a_benchmark_need_what_they_name(new_job: NewJob, sessions: Sessions) -> None:
+    with pytest.raises(NotFound, match="benchmark 'b'"):
+        new_job(benchmarks=["b"])
+    nothing = BenchmarkCreate(name="b", suite="tofu", sets={"forget": "ufile_" + "0" * 32}, corpus="c")
+    with pytest.raises(NotFound, match="ufile_"), sessions.begin() as s:
+        benchmarks.add(s, nothing)
+    sets = {"forget": read(sessions, new_job()).forget_set}
+    nobody = BenchmarkCreate(name="b", suite="tofu", sets=sets, corpus="c", retrained_model="nobody")
+    with pytest.raises(NotFound, match="nobody"), sessions.begin() as s:
+        benchmarks.add(s, nobody)
 
 
 def test_a_nul_in_what_users_send_is_no_server_error(new_job: NewJob, sessions: Sessions) -> None:
