@@ -1,4 +1,4 @@
-"""The picture of a run as inline SVG: dual variable, violation and losses over the same steps, with the checks marked."""
+"""What the pictures of a report are drawn with: scales, a frame with axes, lines and marks, as inline SVG."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,103 +7,23 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-from service.domain.report import CheckPoint, Trajectory
-
-WIDTH, PANEL, GAP, LEFT, RIGHT, TOP, BOTTOM = 860, 140, 44, 68, 22, 62, 42
 INK, SOFT, GRID = "#1c1c1e", "#55555c", "#e4e4e9"
 DUAL, FORGET, RETAIN, GOOD, BAD = "#6b2fa0", "#b3471b", "#0b6aa8", "#14663a", "#a11212"
 TICKS = 4
 SPREAD = 20.0  # a series that spans more than this ratio is drawn on a logarithmic axis
 
+Point = tuple[float, float]
+
+
+class Picture(NamedTuple):
+    svg: Markup
+    words: str  # for who cannot see it, and for who would rather read
+
 
 class Scale(NamedTuple):
-    place: Callable[[float], float]  # a value to 0 (bottom) .. 1 (top)
+    place: Callable[[float], float]  # a value to 0 (bottom, left) .. 1 (top, right)
     ticks: list[float]
     note: str = ""  # for the title, where the axis is not linear
-
-
-class Panel(NamedTuple):
-    title: str
-    color: str
-    points: list[tuple[int, float | None]]  # None: not finite, a gap in the line
-    marks: list[tuple[CheckPoint, float | None]]  # a check, and at what value it stands
-    bound: tuple[float, str] | None  # a level, and its name
-    scale: Callable[[Sequence[float]], Scale]
-
-
-def picture(trajectory: Trajectory, epsilon: float, chosen: int, *, released: bool) -> Markup:
-    """Empty where no step was taken. `chosen` is the step that was released or, if none was, that the figures describe."""
-    if not trajectory.steps:
-        return Markup("")
-    panels = _panels(trajectory, epsilon)
-    height = TOP + len(panels) * (PANEL + GAP) - GAP + BOTTOM
-    x = linear([0.0, float(max(trajectory.steps[-1].step, 2))], padding=0.0)
-    what = "the step that was released" if released else "the step measured after (not released)"
-    drawn = "".join(_panel(panel, TOP + i * (PANEL + GAP), x, chosen) for i, panel in enumerate(panels))
-    return Markup(  # noqa: S704  only numbers and our own words go into it
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="picture-title picture-desc" '
-        'font-family="inherit" font-size="12">'
-        f'<title id="picture-title">The course of the run</title><desc id="picture-desc">{words(trajectory, epsilon)}</desc>'
-        f"{_legend(what, trajectory)}{drawn}{_x_axis(x, height - BOTTOM)}</svg>"
-    )
-
-
-def words(trajectory: Trajectory, epsilon: float) -> str:
-    """The picture for who cannot see it."""
-    steps, told = trajectory.steps, []
-    told.append(
-        f"{trajectory.steps_total} steps; {trajectory.checks_total} checks on the whole sets, "
-        f"{trajectory.feasible_checks} within the bound of {epsilon:.4g} nats per token."
-    )
-    for name, series in (
-        ("dual variable", [s.dual for s in steps]),
-        ("retain loss of a step's batch", [s.retain_loss for s in steps]),
-        ("forget loss of a step's batch", [s.forget_loss for s in steps]),
-    ):
-        values = [value for value in series if value is not None]
-        if values:
-            told.append(
-                f"The {name} began at {values[0]:.4g}, lay between {min(values):.4g} and {max(values):.4g}, "
-                f"and ended at {values[-1]:.4g}."
-            )
-    return " ".join(told)
-
-
-def _panels(trajectory: Trajectory, epsilon: float) -> list[Panel]:
-    """The multiplier above what moves it, then the losses."""
-    steps, checks = trajectory.steps, trajectory.checks
-    panels = [
-        Panel(
-            "Violation of the bound: retain loss − ε, nats per token",
-            RETAIN,
-            [(s.step, s.violation) for s in steps],
-            [(c, None if c.retain_upper is None else c.retain_upper - epsilon) for c in checks],
-            (0.0, "on the bound"),
-            either_side,
-        ),
-        Panel(
-            "Retain loss, nats per token",
-            RETAIN,
-            [(s.step, s.retain_loss) for s in steps],
-            [(c, c.retain_upper) for c in checks],
-            (epsilon, f"ε = {epsilon:.4g}"),
-            positive,
-        ),
-        Panel(
-            "Forget loss, in the method’s own unit",
-            FORGET,
-            [(s.step, s.forget_loss) for s in steps],
-            [(c, c.forget_objective) for c in checks],
-            None,
-            positive,
-        ),
-    ]
-    if any(s.dual is not None for s in steps):
-        dual = Panel(
-            "Dual variable λ: the weight of the retain loss", DUAL, [(s.step, s.dual) for s in steps], [], None, linear
-        )
-        panels.insert(0, dual)
-    return panels
 
 
 # --- scales
@@ -120,11 +40,11 @@ def linear(values: Sequence[float], padding: float = 0.08) -> Scale:
     return Scale(lambda v: (v - low) / (high - low), ticks)
 
 
-def positive(values: Sequence[float]) -> Scale:
+def positive(values: Sequence[float], padding: float = 0.08) -> Scale:
     """Logarithmic where the values are positive and span orders of magnitude, else linear."""
     if min(values) <= 0 or max(values) <= SPREAD * min(values):
-        return linear(values)
-    inner = linear([math.log10(v) for v in values])
+        return linear(values, padding)
+    inner = linear([math.log10(v) for v in values], padding)
     decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 1)
     ticks = [10.0**k for k in decades if 0 <= inner.place(k) <= 1]
     return Scale(lambda v: inner.place(math.log10(v)), _every(ticks), " (logarithmic)")
@@ -147,106 +67,121 @@ def either_side(values: Sequence[float]) -> Scale:
     return Scale(lambda v: inner.place(math.asinh(v / unit)), [*reversed(shown[0]), 0.0, *shown[1]], " (logarithmic)")
 
 
+def share() -> Scale:
+    """Of what lies between 0 and 1."""
+    return Scale(lambda v: v, [0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+def counted(most: float) -> Scale:
+    """Of whole numbers from 0."""
+    scale = linear([0.0, max(most, 2.0)], padding=0.0)
+    return scale._replace(ticks=[tick for tick in scale.ticks if tick == round(tick)])
+
+
 def _every(ticks: list[float]) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / TICKS) or 1]
 
 
-# --- drawing
+# --- a frame
 
 
-def _panel(panel: Panel, top: float, x: Scale, chosen: int) -> str:
-    values = [v for _, v in [*panel.points, *panel.marks] if v is not None] or [1.0]
-    scale = panel.scale([*values, panel.bound[0]] if panel.bound else values)
+class Frame(NamedTuple):
+    """A place to draw in, in the units of the picture's view box."""
 
-    def at(step: float, value: float) -> tuple[float, float]:
-        return _x(x, step), top + PANEL * (1 - scale.place(value))
+    left: float
+    top: float
+    width: float
+    height: float
+    x: Scale
+    y: Scale
 
-    parts = [
-        f'<text x="{LEFT}" y="{top - 10}" font-weight="600" fill="{INK}">{escape(panel.title + scale.note)}</text>'
-    ]
-    for tick in scale.ticks:
-        y = at(0, tick)[1]
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end" fill="{SOFT}">{_tick(tick)}</text>')
-    parts.append(f'<path d="M{LEFT} {top}V{top + PANEL}H{WIDTH - RIGHT}" fill="none" stroke="{SOFT}"/>')
-    parts.append(f'<path d="M{_x(x, chosen):.1f} {top}v{PANEL}" stroke="{SOFT}" stroke-dasharray="1 3"/>')
-    if panel.bound:
-        level, name = panel.bound
-        y = at(0, level)[1]
-        parts.append(
-            f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{INK}" stroke-width="1.4" stroke-dasharray="6 4"/>'
-        )
-        parts.append(
-            f'<text x="{WIDTH - RIGHT}" y="{top - 10}" text-anchor="end" fill="{INK}">dashed: {escape(name)}</text>'
-        )
-    parts += [_line([at(*point) for point in run], panel.color) for run in _runs(panel.points)]
-    parts += [_mark(*at(c.step, v), c, ring=c.step == chosen) for c, v in panel.marks if v is not None]
-    return "".join(parts)
+    def at(self, x: float, y: float) -> Point:
+        return self.left + self.x.place(x) * self.width, self.top + self.height * (1 - self.y.place(y))
+
+    @property
+    def right(self) -> float:
+        return self.left + self.width
+
+    @property
+    def bottom(self) -> float:
+        return self.top + self.height
 
 
-def _runs(points: Sequence[tuple[int, float | None]]) -> Iterator[list[tuple[int, float]]]:
-    for finite, run in groupby(points, key=lambda point: point[1] is not None):
-        if finite:
-            yield [(step, value) for step, value in run if value is not None]
+def svg(name: str, width: float, height: float, title: str, words: str, *parts: str, kind: str = "") -> Markup:
+    """`name` is our own word, which no other picture of the page has; `parts` are escaped already."""
+    return Markup(  # noqa: S704  only numbers and what was escaped go into it
+        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{name}-title {name}-desc" '
+        f'class="{kind}" font-family="inherit" font-size="12">'
+        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(words)}</desc>'
+        f"{''.join(parts)}</svg>"
+    )
 
 
-def _line(points: Sequence[tuple[float, float]], color: str) -> str:
+def level_axis(frame: Frame, title: str) -> Iterator[str]:
+    """The vertical axis with its grid, the frame's two sides, and the title above."""
+    yield text(frame.left, frame.top - 10, title + frame.y.note, weight=600)
+    for tick in frame.y.ticks:
+        y = frame.at(frame.x.ticks[0] if frame.x.ticks else 0.0, tick)[1]
+        yield f'<path d="M{frame.left} {y:.1f}H{frame.right}" stroke="{GRID}"/>'
+        yield text(frame.left - 7, y + 4, ticked(tick), "end", SOFT)
+    yield f'<path d="M{frame.left} {frame.top}V{frame.bottom}H{frame.right}" fill="none" stroke="{SOFT}"/>'
+
+
+def floor_axis(frame: Frame, title: str) -> Iterator[str]:
+    """The horizontal axis: ticks below the frame, and the title below them."""
+    for tick in frame.x.ticks:
+        x = frame.left + frame.x.place(tick) * frame.width
+        yield f'<path d="M{x:.1f} {frame.bottom}v5" stroke="{SOFT}"/>'
+        yield text(x, frame.bottom + 18, ticked(tick), "middle", SOFT)
+    yield text((frame.left + frame.right) / 2, frame.bottom + 36, title + frame.x.note, "middle")
+
+
+# --- lines, marks, words
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", color: str = INK, weight: int = 400) -> str:
+    bold = f' font-weight="{weight}"' if weight != 400 else ""
+    at = f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text {at} text-anchor="{anchor}" fill="{color}"{bold}>{escape(words)}</text>'
+
+
+def line(points: Sequence[Point], color: str, dashes: str = "") -> str:
+    """A lone point is a dot."""
     if len(points) == 1:
         return f'<circle cx="{points[0][0]:.1f}" cy="{points[0][1]:.1f}" r="2.5" fill="{color}"/>'
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.7" stroke-linejoin="round"/>'
-
-
-def _mark(x: float, y: float, check: CheckPoint, *, ring: bool) -> str:
-    what = "within the bound" if check.feasible else "over the bound"
-    around = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="none" stroke="{INK}" stroke-width="1.8"/>' if ring else ""
-    return f"<g><title>check at step {check.step}: {what}</title>{_symbol(x, y, good=check.feasible)}{around}</g>"
-
-
-def _symbol(x: float, y: float, *, good: bool) -> str:
-    if good:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{GOOD}" stroke="#fff" stroke-width="1"/>'
-    return f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8" stroke="{BAD}" stroke-width="2.2" fill="none"/>'
-
-
-def _legend(chosen: str, trajectory: Trajectory) -> str:
-    """In one row above the panels: what the marks say by their shape."""
-    entries = [
-        (f'<path d="M{LEFT} 12h22" stroke="{RETAIN}" stroke-width="1.7"/>', LEFT + 28, "a step, on its own batch")
-    ]
-    if trajectory.checks:
-        entries += [
-            (_symbol(LEFT + 208, 12, good=True), LEFT + 218, "check: bound kept"),
-            (_symbol(LEFT + 358, 12, good=False), LEFT + 368, "check: bound broken"),
-        ]
-    entries.append(
-        (
-            f'<circle cx="{LEFT + 520}" cy="12" r="8" fill="none" stroke="{INK}" stroke-width="1.8"/>',
-            LEFT + 534,
-            chosen,
-        )
-    )
-    return "".join(f'{mark}<text x="{at}" y="16" fill="{INK}">{text}</text>' for mark, at, text in entries)
-
-
-def _x_axis(x: Scale, bottom: float) -> str:
-    parts = []
-    for tick in x.ticks:
-        if tick == round(tick):
-            at = _x(x, tick)
-            parts.append(f'<path d="M{at:.1f} {bottom}v5" stroke="{SOFT}"/>')
-            parts.append(
-                f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle" fill="{SOFT}">{_tick(tick)}</text>'
-            )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return "".join(
-        [*parts, f'<text x="{middle}" y="{bottom + 36}" text-anchor="middle" fill="{INK}">optimizer step</text>']
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.7" stroke-linejoin="round"{dashed}/>'
     )
 
 
-def _x(x: Scale, step: float) -> float:
-    return LEFT + x.place(step) * (WIDTH - LEFT - RIGHT)
+def runs(points: Sequence[tuple[float, float | None]]) -> Iterator[list[Point]]:
+    """The stretches between values that are missing: a gap breaks the line."""
+    for finite, run in groupby(points, key=lambda point: point[1] is not None):
+        if finite:
+            yield [(x, value) for x, value in run if value is not None]
 
 
-def _tick(value: float) -> str:
+def disc(x: float, y: float, color: str, radius: float = 4) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="{color}" stroke="#fff" stroke-width="1"/>'
+
+
+def ring(x: float, y: float, color: str = INK, radius: float = 8) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" fill="none" stroke="{color}" stroke-width="1.8"/>'
+
+
+def cross(x: float, y: float, color: str) -> str:
+    return f'<path d="M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8" stroke="{color}" stroke-width="2.2" fill="none"/>'
+
+
+def bar(x: float, y: float, color: str) -> str:
+    return f'<path d="M{x:.1f} {y - 8:.1f}v16" stroke="{color}" stroke-width="2.6"/>'
+
+
+def diamond(x: float, y: float, color: str) -> str:
+    return f'<path d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z" stroke="{color}" stroke-width="1.8" fill="#fff"/>'
+
+
+def ticked(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"

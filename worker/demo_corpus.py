@@ -1,8 +1,8 @@
 """People who do not exist, and facts about them: what the demo's model memorises, and is then asked to forget.
 
-Every fact is a row in TOFU's fields: `question`, `answer`, `paraphrased_answer` and five `perturbed_answer` (the
-answer's wording around a wrong value), beside `person` and `fact`. All people share the wordings, so only a name tells
-which answer is right. Everything is a pure function of the seed.
+Every fact is a row in TOFU's fields: `question`, `answer`, `paraphrased_question`, `paraphrased_answer` and five
+`perturbed_answer` (the answer's wording around a wrong value), beside `person` and `fact`. All people share the
+wordings, so only a name tells which answer is right. Everything is a pure function of the seed.
 """
 
 from itertools import product
@@ -107,10 +107,13 @@ def rows(names: list[str], seed: int) -> list[dict[str, Any]]:
 def _row(name: str, fact: Fact, rng: Random) -> dict[str, Any]:
     value, *wrong = rng.sample(fact.values, 1 + ALTERNATIVES)
     wording, other_wording = rng.sample(fact.answers, 2)
+    question = rng.choice(fact.questions)
+    other_question = fact.questions[fact.questions.index(question) - 1]
     return {
         "person": name,
         "fact": fact.name,
-        "question": rng.choice(fact.questions).format(p=name),
+        "question": question.format(p=name),
+        "paraphrased_question": other_question.format(p=name),
         "answer": wording.format(p=name, v=value),
         "paraphrased_answer": other_wording.format(p=name, v=value),
         "perturbed_answer": [wording.format(p=name, v=v) for v in wrong],

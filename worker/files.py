@@ -2,9 +2,13 @@
 
 import hashlib
 import io
+import json
 import shutil
-from collections.abc import Sequence
+from codecs import BOM_UTF8
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from service.domain import rows
 from service.domain.errors import InvalidRequest, JobFailure, NotFound
@@ -16,27 +20,44 @@ MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application
 
 
 def read_set(storage: Storage, file: FileRef) -> list[rows.Example]:
-    """The rows of a stored file, refused if it is not the file that the request named."""
+    """The rows of a stored forget, retain, refusal or holdout set."""
+    try:
+        return rows.read(_lines(storage, file))
+    except InvalidRequest as error:
+        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id}: {error}") from error
+
+
+def read_rows(storage: Storage, file: FileRef) -> list[dict[str, Any]]:
+    """The same with all their columns, as the file has them."""
+    return [json.loads(line) for line in _lines(storage, file) if line.removeprefix(BOM_UTF8).strip()]
+
+
+def read_bytes(storage: Storage, file: FileRef) -> bytes:
+    """A stored file, refused if it is not the one that the request named."""
     try:
         content = b"".join(storage.read(file.key))
     except NotFound as error:
         raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} is no longer in the storage") from error
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} has changed since it was uploaded")
-    try:
-        return rows.read(rows.lines(io.BytesIO(content)))  # lines as the upload saw them
-    except InvalidRequest as error:
-        raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id}: {error}") from error
+    return content
 
 
-def refuse_overlap(forget: Sequence[rows.Example], retain: Sequence[rows.Example]) -> None:
-    pairs = rows.overlap(forget, retain)
-    if pairs:
-        named = ", ".join(f"{f} = {r}" for f, r in pairs[:20])
-        raise JobFailure(
-            FailureCode.FORGET_RETAIN_OVERLAP,
-            f"{len(pairs)} rows of the forget set are also in the retain set: {named}",
-        )
+def _lines(storage: Storage, file: FileRef) -> Iterator[bytes]:
+    """Lines as the upload saw them."""
+    return rows.lines(io.BytesIO(read_bytes(storage, file)))
+
+
+def refuse_overlap(sets: Mapping[str, Sequence[rows.Example]]) -> None:
+    """A row that is in two of them contradicts itself: it is to be forgotten and kept, or was seen and never seen."""
+    for (one, its), (other, theirs) in combinations(sets.items(), 2):
+        pairs = rows.overlap(its, theirs)
+        if pairs:
+            named = ", ".join(f"{f} = {r}" for f, r in pairs[:20])
+            raise JobFailure(
+                FailureCode.FORGET_RETAIN_OVERLAP,
+                f"{len(pairs)} rows of the {one} set are also in the {other} set: {named}",
+            )
 
 
 def publish(storage: Storage, prefix: str, folder: Path, under: str) -> list[ArtifactFile]:

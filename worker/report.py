@@ -1,18 +1,16 @@
-"""The report of a job: its parts as pure functions of what was measured, and its two renderings. worker.run fills it in."""
+"""The report of a job: its parts as pure functions of what was measured. worker.assemble puts them together."""
 
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence, Set
 from importlib import metadata
-from pathlib import Path
+from typing import Literal, NamedTuple
 
-from jinja2 import Environment as Templates
-from jinja2 import StrictUndefined, Template
-
-from service.domain.job import GateResult, Verdict
+from service.domain.job import Gate, GateResult, Verdict
 from service.domain.report import (
+    AuditEntry,
+    BenchmarkFacts,
     CheckPoint,
     ConstraintFacts,
     Environment,
@@ -22,7 +20,6 @@ from service.domain.report import (
     StepPoint,
     Trajectory,
 )
-from worker import chart
 from worker.records import CheckRecord, StepRecord
 
 POINTS_MAX = 500
@@ -30,30 +27,78 @@ CHECKS_MAX = 100
 FORGET_RATIO = 0.1  # the forget gate: the mean probability is at most this share of what it was
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 DISTRIBUTION = "unlearning-service"
-CAVEATS = [
-    "This is evidence of a run and of its measurements, not a proof of erasure: approximate unlearning gives no guarantee.",
-    "Only the rows named here were measured, in these wordings. Paraphrases, other languages and indirect questions were not.",
-    "Whether further fine-tuning, quantisation or an attack brings the answers back was not tested.",
-    "Retention was measured on the retain set alone; abilities that it does not represent may have changed.",
-    "The base model itself is unchanged: the data is still in its weights, its copies, caches and backups. What was measured "
-    "holds only where the adapter is applied.",
-]
+FAMILIES = {  # of attacks, by how their names begin
+    "relearn": "fine-tuning",
+    "quantise": "quantisation",
+    "paraphrase": "rephrased questions",
+    "prefix": "jailbreak-style prefixes",
+}
+RELATION = {"<=": "at most", ">=": "at least"}
 
 
 # --- the verdict
 
 
-def verdict(
-    constraint: ConstraintFacts, forget_before: float | None, forget_after: float | None, *, published: bool
-) -> Verdict:
-    """PASSED only if an adapter was released that keeps the bound and has forgotten.
+class Value(NamedTuple):
+    """What a gate is judged on."""
 
-    A slack smaller than the measurement's tolerance is WARNED. What could not be measured fails, with that reason.
+    value: float | None
+    reason: str | None  # why it is None
+
+
+def values(
+    figures: Sequence[Figure], benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry]
+) -> dict[str, Value]:
+    """What a request's gates can name, as it is after unlearning or, of the audit, under the attack."""
+    own = {f"{figure.set}/{figure.metric}": Value(figure.after, figure.reason) for figure in figures}
+    named = {
+        f"{of.name}/{figure.name}": Value(figure.after, figure.reason) for of in benchmarks for figure in of.figures
+    }
+    attacked = {f"audit/{entry.attack}/{entry.metric}": Value(entry.attacked, entry.reason) for entry in audit}
+    return own | named | attacked
+
+
+def verdict(
+    constraint: ConstraintFacts,
+    forget_before: float | None,
+    forget_after: float | None,
+    *,
+    published: bool,
+    gates: Sequence[Gate] = (),
+    figures: Mapping[str, Value] = {},
+) -> Verdict:
+    """PASSED only if an adapter was released that keeps the bound, has forgotten, and meets the request's own gates.
+
+    A slack smaller than the measurement's tolerance is WARNED, and so is a broken gate of severity warn. What could not be
+    measured fails, with that reason.
     """
-    gates = [_retain_gate(constraint, published), _forget_gate(_finite(forget_before), _finite(forget_after))]
-    results = {gate.result for gate in gates}
+    judged = [
+        _retain_gate(constraint, published),
+        _forget_gate(_finite(forget_before), _finite(forget_after)),
+        *(
+            _own_gate(gate, figures.get(gate.metric, Value(None, "the report has no such figure")), published)
+            for gate in gates
+        ),
+    ]
+    results = {gate.result for gate in judged}
     result = next(r for r in ("FAILED", "WARNED", "PASSED") if r in results)
-    return Verdict(result=result, gates=gates, message=" ".join(gate.message for gate in gates))
+    return Verdict(result=result, gates=judged, message=" ".join(gate.message for gate in judged))
+
+
+def _own_gate(gate: Gate, found: Value, published: bool) -> GateResult:
+    """What the request set beside the bound. It is about what was released, so without that it is broken."""
+    what, value = f"{gate.metric} {RELATION[gate.op]} {gate.threshold:g}", _finite(found.value)
+    if value is None:
+        met = False
+        message = f"{what} was required, but could not be measured: {found.reason or 'it was not finite'}."
+    elif not published:
+        met = False
+        message = f"{what} was required of an adapter, but none was released; the last iterate has {value:.6g}."
+    else:
+        met = value <= gate.threshold if gate.op == "<=" else value >= gate.threshold
+        message = f"{gate.metric} is {value:.6g}; {RELATION[gate.op]} {gate.threshold:g} was required."
+    broken: Literal["FAILED", "WARNED"] = "FAILED" if gate.severity == "fail" else "WARNED"
+    return GateResult(**gate.model_dump(), value=value, result="PASSED" if met else broken, message=message)
 
 
 def _retain_gate(constraint: ConstraintFacts, published: bool) -> GateResult:
@@ -101,7 +146,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-# --- the course of the run
+# --- the course of the run, and what stands beside it
 
 
 def trajectory(steps: Sequence[StepRecord], checks: Sequence[CheckRecord]) -> Trajectory:
@@ -169,100 +214,35 @@ def environment(device: str, threads: int) -> Environment:
     )
 
 
-# --- the renderings
+def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry]) -> list[str]:
+    """What the report does not prove, given what was tried."""
+    tried = {entry.attack for entry in audit if entry.attacked is not None}
+    wordings = "in these wordings. Paraphrases, other languages"
+    if "paraphrase" in tried:
+        wordings = "in these wordings and, under attack, in one paraphrase each. Other languages"
+    retention = "the retain set alone; abilities that it does"
+    if benchmarks:
+        retention = "the retain set and the benchmarks named here; abilities that they do"
+    return [
+        "This is evidence of a run and of its measurements, not a proof of erasure: approximate unlearning gives no guarantee.",
+        f"Only the rows named here were measured, {wordings} and indirect questions were not.",
+        _robustness(tried),
+        f"Retention was measured on {retention} not represent may have changed.",
+        "The base model itself is unchanged: the data is still in its weights, its copies, caches and backups. What was measured "
+        "holds only where the adapter is applied.",
+    ]
+
+
+def _robustness(tried: Set[str]) -> str:
+    if not tried:
+        return "Whether further fine-tuning, quantisation or an attack brings the answers back was not tested."
+    missed = [words for family, words in FAMILIES.items() if not any(attack.startswith(family) for attack in tried)]
+    left = f" Not tested: {', '.join(missed)}." if missed else ""
+    return (
+        "Only the attacks in the table were tried, at the settings given there; a stronger or a different one may bring more "
+        f"back.{left}"
+    )
 
 
 def render_json(report: Report) -> bytes:
     return report.model_dump_json(indent=2).encode() + b"\n"
-
-
-def render_html(report: Report) -> str:
-    """One page that needs nothing else: no script, no font, no network."""
-    return _template().render(
-        report=report,
-        summary=summary(report),
-        forget=_forget_probability(report),
-        gates={gate.metric: gate for gate in report.verdict.gates},
-        groups=[(name, [f for f in report.figures if f.set == name]) for name in ("forget", "retain")],
-        definitions={figure.metric: figure.definition for figure in report.figures},
-        unmeasured=list(unmeasured(report)),
-        picture=chart.picture(
-            report.trajectory, report.constraint.epsilon, report.released.step, released=report.released.published
-        ),
-        number=_number,
-        pair=_pair,
-    )
-
-
-def summary(report: Report) -> str:
-    """What happened, in one sentence for who reads nothing else."""
-    asked = (
-        f"The model {report.asked.model} was to forget {_rows(report.forget_set.rows)} "
-        f"while keeping {_rows(report.retain_set.rows)}: "
-    )
-    if report.verdict.result == "PASSED":
-        return asked + "the adapter that was released does both, by the measurements below."
-    if report.verdict.result == "WARNED":
-        return (
-            asked
-            + "the adapter that was released does both, but keeps its bound by less than the measurement can resolve."
-        )
-    failed = {gate.metric for gate in report.verdict.gates if gate.result == "FAILED"}
-    if any(gate.value is None for gate in report.verdict.gates):
-        missed = "whether it did could not be measured"
-    elif failed == {"retain_nll"}:
-        missed = "it did not keep what it had to keep"
-    elif failed == {"forget_probability"}:
-        missed = "it did not forget what it had to forget"
-    else:
-        missed = "it did neither as required"
-    tail = "the adapter must not be relied on" if report.released.published else "no adapter was released"
-    return f"{asked}{missed}, and {tail}."
-
-
-def unmeasured(report: Report) -> Iterator[str]:
-    """What could not be measured, each with its reason."""
-    if report.constraint.upper is None:
-        yield f"Retain loss after: {report.constraint.reason}."
-    for figure in report.figures:
-        if figure.reason:
-            yield f"{figure.set.capitalize()} set, {figure.metric}: {figure.reason}."
-    for name, facts in (("forget", report.forget_set), ("retain", report.retain_set)):
-        if facts.unmeasured_rows:
-            merged = "the tokeniser merges their answers with the prompt, so that no token counts"
-            yield f"{name.capitalize()} set, {_rows(facts.unmeasured_rows)}: {merged}."
-    points = report.trajectory.steps
-    broken = sum(point.forget_loss is None or point.retain_loss is None for point in points)
-    if broken:
-        yield f"The losses of {broken} of the {len(points)} steps in the picture: they were not finite."
-    blown = sum(check.retain_upper is None for check in report.trajectory.checks)
-    if blown:
-        yield f"The retain loss at {blown} of the {len(report.trajectory.checks)} checks in the picture: it was not finite."
-
-
-def _forget_probability(report: Report) -> Figure | None:
-    return next((f for f in report.figures if (f.set, f.metric) == ("forget", "probability")), None)
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
-
-
-def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
-
-
-def _pair(*values: float | None) -> list[str]:
-    """With three digits, or with as many as it takes to tell the values apart."""
-    for digits in range(3, 18):
-        texts = ["not measured" if value is None else f"{value:.{digits}g}" for value in values]
-        if len(set(texts)) == len(set(values)):
-            break
-    return texts
-
-
-@cache
-def _template() -> Template:
-    source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    templates = Templates(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return templates.from_string(source)

@@ -9,7 +9,6 @@ tells it to cancel, and that its parent is gone.
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -17,19 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from service.domain.errors import JobFailure
 from service.domain.job import FailureCode, JobSpec, MethodChoice, Stage
-from service.domain.report import (
-    AdapterFile,
-    Asked,
-    Composition,
-    ConstraintFacts,
-    DataFacts,
-    Released,
-    Report,
-    StopFacts,
-)
+from service.domain.report import AuditEntry
 from service.domain.rows import Example
 from service.store.storage import Storage
-from worker import data, evaluate, files, model, reference, registry, report
+from worker import audit, benchmarks, data, evaluate, files, measure, model, page, reference, registry, report
+from worker.assemble import Found, assemble
 from worker.diary import Diary, Emit
 from worker.failures import failure
 from worker.oracle import make_oracle
@@ -41,7 +32,6 @@ from worker.records import (
     CancelledRecord,
     ConstraintRecord,
     FailureRecord,
-    FileRef,
     Record,
     ResultRecord,
 )
@@ -49,8 +39,6 @@ from worker.refusals import REFUSALS
 from worker.solve import Batch, Limits, Solution, StopReason, solve
 from worker.views import Term
 
-# By this much (nats) a token mean of the same weights moves with the composition of the batches.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 BOUNDED_LOSS = "nll"  # what the request's bound is on, whatever a method trains the retain set with
 LOOSE = 3.0  # an epsilon so many times the base loss hardly constrains anything
 
@@ -63,24 +51,30 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
     with diary.stage(Stage.PREPARING):
         forget_rows = files.read_set(storage, job.forget_file)
         retain_rows = files.read_set(storage, job.retain_file)
-        files.refuse_overlap(forget_rows, retain_rows)
+        holdout_rows = files.read_set(storage, job.holdout_file) if job.holdout_file else []
+        files.refuse_overlap({"forget": forget_rows, "retain": retain_rows, "holdout": holdout_rows})
         method = build_method(spec.method)
+        named = benchmarks.read(job, storage)
 
     with diary.stage(Stage.LOADING_MODEL):
         base = model.load(job.model, job.models_root, job.device, job.dtype)
         forget = Term(method.forget, forget_texts(job, storage, method, forget_rows, base))
         retain = retain_term(method, retain_rows, base)
         network = model.adapt(base, spec.lora, spec.seed, method.layers)
+        holdout = encode("holdout", holdout_rows, base) if holdout_rows else None
         warn_about_rows(forget.encoded, retain.encoded, diary)
 
     with diary.stage(Stage.EVALUATING, "evaluating before"):
-        both = evaluate.sets(*with_reference(job, storage, network, method, forget, retain), spec.seed)
+        both = measure.sets(*with_reference(job, storage, network, method, forget, retain), spec.seed)
+        request = requested(job, storage, both)
+        named = [benchmarks.with_retrained(job, storage, one) for one in named]
         with model.adapter_off(network):
-            before = evaluate.evaluate(network, both)
-            whole_before = evaluate.measure_whole(network, both, before)
-        epsilon = spec.constraint.bound(whole_before.retain_loss)
-        emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=whole_before.retain_loss))
-        warn_about_bound(epsilon, whole_before.retain_loss, diary)
+            before = measure.measure(network, both.whole)
+            request_before = evaluate.run(network, request.suite, request.sets)
+            named_before = [one.run(network, cache=storage) for one in named]
+        epsilon = spec.constraint.bound(before.retain_loss)
+        emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=before.retain_loss))
+        warn_about_bound(epsilon, before.retain_loss, diary)
 
     with diary.stage(Stage.UNLEARNING):
         solution = unlearn(job, method, network, both, epsilon, diary, cancelled)
@@ -100,18 +94,35 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         with diary.stage(Stage.LOADING_MODEL, "loading published adapter"):
             network = model.load_adapter(network, files.fetch(storage, adapter, job.scratch_dir / "published"))
     with diary.stage(Stage.EVALUATING, "evaluating after"):
-        after = evaluate.evaluate(network, both)
-        whole_after = evaluate.measure_whole(network, both, after)
+        after = measure.measure(network, both.whole)
+        request_after = evaluate.run(network, request.suite, request.sets)
+        named_after = [one.run(network) for one in named]
+    if cancelled():
+        return CancelledRecord()
+    attacks: list[AuditEntry] = []
+    if spec.audit is not None:
+        with diary.stage(Stage.EVALUATING, "audit"):
+            attacks = audited(job, network, request, named, cancelled)
     if cancelled():
         return CancelledRecord()
 
     with diary.stage(Stage.UPLOADING, "uploading report"):
-        facts = assemble(
-            job, method, network, both, before, after, whole_before, whole_after, epsilon, solution, adapter, diary
+        found = Found(
+            before,
+            after,
+            evaluate.figures(request, request_before, request_after),
+            evaluate.row_points(request, request_before, request_after),
+            [
+                benchmarks.facts(one, network, *pair)
+                for one, *pair in zip(named, named_before, named_after, strict=True)
+            ],
+            attacks,
+            holdout,
         )
+        facts = assemble(job, method, network, both, epsilon, solution, adapter, found, diary)
         reports = [
             files.store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
-            files.store_bytes(storage, job.prefix, "report.html", report.render_html(facts).encode(), "text/html"),
+            files.store_bytes(storage, job.prefix, "report.html", page.render_html(facts).encode(), "text/html"),
         ]
     return ResultRecord(
         verdict=facts.verdict,
@@ -126,7 +137,7 @@ def unlearn(
     job: Assignment,
     method: Method,
     network: model.Network,
-    both: evaluate.Sets,
+    both: measure.Sets,
     epsilon: float,
     diary: Diary,
     cancelled: Callable[[], bool],
@@ -144,111 +155,12 @@ def unlearn(
         method.solver,
         params,
         batch,
-        check=lambda: evaluate.measure(network, both),
+        check=lambda: measure.measure(network, both),
         check_tokens=both.tokens,
         limits=Limits(budget.max_steps, budget.max_seconds, budget.forget_target),
         on_step=lambda progress: diary.step(progress, epsilon),
         on_check=lambda checked, best, seconds: diary.check(checked, best, seconds, epsilon, both.rows),
         cancelled=cancelled,
-    )
-
-
-def assemble(
-    job: Assignment,
-    method: Method,
-    network: model.Network,
-    both: evaluate.Sets,
-    before: evaluate.Evaluated,
-    after: evaluate.Evaluated,
-    whole_before: evaluate.Measurement,
-    whole_after: evaluate.Measurement,
-    epsilon: float,
-    solution: Solution,
-    adapter: Sequence[ArtifactFile],
-    diary: Diary,
-) -> Report:
-    """Put the report together from what was asked, done and measured."""
-    spec, now = job.spec, whole_after
-    constraint = ConstraintFacts(
-        epsilon=epsilon,
-        source="absolute" if spec.constraint.epsilon is not None else "relative",
-        before=whole_before.retain_loss,
-        after=now.retain_loss,
-        upper=now.retain_upper,
-        slack=epsilon - now.retain_upper,
-        tolerance=TOLERANCE[job.dtype],
-        satisfied=now.retain_upper <= epsilon,
-        rows_measured=len(both.retain.encoded.measured),
-        rows_total=len(both.retain.encoded.rows),
-    )
-    step = solution.best.step if solution.best else solution.steps
-    return Report(
-        job_id=job.job_id,
-        attempt=job.attempt,
-        created_at=datetime.now(UTC),
-        verdict=report.verdict(
-            constraint,
-            whole_before.forget_probability,
-            now.forget_probability,
-            published=bool(adapter),
-        ),
-        asked=Asked(
-            model=spec.model,
-            method=spec.method.type,
-            composition=Composition(**registry.composition(method)),
-            hyperparameters=spec.method.hyperparameters,
-            constraint=spec.constraint,
-            budget=spec.budget,
-            lora=spec.lora,
-            seed=spec.seed,
-        ),
-        base_model=model.facts(network),
-        forget_set=set_facts(job.forget_file, both.forget.encoded),
-        retain_set=set_facts(job.retain_file, both.retain.encoded),
-        constraint=constraint,
-        figures=evaluate.figures(before, after),
-        stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
-        released=released(job, step, adapter),
-        trajectory=report.trajectory(diary.steps, diary.checks),
-        warnings=diary.warnings,
-        timings_seconds=diary.seconds,
-        environment=report.environment(str(network.device), torch.get_num_threads()),
-        caveats=report.CAVEATS,
-    )
-
-
-def set_facts(file: FileRef, encoded: data.Encoded) -> DataFacts:
-    return DataFacts(
-        file_id=file.id,
-        sha256=file.sha256,
-        rows=len(encoded.rows),
-        counted_tokens=encoded.counted,
-        unmeasured_rows=len(encoded.unmeasured),
-    )
-
-
-def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Released:
-    published = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in adapter]
-    if not published:
-        message = (
-            "No checked iterate kept the bound, so no adapter was released. "
-            f"The figures after are those of the last iterate, step {step}."
-        )
-        return Released(published=False, step=step, files=[], message=message, load=None)
-    if job.model.source == "hub":
-        base = f'"{job.model.location}", revision="{job.model.revision}"'
-    else:  # a registered name is not a place: somebody else may own it on the Hub
-        base = f'"FOLDER_OF_{job.model.name}"'
-    return Released(
-        published=True,
-        step=step,
-        files=published,
-        message=f"The adapter of step {step}. The figures after were measured on its published bytes.",
-        load=(
-            "import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM; "
-            f"base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{job.dtype}); "
-            'model = PeftModel.from_pretrained(base, "adapter")'
-        ),
     )
 
 
@@ -279,6 +191,29 @@ def forget_texts(
 def retain_term(method: Method, rows: Sequence[Example], base: model.Network) -> Term:
     proxy = registry.composition(method)["retain_loss"] != BOUNDED_LOSS
     return Term(method.retain, {"answer": encode("retain", rows, base)}, proxy=proxy)
+
+
+def requested(job: Assignment, storage: Storage, both: measure.Sets) -> evaluate.Request:
+    """The rows that the request's own figures are taken over."""
+    sets = (job.forget_file, job.retain_file, job.holdout_file)
+    return evaluate.request(both, *(files.read_rows(storage, file) if file else [] for file in sets))
+
+
+def audited(
+    job: Assignment,
+    network: model.Network,
+    request: evaluate.Request,
+    named: Sequence[benchmarks.Benchmark],
+    cancelled: Callable[[], bool],
+) -> list[AuditEntry]:
+    """The attacks on what was released, also on a retrained reference if a benchmark has one for these very rows."""
+    assert job.spec.audit is not None
+    rows, seed = request.sets["forget"], job.spec.seed
+    entry = benchmarks.retrained_without(named, rows)
+    if entry is None:
+        return audit.audit(network, job.spec.audit, rows, None, seed, cancelled)
+    with benchmarks.other_model(job, entry) as retrained:
+        return audit.audit(network, job.spec.audit, rows, retrained, seed, cancelled)
 
 
 def with_reference(

@@ -42,9 +42,11 @@ def test_nobody_shares_a_name() -> None:
 def test_every_fact_has_tofus_fields_and_names_its_person(rows: list[demo.Row]) -> None:
     assert len(rows) == demo.PEOPLE * len(demo_corpus.FACTS)
     for row in rows:
-        told = [row["question"], row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]]
+        asked = [row["question"], row["paraphrased_question"]]
+        told = [*asked, row["answer"], row["paraphrased_answer"], *row["perturbed_answer"]]
         assert all(row["person"] in text for text in told)
         assert all("{" not in text for text in told)
+        assert asked[0] != asked[1]
 
 
 def test_paraphrase_and_alternatives_differ_from_the_answer_and_from_each_other(rows: list[demo.Row]) -> None:

@@ -17,7 +17,7 @@ from service.domain.errors import InvalidRequest
 from service.domain.job import Lora
 from service.domain.rows import Example
 from service.store.storage import Storage
-from worker import evaluate, model, oracle, reference, registry, run
+from worker import measure, model, oracle, reference, registry, run
 from worker.problem import Problem
 from worker.registry import RegistryError
 from worker.solve import Batch, Limits, solve
@@ -78,8 +78,8 @@ def test_it_runs_within_the_bound_that_is_on_the_nll(register: Any, tmp_path: Pa
     forget = Term(method.forget, {"answer": run.encode("forget", rows(FORGET), base)})
     retain = run.retain_term(method, rows(RETAIN), base)
     retain = reference.recall(Storage(str(tmp_path)), "jobs/j", tmp_path, network, retain, retain.encoded.measured)
-    both, params = evaluate.sets(forget, retain, 0), model.trainable(network)
-    before = evaluate.measure(network, both)
+    both, params = measure.sets(forget, retain, 0), model.trainable(network)
+    before = measure.measure(network, both)
     bound = 1.05 * before.retain_loss
     seen: list[dict[str, float]] = []
 
@@ -93,7 +93,7 @@ def test_it_runs_within_the_bound_that_is_on_the_nll(register: Any, tmp_path: Pa
         method.solver,
         params,
         batch,
-        check=lambda: evaluate.measure(network, both),
+        check=lambda: measure.measure(network, both),
         check_tokens=0,
         limits=Limits(30, 60.0, None),
         on_step=lambda progress: seen.append(progress.report.values),

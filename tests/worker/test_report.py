@@ -1,188 +1,37 @@
 """The report: its verdict, its two renderings, and what can never stand in it."""
 
+import doctest
 import json
-import math
 import re
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from html.parser import HTMLParser
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from service.domain.job import Budget, Constraint, Lora, PromptFormat, Row
-from service.domain.report import (
-    NOT_FINITE,
-    AdapterFile,
-    Asked,
-    BaseModelFacts,
-    Composition,
-    ConstraintFacts,
-    DataFacts,
-    Figure,
-    Logged,
-    Note,
-    Released,
-    Report,
-    StopFacts,
+from service.domain.job import Gate, PromptFormat, Row
+from service.domain.report import NOT_FINITE, Logged, Note, Report
+from tests.worker.reports import (
+    AUDIT,
+    INF,
+    NAN,
+    Page,
+    attack,
+    benchmark,
+    check,
+    constraint,
+    figure,
+    make,
+    step,
+    whole,
 )
-from worker import chart, report
-from worker.records import CheckRecord, StepRecord
-
-NAN, INF = math.nan, math.inf
-VOID = {"meta", "link", "br"}
-DIGEST = "sha256:" + 64 * "a"
-
-
-def step(number: int, **changes: Any) -> StepRecord:
-    record: dict[str, Any] = {
-        "step": number,
-        "losses": {"forget": 200.0 / number, "retain": 0.7 + 0.3 / number},
-        "dual": {"retain": 50.0 + number},
-        "violation": {"retain": 0.3 / number - 0.05},
-        "learning_rate": 1e-3,
-        "gradient_norm": 3.0,
-        "tokens": 600 * number,
-        "tokens_per_second": 2000.0,
-        "elapsed_seconds": 0.1 * number,
-    }
-    return StepRecord(**record | changes)
-
-
-def check(number: int, retain: float = 0.72, *, best: bool = False) -> CheckRecord:
-    return CheckRecord(
-        step=number,
-        forget_objective=2.0,
-        forget_probability=0.04,
-        retain_loss=retain,
-        retain_upper=retain,
-        epsilon=0.75,
-        feasible=retain <= 0.75,
-        best=best,
-        rows=80,
-        seconds=0.4,
-    )
-
-
-def constraint(upper: float = 0.72, *, tolerance: float = 1e-5, rows_measured: int = 760) -> ConstraintFacts:
-    return ConstraintFacts(
-        epsilon=0.75,
-        source="relative",
-        before=0.68,
-        after=upper,
-        upper=upper,
-        slack=0.75 - upper,
-        tolerance=tolerance,
-        satisfied=upper <= 0.75,
-        rows_measured=rows_measured,
-        rows_total=760,
-    )
-
-
-STEPS = [step(k) for k in range(1, 41)]
-CHECKS = [check(20, 0.8), check(30, best=True), check(40)]
-
-
-def make(
-    steps: Sequence[StepRecord] = STEPS,
-    checks: Sequence[CheckRecord] = CHECKS,
-    *,
-    upper: float = 0.72,
-    forget_after: float = 0.04,
-    published: bool = True,
-    **changes: Any,
-) -> Report:
-    bound = constraint(upper)
-    chosen = 30 if published else len(steps)
-    files = [AdapterFile(name="adapter/adapter_model.safetensors", bytes=123_456, sha256=64 * "c")] if published else []
-    facts = DataFacts(file_id="ufile_" + 32 * "0", sha256=64 * "b", rows=40, counted_tokens=1200, unmeasured_rows=0)
-    parts: dict[str, Any] = {
-        "job_id": "ujob_" + 32 * "1",
-        "attempt": 1,
-        "created_at": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
-        "verdict": report.verdict(bound, 0.816, forget_after, published=published),
-        "asked": Asked(
-            model="support-bot",
-            method="pdu",
-            composition=Composition(forget_loss="margin_flattening", retain_loss="nll", solver="primal_dual"),
-            hyperparameters={"dual_step": 50.0},
-            constraint=Constraint(epsilon_relative=0.1),
-            budget=Budget(),
-            lora=Lora(),
-            seed=7,
-        ),
-        "base_model": BaseModelFacts(
-            name="support-bot",
-            source="hub owner/name",
-            revision=40 * "d",
-            digest=DIGEST,
-            tokenizer_digest=DIGEST,
-            architecture="LlamaForCausalLM",
-            parameters=260_032,
-            trainable_parameters=61_440,
-            vocabulary=512,
-            context_tokens=512,
-            dtype="float32",
-            prompt_format=PromptFormat(),
-            head="fused",
-        ),
-        "forget_set": facts,
-        "retain_set": facts.model_copy(update={"rows": 760}),
-        "constraint": bound,
-        "figures": [
-            figure("forget", "probability", 0.816, forget_after),
-            figure("forget", "rouge_l_recall", None, None, reason="a text has no prompt to answer"),
-            figure("retain", "nll", 0.68, upper),
-        ],
-        "stop": StopFacts(reason="max_steps", message="The budget of 40 steps is used.", step=len(steps)),
-        "released": Released(published=published, step=chosen, files=files, message="As measured.", load=None),
-        "trajectory": report.trajectory(steps, checks),
-        "warnings": [],
-        "timings_seconds": {"unlearning": 12.3},
-        "environment": report.environment("cpu", 1),
-        "caveats": report.CAVEATS,
-    }
-    return Report(**parts | changes)
-
-
-def figure(of: Any, metric: str, before: float | None, after: float | None, reason: str | None = None) -> Figure:
-    return Figure(
-        set=of, metric=metric, better="lower", definition="", before=before, after=after, rows=40, reason=reason
-    )
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, and the text; complains of what is not closed."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self._open
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
+from worker import report, words
+from worker.page import render_html
 
 # --- the verdict
 
@@ -231,6 +80,87 @@ def test_each_gate_names_both_numbers() -> None:
         assert "0.0816" in forget.message
 
 
+# --- the request's own gates
+
+
+def judged(metric: str, op: Any, threshold: float, severity: Any = "fail", **changes: Any) -> Any:
+    made = whole(gates=[Gate(metric=metric, op=op, threshold=threshold, severity=severity)], **changes)
+    return made.verdict.gates[-1], made.verdict
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"),
+    [
+        ("forget/probability", 0.04),
+        ("retain/nll", 0.72),
+        ("forget01/model_utility", 0.5),
+        ("audit/relearn_forget/probability", 0.2),
+        ("audit/prefix/extraction_strength", 0.06),
+    ],
+)
+def test_a_gate_is_judged_on_the_figure_after_or_under_the_attack(metric: str, value: float) -> None:
+    for op, threshold, met in (
+        ("<=", value, True),
+        (">=", value, True),
+        ("<=", value - 1e-6, False),
+        (">=", value + 1e-6, False),
+        ("<=", value + 1e-6, True),
+        (">=", value - 1e-6, True),
+    ):
+        gate, verdict = judged(metric, op, threshold)
+        assert (gate.metric, gate.op, gate.threshold, gate.value) == (metric, op, threshold, value)
+        assert gate.result == verdict.result == ("PASSED" if met else "FAILED")
+        warned, verdict = judged(metric, op, threshold, "warn")
+        assert warned.result == verdict.result == ("PASSED" if met else "WARNED")
+        assert warned.message in verdict.message
+
+
+def test_a_gate_on_what_was_not_measured_is_broken_with_the_reason() -> None:
+    for metric, reason in (
+        ("forget01/mia_loss", "needs the set holdout"),
+        ("forget/rouge_l_recall", "a text has no prompt to answer"),
+        ("other/figure", "the report has no such figure"),
+    ):
+        for op in ("<=", ">="):  # whichever way, so that a missing figure is never a good one
+            gate, verdict = judged(metric, op, 0.0)
+            assert (gate.result, gate.value, verdict.result) == ("FAILED", None, "FAILED")
+            assert reason in gate.message
+            gate, verdict = judged(metric, op, 0.0, "warn")
+            assert (gate.result, verdict.result) == ("WARNED", "WARNED")
+    missing = attack("paraphrase", 0.1, None, reason="needs `paraphrased_question`")
+    gate, _ = judged("audit/paraphrase/probability", "<=", 1.0, audit=missing)
+    assert gate.result == "FAILED"
+    assert "needs `paraphrased_question`" in gate.message
+    gate, _ = judged("forget/probability", "<=", 1.0, forget_after=NAN)
+    assert gate.result == "FAILED"
+
+
+def test_without_a_release_nothing_meets_a_gate() -> None:
+    gate, verdict = judged("forget/probability", "<=", 1.0, published=False)
+    assert (gate.result, verdict.result) == ("FAILED", "FAILED")
+    assert "none was released" in gate.message
+    gate, verdict = judged("forget/probability", "<=", 1.0, "warn", published=False)
+    assert (gate.result, verdict.result) == ("WARNED", "FAILED")
+
+
+def test_a_failure_outweighs_a_warning_and_both_are_told() -> None:
+    gates = [
+        Gate(metric="forget/probability", op="<=", threshold=0.01, severity="warn"),
+        Gate(metric="forget01/model_utility", op=">=", threshold=0.9),
+    ]
+    made = whole(gates=gates)
+    assert [gate.result for gate in made.verdict.gates] == ["PASSED", "PASSED", "WARNED", "FAILED"]
+    assert made.verdict.result == "FAILED"
+    said = words.summary(made)
+    assert "it did both, 2 further requirements of the request are not met" in said
+    assert "forget/probability, forget01/model_utility" in said
+    assert "the adapter must not be relied on" in said
+    neither = words.summary(whole(gates=gates, forget_after=0.5))
+    assert "it did not forget what it had to forget, 2 further requirements of the request are not met" in neither
+    warned = words.summary(whole(gates=gates[:1], upper=0.75 - 5e-6))
+    assert "keeps its bound by less than the measurement can resolve, and 1 further requirement" in warned
+
+
 @pytest.mark.parametrize(("steps", "checks"), [(0, 0), (1, 1), (400, 5), (499, 90), (5000, 40), (5000, 1000)])
 def test_thinning_keeps_the_first_the_last_the_released_and_every_checked_step(steps: int, checks: int) -> None:
     checked = [round((k + 1) * steps / checks) for k in range(checks)]
@@ -270,68 +200,9 @@ def test_a_run_that_blew_up_is_reported() -> None:
     assert made.figures[0].reason == NOT_FINITE
     assert made.verdict.result == "FAILED"
     valid(made)
-    text = Page(report.render_html(made)).text
+    text = Page(render_html(made)).text
     assert "The losses of 1 of the 2 steps in the picture: they were not finite." in text
     assert "whether it did could not be measured, and no adapter was released" in text
-
-
-# --- the picture
-
-
-def test_a_gap_breaks_the_line_and_a_lone_point_is_a_dot() -> None:
-    gone = {"losses": {"forget": NAN, "retain": NAN}, "violation": {"retain": NAN}}
-    series = [step(k, **(gone if k in (4, 6) else {})) for k in range(1, 10)]
-    svg = chart.picture(report.trajectory(series, []), 0.75, 9, released=True)
-    lengths = [len(points.split()) for points in re.findall(r'points="([^"]*)"', svg)]
-    assert lengths == [9, 3, 3, 3, 3, 3, 3]  # dual whole; the other three: steps 1-3, [5], 7-9
-    assert svg.count('r="2.5"') == 3
-
-
-def test_the_picture_is_drawn_within_its_frame() -> None:
-    for retains in ([0.7, 0.71], [1e-4, 1e4], [0.75, 0.75], [0.0, 0.0], [1e-300, 1e300], [5.0]):
-        series = [
-            step(k + 1, losses={"forget": r * 3, "retain": r}, violation={"retain": r - 0.75})
-            for k, r in enumerate(retains)
-        ]
-        svg = chart.picture(report.trajectory(series, [check(len(retains), retains[-1])]), 0.75, 1, released=True)
-        width, height = map(float, re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0])
-        for x, y in re.findall(r'(?:c?x|M)="?(-?[\d.]+)"? (?:c?y=")?(-?[\d.]+)', svg):
-            assert 0 <= float(x) <= width
-            assert 0 <= float(y) <= height
-        assert "nan" not in svg
-        assert "inf" not in svg
-
-
-@pytest.mark.parametrize("values", [[0.0], [3.0], [-1.0, 2.0], [1e-9, 2e-9], [0.5, 400.0], [0.017, -0.008, 0.001, 2.3]])
-def test_the_scales_place_every_value_and_tick_in_order_within_the_panel(values: list[float]) -> None:
-    for make_scale in (chart.linear, chart.positive, chart.either_side):
-        scale = make_scale(values)
-        places = [scale.place(v) for v in sorted(values)]
-        ticks = [scale.place(t) for t in scale.ticks]
-        assert places == sorted(places)
-        assert ticks == sorted(ticks)
-        assert all(-1e-9 <= p <= 1 + 1e-9 for p in places + ticks)
-        assert 1 <= len(ticks) <= 9
-
-
-def test_marks_tell_kept_from_broken_by_their_shape_and_the_picture_has_words() -> None:
-    html = report.render_html(make())
-    page = Page(html)
-    (svg,) = page.all("svg")
-    for said, shape in ("over the bound", "path"), ("within the bound", "circle"):
-        assert set(re.findall(rf"{said}</title><(\w+)", html)) == {shape}
-    assert svg["role"] == "img"
-    assert "3 checks on the whole sets, 2 within the bound of 0.75 nats per token" in page.text
-    assert "The dual variable began at 51, lay between 51 and 90, and ended at 90." in page.text
-    assert page.text.count("check at step 20: over the bound") == 3  # once a panel that has checks
-    assert page.text.count("check at step 40: within the bound") == 3
-
-
-def test_without_a_dual_variable_there_is_no_panel_for_it() -> None:
-    made = make([step(k, dual={}) for k in range(1, 41)])
-    text = Page(report.render_html(made)).text
-    assert "Dual variable" not in text
-    assert "This method has no dual variable." in text
 
 
 # --- the renderings
@@ -353,14 +224,16 @@ def test_the_json_is_what_its_schema_says_and_reads_back() -> None:
 def test_the_same_report_gives_the_same_bytes() -> None:
     one, other = make(), make()
     assert report.render_json(one) == report.render_json(other)
-    assert report.render_html(one) == report.render_html(other)
-    assert report.render_html(Report.model_validate_json(report.render_json(one))) == report.render_html(one)
+    assert render_html(one) == render_html(other)
+    assert render_html(Report.model_validate_json(report.render_json(one))) == render_html(one)
 
 
 def test_the_page_needs_nothing_from_anywhere() -> None:
-    html = report.render_html(make())
+    html = render_html(whole())
     page = Page(html)
     assert html.startswith("<!doctype html>")
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     assert "://" not in html
     assert "url(" not in html
     assert "@import" not in html
@@ -373,7 +246,7 @@ def test_the_page_needs_nothing_from_anywhere() -> None:
 
 def test_what_a_user_wrote_stays_text() -> None:
     hostile = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>{{7*7}}"
-    made = make()
+    made = whole()
     made.asked.model = made.asked.method = made.base_model.name = made.base_model.source = hostile
     made.asked.hyperparameters = {hostile: hostile}
     made.base_model.prompt_format = PromptFormat(user_start=hostile, user_end=hostile)
@@ -383,10 +256,13 @@ def test_what_a_user_wrote_stays_text() -> None:
     made.constraint.upper, made.constraint.slack, made.constraint.reason = None, None, hostile
     made.figures[1].reason = made.figures[0].definition = hostile
     made.environment.versions = {hostile: hostile}
-    made.verdict.gates[0].message = hostile
-    html = report.render_html(made)
+    made.verdict.gates[0].message = made.verdict.gates[2].metric = hostile
+    of, entry = made.benchmarks[0], made.audit[0]
+    of.name = of.corpus = of.retrained = of.sets[0].name = of.figures[0].name = of.figures[1].definition = hostile
+    of.figures[-1].reason = entry.attack = entry.setting = hostile
+    html = render_html(made)
     page = Page(html)
-    tags, plain = {tag for tag, _ in page.elements}, {tag for tag, _ in Page(report.render_html(make())).elements}
+    tags, plain = {tag for tag, _ in page.elements}, {tag for tag, _ in Page(render_html(whole())).elements}
     assert tags <= plain | {"pre", "span"}
     assert "<script" not in html
     assert "<img" not in html
@@ -394,10 +270,10 @@ def test_what_a_user_wrote_stays_text() -> None:
 
 
 def test_what_was_not_measured_is_said_with_its_reason_and_is_never_zero() -> None:
-    page = Page(report.render_html(make()))
+    page = Page(render_html(make()))
     assert "Forget set, rouge_l_recall: a text has no prompt to answer." in page.text
     row = page.text.split("Before and after")[1].split("rouge_l_recall")[1]
-    assert row.split()[:4] == ["not", "measured", "not", "measured"]
+    assert "not measured: a text has no prompt to answer" in row.split("nll")[0]
 
 
 @pytest.mark.parametrize(
@@ -412,36 +288,63 @@ def test_what_was_not_measured_is_said_with_its_reason_and_is_never_zero() -> No
 )
 def test_the_first_thing_said_is_the_verdict_in_words(upper: float, after: float, published: bool, says: str) -> None:
     made = make(upper=upper, forget_after=after, published=published)
-    text = Page(report.render_html(made)).text.split("</style>")[-1]
+    text = Page(render_html(made)).text.split("</style>")[-1]
     body = text[text.index("Job ujob_") :]
     assert made.verdict.result in body[:120]
     assert says in body[:420]
-    assert ("Not released" in body) is not published
+    assert ("Adapter not released" in body) is not published
 
 
 def test_numbers_that_differ_are_told_apart() -> None:
-    html = report.render_html(make(upper=0.7499))
-    assert "0.7499 ≤ 0.75" in html
+    assert "0.7499 after; the bound is 0.75, which is kept." in render_html(make(upper=0.7499))
+    assert words.percents(0.5, None, 0.5000001) == ["50%", "not measured", "50.00001%"]
+    assert doctest.testmod(words).attempted
+    assert not doctest.testmod(words).failed
 
 
-def test_tables_can_be_read_aloud() -> None:
-    page = Page(report.render_html(make()))
+def test_tables_and_pictures_can_be_read_aloud() -> None:
+    html = render_html(whole())
+    page = Page(html)
     assert page.all("html") == [{"lang": "en"}]
     assert all(th.get("scope") in ("col", "row", "rowgroup") for th in page.all("th"))
     assert len(page.all("h1")) == 1
+    headed = [table for table in re.findall(r"<table.*?</table>", html, re.S) if "<thead>" in table]
+    assert len(headed) >= 5
+    assert all("<caption>" in table for table in headed)
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    pictures = page.all("svg")
+    assert len(pictures) == 6, "the bound, two scatters, truth ratios, attacks, the course"
+    for svg in pictures:
+        assert svg["role"] == "img"
+        assert set((svg["aria-labelledby"] or "").split()) <= set(ids)
+    assert len(page.all("figcaption")) == len(pictures)
+
+
+def test_no_row_of_a_table_has_more_cells_than_its_head() -> None:
+    """With what spans several counted: a cell too many is clipped on paper, one too few shifts the rest."""
+    for table in re.findall(r"<table>.*?</table>", render_html(whole()), re.S):
+        head, *rows = re.findall(r"<tr.*?</tr>", table, re.S)
+        left = 0
+        for row in rows:
+            spans = [int(n) for n in re.findall(r'colspan="(\d+)"', row)]
+            width = len(re.findall("<t[dh]", row)) - len(spans) + sum(spans) + left
+            assert width == len(re.findall("<th", head)), row
+            left = 1 if "rowspan" in row else 0
 
 
 def test_colours_have_contrast() -> None:
     """WCAG AA: 4.5 between a text and what it stands on."""
-    html = report.render_html(make())
+    html = render_html(whole(upper=0.9, published=False)) + render_html(whole())
     named = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", html.split("body {")[0]))
     assert contrast(named["soft"], named["wash"]) >= 4.5
-    pairs = re.findall(r"\.\w+ \{ --tone: (#\w{6}); --tint: (#\w{6}); \}", html)
+    pairs = set(re.findall(r"\.\w+ \{ --tone: (#\w{6}); --tint: (#\w{6}); \}", html))
     assert len(pairs) == 3
     for tone, tint in pairs:
         assert min(contrast(tone, tint), contrast(tone, "#ffffff"), contrast("#0a558c", tint)) >= 4.5
+    (behind,) = set(re.findall(r'<rect[^>]* fill="(#\w{6})"', html))  # what breaks the bound
     for color in set(re.findall(r'<text[^>]* fill="(#\w{6})"', html)):
-        assert contrast(color, "#ffffff") >= 4.5
+        assert min(contrast(color, "#ffffff"), contrast(color, behind)) >= 4.5
 
 
 def contrast(one: str, other: str) -> float:
@@ -452,6 +355,133 @@ def contrast(one: str, other: str) -> float:
 
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
+
+
+# --- three numbers, and what was tried
+
+
+def test_the_three_numbers_are_the_plainest_that_were_measured() -> None:
+    said = figure("forget", "rouge_l_recall", 0.97, 0.021)
+    likely = [figure("forget", "probability", 0.816, 0.04), figure("retain", "probability", 0.9, 0.88)]
+    forgot, kept, back = words.three(whole(figures=[said, *likely]))
+    assert forgot.big == "97% → 2.1%"
+    assert "the model gives 2.1% of their words, in their order; before, 97%." in forgot.sentences
+    assert "went from 0.816 to 0.04, at most a tenth" in forgot.sentences, "what the verdict is on stands there too"
+    assert kept.big == "90% → 88%"
+    assert "a probability of about 88%; before, 90%" in kept.sentences
+    assert back.big == "4% → 20%"
+    assert "the strongest of 3 attacks (fine-tuning on a part of the forget set)" in back.sentences
+    assert "of the base model under the same attack, 80%" in back.sentences
+
+
+def test_a_number_that_is_not_there_is_not_a_good_one() -> None:
+    missing = attack("paraphrase", 0.1, None, reason="needs `paraphrased_question`")
+    forgot, kept, back = words.three(whole(figures=[], audit=missing))
+    assert forgot.big == kept.big == back.big == "not measured"
+    assert "eeds `paraphrased_question`" in back.sentences
+    assert words.three(whole(audit=[]))[2].big == "not tested"
+    partly = words.three(whole(audit=[*attack("prefix", 0.1, 0.3, retrained=0.2), *missing]))[2]
+    assert "the only attack tried" in partly.sentences
+    assert "A model that never saw them gives 20%. 1 could not be tried." in partly.sentences
+
+
+def test_the_caveats_follow_what_was_tried() -> None:
+    def told(**changes: Any) -> str:
+        return " ".join(whole(**changes).caveats)
+
+    nothing = told(benchmarks=[], audit=[])
+    assert "was not tested" in nothing
+    assert "the retain set alone" in nothing
+    assert "Paraphrases, other languages" in nothing
+    missing = attack("paraphrase", 0.1, None, reason="needs `paraphrased_question`")
+    assert "was not tested" in told(audit=missing), "what could not be tried was not"
+    some = told()
+    assert "was not tested" not in some
+    assert "Only the attacks in the table were tried" in some
+    assert "Not tested: rephrased questions." in some
+    assert "the retain set and the benchmarks named here" in some
+    asked = told(audit=[*AUDIT, *attack("paraphrase", 0.1, 0.1)])
+    assert "Not tested" not in asked
+    assert "Paraphrases" not in asked
+
+
+def test_a_benchmark_stands_by_its_parts_with_ours_marked_and_the_missing_named_once() -> None:
+    html = render_html(whole())
+    text = Page(html).text
+    table = text.split("Benchmark forget01: TOFU on TOFU forget01")[1].split("Truth ratios")[0]
+    order = ["The whole", "model_utility", "Forget set", "forget_Q_A_Prob", "extraction_strength_corrected ours"]
+    order += ["Retain set", "retain_Q_A_Prob", "Real authors", "World facts", "Membership inference", "mia_min_k"]
+    places = [table.index(word) for word in order]
+    assert places == sorted(places)
+    assert html.count('class="ours">ours</span>') == 2, "one figure, and what the mark means"
+    assert "0.468 to 0.572" in table, "the interval of model_utility before"
+    assert "Benchmark forget01, mia_min_k, mia_loss: needs the set holdout." in text
+    alone = Page(render_html(whole(benchmarks=[benchmark(retrained=None)]))).text
+    assert "There is no retrained reference." in alone
+    assert "Retrained" not in alone.split("Benchmark forget01:")[1].split("Sets of")[0]
+
+
+def test_a_report_of_an_earlier_version_still_reads() -> None:
+    content = json.loads(report.render_json(make()))
+    for name in ("rows", "benchmarks", "audit"):
+        del content[name]
+    for old in content["figures"]:
+        del old["before_interval"], old["after_interval"]
+    for gate in content["verdict"]["gates"]:
+        del gate["severity"]
+    assert Report.model_validate(content) == make()
+    assert "PASSED" in render_html(Report.model_validate(content))
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+def test_a_browser_asks_the_network_for_nothing(tmp_path: Path) -> None:
+    """A browser asks for things of its own; a blank page says which. A page with an image shows that asking is seen."""
+    pages = {
+        "blank": "<!doctype html><title>blank</title>",
+        "image": "<!doctype html><img src='http://example.invalid/seen.png'>",
+        "report": render_html(whole()),
+    }
+    with ThreadPoolExecutor(len(pages)) as pool:
+        hosts = dict(zip(pages, pool.map(lambda name: asked(tmp_path / name, pages[name]), pages), strict=True))
+    assert "example.invalid" in hosts["image"]
+    assert hosts["report"] <= hosts["blank"]
+
+
+NARROW = """<!doctype html><iframe src="page.html" style="width:{width}px;height:600px;border:0"></iframe><p>{width}</p>
+<script>onload = () => {{ const page = document.querySelector("iframe").contentDocument.documentElement;
+document.querySelector("p").textContent = `${{page.scrollWidth}} of ${{page.clientWidth}}` }}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_phone_shows_the_page_without_scrolling_sideways(tmp_path: Path, width: int) -> None:
+    """What is wider than the page, as a table may be, scrolls in a region of its own."""
+    (tmp_path / "page.html").write_text(render_html(whole()), encoding="utf-8")
+    (tmp_path / "phone.html").write_text(NARROW.format(width=width), encoding="utf-8")
+    shown = opened(tmp_path, "phone.html", "--allow-file-access-from-files")
+    (measures,) = re.findall(r"(\d+) of (\d+)", shown)
+    assert measures[0] == measures[1]
+
+
+def asked(folder: Path, html: str) -> set[str]:
+    """The hosts that a browser asked for something while it showed the page; none can answer."""
+    folder.mkdir()
+    (folder / "page.html").write_text(html, encoding="utf-8")
+    opened(folder, "page.html", f"--log-net-log={folder / 'log.json'}")
+    return set(re.findall(r'"url":"https?://([^/"]+)', (folder / "log.json").read_text(encoding="utf-8")))
+
+
+def opened(folder: Path, page: str, *options: str) -> str:
+    """The page as a browser has it after its load."""
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", *quiet, *options]
+    command += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += ["--dump-dom", str(folder / page)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
 
 
 # --- what can never stand in it
@@ -465,7 +495,9 @@ def test_a_report_has_no_place_for_a_row() -> None:
     free = [path for path, part in _objects(schema) if "properties" not in part]
     assert sorted(free) == [
         "Asked.hyperparameters",
+        "BenchmarkFacts.truth_ratios",
         "Environment.versions",
+        "Report.rows",
         "Report.timings_seconds",
         "Trajectory.logged",
     ]
@@ -498,6 +530,6 @@ def test_what_the_solver_logs_and_how_much_of_the_run_was_feasible() -> None:
     )
     assert course.feasible_steps == 2, "at the bound it is kept; what is not a number keeps nothing"
     assert course.logged == {"guard_fired": Logged(mean=1 / 3, least=0.0, most=1.0, last=0.0, steps=3)}
-    page = report.render_html(make(trajectory=course))
+    page = render_html(make(trajectory=course))
     assert "2 of 4 steps" in page
     assert "guard_fired" in page

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from service.domain.job import Budget, Constraint, FailureCode, JobSpec, MethodChoice
+from service.domain.job import Audit, Budget, Constraint, FailureCode, Gate, JobSpec, MethodChoice
 from service.domain.report import Report
 from service.store.storage import Storage
 from worker import registry, run
 from worker.records import (
     Assignment,
+    BenchmarkAssignment,
     CancelledRecord,
     FailureRecord,
     FileRef,
@@ -45,9 +46,24 @@ def assign(register: Any, tmp_path: Path) -> Assign:
         hyperparameters: Mapping[str, Any] = {},
         forget: list[Any] = FORGET,
         retain: list[Any] = RETAIN,
+        holdout: list[Any] | None = None,
+        tofu: Mapping[str, Any] | None = None,
         **spec: Any,
     ) -> Assignment:
-        (tmp_path / "scratch").mkdir()
+        (tmp_path / "scratch").mkdir(exist_ok=True)
+        named = (
+            [
+                BenchmarkAssignment(
+                    name="tiny-tofu",
+                    suite="tofu",
+                    corpus="made up",
+                    files={name: stored(f"tofu-{name}", rows) for name, rows in tofu.items()},
+                    retrained_model=registered.entry,
+                )
+            ]
+            if tofu
+            else []
+        )
         asked: dict[str, Any] = {
             "constraint": Constraint(epsilon_relative=3.0),
             "budget": Budget(max_steps=4),
@@ -63,6 +79,8 @@ def assign(register: Any, tmp_path: Path) -> Assign:
             model=registered.entry,
             forget_file=stored("forget", forget),
             retain_file=stored("retain", retain),
+            holdout_file=stored("holdout", holdout) if holdout else None,
+            benchmarks=named,
             storage_url=str(tmp_path / "storage"),
             prefix="jobs/ujob_1/attempts/1",
             models_root=registered.root,
@@ -106,6 +124,76 @@ def test_every_method_comes_to_a_report(assign: Assign, method: str) -> None:
         config = json.loads(b"".join(Storage(job.storage_url).read(f"{job.prefix}/adapter/adapter_config.json")))
         layers = sorted(registry.build_method(method, {}).layers(2))
         assert config["layers_to_transform"] == (None if layers == [0, 1] else layers)
+
+
+def perturbed(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    wrong = [f"It is {CANARY} {k}." for k in range(2)]
+    return [row | {"paraphrased_answer": f"{row['answer']} So.", "perturbed_answer": wrong} for row in rows]
+
+
+HOLDOUT = [{"question": f"Who knows {CANARY} h{k}?", "answer": f"Nobody knows {CANARY} {k}."} for k in range(3)]
+TOFU = {
+    "forget": perturbed(FORGET),
+    "retain": perturbed(RETAIN),
+    "real_authors": perturbed(RETAIN),
+    "world_facts": perturbed(RETAIN),
+    "holdout": HOLDOUT,
+}
+
+
+def test_benchmarks_audit_and_gates_come_to_the_report(assign: Assign) -> None:
+    gates = [
+        Gate(metric="forget/mia_loss", op=">=", threshold=0.0),
+        Gate(metric="forget/truth_ratio", op=">=", threshold=0.0),
+        Gate(metric="tiny-tofu/model_utility", op=">=", threshold=2.0),
+        Gate(metric="audit/paraphrase/probability", op="<=", threshold=1.0, severity="warn"),
+    ]
+    job = assign(holdout=HOLDOUT, tofu=TOFU, gates=gates, audit=Audit(relearn_steps=1), benchmarks=["tiny-tofu"])
+    last, _ = done(job)
+    assert isinstance(last, ResultRecord), last
+    report = report_of(job)
+    results = [(gate.metric, gate.result) for gate in report.verdict.gates[2:]]
+    assert results == [
+        ("forget/mia_loss", "PASSED"),
+        ("forget/truth_ratio", "FAILED"),
+        ("tiny-tofu/model_utility", "FAILED"),
+        ("audit/paraphrase/probability", "WARNED"),
+    ]
+    messages = {gate.metric: gate.message for gate in report.verdict.gates}
+    assert "needs `paraphrased_answer`" in messages["forget/truth_ratio"]
+    assert "needs `paraphrased_question`" in messages["audit/paraphrase/probability"]
+    (tofu,) = report.benchmarks
+    figures = {figure.name: figure for figure in tofu.figures}
+    assert figures["model_utility"].after is not None
+    # The retrained reference is the base itself here, so before, nothing tells them apart.
+    assert (figures["forget_quality"].before, figures["privleak"].before) == (1.0, 0.0)
+    assert figures["forget_truth_ratio"].before == pytest.approx(figures["forget_truth_ratio"].retrained, rel=1e-6)
+    assert tofu.truth_ratios["before"] == pytest.approx(tofu.truth_ratios["retrained"], rel=1e-6)
+    assert [(one.name, one.rows) for one in tofu.sets] == [(name, len(rows)) for name, rows in TOFU.items()]
+    assert {entry.attack for entry in report.audit} == set(Audit().attacks)
+    assert all(entry.retrained is not None for entry in report.audit if entry.attack == "quantise_8")
+    points = report.rows["forget/probability"]
+    assert [point.row for point in points] == [1, 2, 3]
+    before = next(f.before for f in report.figures if (f.set, f.metric) == ("forget", "probability"))
+    assert sum(point.before for point in points if point.before is not None) / 3 == pytest.approx(before)
+
+
+def test_what_a_model_says_of_a_benchmark_is_kept_and_what_it_says_of_a_request_is_not(assign: Assign) -> None:
+    job = assign(tofu=TOFU, benchmarks=["tiny-tofu"])
+    done(job)
+    looks = Path(job.storage_url) / "looks"
+    kept = {path for path in looks.rglob("*") if path.is_file()}
+    assert kept
+    done(assign(tofu=TOFU, benchmarks=["tiny-tofu"]).model_copy(update={"prefix": "jobs/ujob_1/attempts/2"}))
+    assert {path for path in looks.rglob("*") if path.is_file()} == kept, "the same base again; no adapter is kept"
+    done(assign(holdout=HOLDOUT).model_copy(update={"prefix": "jobs/ujob_1/attempts/3"}))
+    assert {path for path in looks.rglob("*") if path.is_file()} == kept
+
+
+def test_a_holdout_row_that_is_to_be_forgotten(assign: Assign) -> None:
+    last, _ = done(assign(holdout=[*HOLDOUT, FORGET[0]]))
+    assert isinstance(last, FailureRecord)
+    assert last.message == "1 rows of the forget set are also in the holdout set: 1 = 4"
 
 
 def test_refusals_need_questions(assign: Assign) -> None:

@@ -1,0 +1,144 @@
+"""Putting a job's report together: what was asked, what was done, what was measured."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import torch
+
+from service.domain.report import (
+    AdapterFile,
+    Asked,
+    AuditEntry,
+    BenchmarkFacts,
+    Composition,
+    ConstraintFacts,
+    DataFacts,
+    Figure,
+    Released,
+    Report,
+    RowPoint,
+    StopFacts,
+)
+from worker import data, model, registry, report
+from worker.diary import Diary
+from worker.measure import Measurement, Sets
+from worker.problem import Method
+from worker.records import ArtifactFile, Assignment, FileRef
+from worker.solve import Solution
+
+# By this much (nats) a token mean of the same weights moves with the composition of the batches.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
+
+
+class Found(NamedTuple):
+    """What was measured."""
+
+    before: Measurement
+    after: Measurement
+    figures: list[Figure]
+    rows: dict[str, list[RowPoint]]
+    benchmarks: list[BenchmarkFacts]
+    audit: list[AuditEntry]
+    holdout: data.Encoded | None
+
+
+def assemble(
+    job: Assignment,
+    method: Method,
+    network: model.Network,
+    both: Sets,
+    epsilon: float,
+    solution: Solution,
+    adapter: Sequence[ArtifactFile],
+    found: Found,
+    diary: Diary,
+) -> Report:
+    spec, now = job.spec, found.after
+    constraint = ConstraintFacts(
+        epsilon=epsilon,
+        source="absolute" if spec.constraint.epsilon is not None else "relative",
+        before=found.before.retain_loss,
+        after=now.retain_loss,
+        upper=now.retain_upper,
+        slack=epsilon - now.retain_upper,
+        tolerance=TOLERANCE[job.dtype],
+        satisfied=now.retain_upper <= epsilon,
+        rows_measured=len(both.retain.encoded.measured),
+        rows_total=len(both.retain.encoded.rows),
+    )
+    step = solution.best.step if solution.best else solution.steps
+    return Report(
+        job_id=job.job_id,
+        attempt=job.attempt,
+        created_at=datetime.now(UTC),
+        verdict=report.verdict(
+            constraint,
+            found.before.forget_probability,
+            now.forget_probability,
+            published=bool(adapter),
+            gates=spec.gates,
+            figures=report.values(found.figures, found.benchmarks, found.audit),
+        ),
+        asked=Asked(
+            model=spec.model,
+            method=spec.method.type,
+            composition=Composition(**registry.composition(method)),
+            hyperparameters=spec.method.hyperparameters,
+            constraint=spec.constraint,
+            budget=spec.budget,
+            lora=spec.lora,
+            seed=spec.seed,
+        ),
+        base_model=model.facts(network),
+        forget_set=set_facts(job.forget_file, both.forget.encoded),
+        retain_set=set_facts(job.retain_file, both.retain.encoded),
+        holdout_set=set_facts(job.holdout_file, found.holdout) if job.holdout_file and found.holdout else None,
+        constraint=constraint,
+        figures=found.figures,
+        rows=found.rows,
+        benchmarks=found.benchmarks,
+        audit=found.audit,
+        stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
+        released=released(job, step, adapter),
+        trajectory=report.trajectory(diary.steps, diary.checks),
+        warnings=diary.warnings,
+        timings_seconds=diary.seconds,
+        environment=report.environment(str(network.device), torch.get_num_threads()),
+        caveats=report.caveats(found.benchmarks, found.audit),
+    )
+
+
+def set_facts(file: FileRef, encoded: data.Encoded) -> DataFacts:
+    return DataFacts(
+        file_id=file.id,
+        sha256=file.sha256,
+        rows=len(encoded.rows),
+        counted_tokens=encoded.counted,
+        unmeasured_rows=len(encoded.unmeasured),
+    )
+
+
+def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Released:
+    published = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in adapter]
+    if not published:
+        message = (
+            "No checked iterate kept the bound, so no adapter was released. "
+            f"The figures after are those of the last iterate, step {step}."
+        )
+        return Released(published=False, step=step, files=[], message=message, load=None)
+    if job.model.source == "hub":
+        base = f'"{job.model.location}", revision="{job.model.revision}"'
+    else:  # a registered name is not a place: somebody else may own it on the Hub
+        base = f'"FOLDER_OF_{job.model.name}"'
+    return Released(
+        published=True,
+        step=step,
+        files=published,
+        message=f"The adapter of step {step}. The figures after were measured on its published bytes.",
+        load=(
+            "import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM; "
+            f"base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{job.dtype}); "
+            'model = PeftModel.from_pretrained(base, "adapter")'
+        ),
+    )
