@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/unlearn demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 nightly: setup
 	$(BIN)/python -m pytest

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 
 from service import client
@@ -133,7 +134,7 @@ def add(
                 "retrained_scores": uploaded[retrained_scores] if retrained_scores else None,
             }
             created = client.post(http, BENCHMARKS, asked)
-        except UnlearnError:
+        except (UnlearnError, httpx.HTTPError):
             for file_id in uploaded.values():  # nobody would find them again
                 http.delete(f"/v1/files/{file_id}")
             raise

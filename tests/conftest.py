@@ -22,6 +22,8 @@ from service.settings import Settings
 from service.store import files, jobs, models
 from service.store.session import Sessions, make_engine, make_sessions
 
+collect_ignore = ["benchmarks"]  # programs
+
 
 class Cluster(NamedTuple):
     url: str  # of the maintenance database

@@ -1,17 +1,16 @@
 """The registered benchmarks that a request names: their rows, their retrained reference, and what a report says of them."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from service.domain.job import ModelEntry
 from service.domain.report import BenchmarkFacts, BenchmarkFigure, BenchmarkSet
 from service.store.storage import Storage
-from worker import data, evaluate, files, model, registry
+from worker import evaluate, files, model, registry, scoring
 from worker.model import Network
 from worker.records import Assignment, BenchmarkAssignment
-from worker.suite import Result, Row, Sets, Suite, for_retrained, from_reference_json
+from worker.suite import Result, Row, Sets, Suite, example, for_retrained, from_reference_json
 
 Results = Mapping[str, Result]
 TRUTH_RATIO = "forget_truth_ratio"
@@ -25,6 +24,10 @@ class Benchmark(NamedTuple):
 
     def run(self, network: Network, cache: Storage | None = None) -> dict[str, Result]:
         return evaluate.run(network, self.suite, self.sets, self.retrained, cache)
+
+    def cache(self, job: Assignment) -> Storage:
+        """Where what a registered model says of its texts is kept; DELETE /v1/benchmarks/NAME removes it with the rest."""
+        return Storage(f"{job.storage_url.rstrip('/')}/benchmarks/{self.given.name}")
 
 
 def read(job: Assignment, storage: Storage) -> list[Benchmark]:
@@ -40,28 +43,26 @@ def read(job: Assignment, storage: Storage) -> list[Benchmark]:
 
 
 def with_retrained(job: Assignment, storage: Storage, benchmark: Benchmark) -> Benchmark:
-    """The benchmark with the figures of its retrained reference: stored ones, or measured on that model, if there is either."""
+    """The benchmark with the figures of its retrained reference: stored ones, or measured on that model, if there is either.
+
+    While it is measured two models are in memory.
+    """
     given, asked = benchmark.given, for_retrained(benchmark.suite)
     if given.retrained_scores is not None:
         stored = json.loads(files.read_bytes(storage, given.retrained_scores))
         return benchmark._replace(retrained=from_reference_json(stored))
     if given.retrained_model is not None:
-        with other_model(job, given.retrained_model) as network:
-            return benchmark._replace(retrained=evaluate.run(network, asked, benchmark.sets, cache=storage))
+        network = model.load(given.retrained_model, job.models_root, job.device, job.dtype)
+        retrained = evaluate.run(network, asked, benchmark.sets, cache=benchmark.cache(job))
+        return benchmark._replace(retrained=retrained)
     return benchmark
-
-
-@contextmanager
-def other_model(job: Assignment, entry: ModelEntry) -> Iterator[Network]:
-    """A second model, for as long as the block lasts: both are in memory then."""
-    yield model.load(entry, job.models_root, job.device, job.dtype)
 
 
 def retrained_without(named: Sequence[Benchmark], forget: Sequence[Row]) -> ModelEntry | None:
     """The retrained model of a benchmark whose forget set has all these rows: a model that never saw them."""
+    wanted = {example(row) for row in forget}
     for benchmark in named:
-        known = {(row.get("question"), row.get("answer")) for row in benchmark.sets.get("forget", ())}
-        if benchmark.given.retrained_model and all((r.get("question"), r.get("answer")) in known for r in forget):
+        if benchmark.given.retrained_model and wanted <= {example(row) for row in benchmark.sets.get("forget", ())}:
             return benchmark.given.retrained_model
     return None
 
@@ -84,7 +85,7 @@ def facts(benchmark: Benchmark, network: Network, before: Results, after: Result
                 before_interval=old.interval,
                 after_interval=new.interval,
                 rows=new.rows,
-                reason=new.reason,
+                reason=new.reason or old.reason,
             )
         )
     ratios: dict[Literal["before", "after", "retrained"], Results] = {"before": before, "after": after}
@@ -106,19 +107,18 @@ def facts(benchmark: Benchmark, network: Network, before: Results, after: Result
 
 
 def _set_facts(benchmark: Benchmark, name: str, network: Network) -> BenchmarkSet:
-    """Of its answers, as this model's tokeniser cuts them."""
-    file, encoded = benchmark.given.files[name], []
+    """As this model's tokeniser cuts its texts, shots and all."""
+    file, beyond, unmeasured = benchmark.given.files[name], set[int](), set[int]()
     for (of, _), ask in benchmark.suite.asks(benchmark.sets).items():
-        if of == name and ask.scored:
-            texts = [ask.texts[place] for place in sorted(ask.texts)]
-            encoded.append(data.encode(texts, network.tokenizer, network.entry.prompt_format, None))
-    lengths = [[len(row.ids) for row in one.rows] for one in encoded]
+        if of != name:
+            continue
+        places, encoded = sorted(ask.texts), scoring.encoded(network, ask)
+        beyond |= {
+            place for place, row in zip(places, encoded.rows, strict=True) if len(row.ids) > network.context_tokens
+        }
+        unmeasured |= {places[number - 1] for number in encoded.unmeasured if ask.scored}
     return BenchmarkSet(
-        name=name,
-        sha256=file.sha256,
-        rows=file.rows,
-        beyond_context=sum(max(row) > network.context_tokens for row in zip(*lengths, strict=True)),
-        unmeasured_rows=len(encoded[0].unmeasured) if encoded else 0,
+        name=name, sha256=file.sha256, rows=file.rows, beyond_context=len(beyond), unmeasured_rows=len(unmeasured)
     )
 
 

@@ -167,6 +167,11 @@ def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
             lambda report: (report.asked.method, repr(report.asked.hyperparameters)),
         ),
         ("The budgets differ", lambda report: report.asked.budget),
+        ("The adapters' shapes differ", lambda report: report.asked.lora),
+        ("The seeds differ", lambda report: report.asked.seed),
+        ("The requests' own gates differ", lambda report: _gates(report)),
+        ("Not all jobs were attacked in the same ways", lambda report: [(e.attack, e.setting) for e in report.audit]),
+        ("Not all jobs ran the same benchmarks", lambda report: [of.name for of in report.benchmarks]),
         ("The prompt formats differ", lambda report: report.base_model.prompt_format),
         ("The numbers' precision differs", lambda report: report.base_model.dtype),
         ("The versions of the service differ", lambda report: report.environment.code_version),
@@ -181,6 +186,11 @@ def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
             yield f"Benchmark {name}: its sets were not the same in all jobs, so it is listed once for each."
         if len({of.retrained for of in found}) > 1:
             yield f"Benchmark {name}: figures against a retrained reference, which was not the same in all jobs."
+
+
+def _gates(report: Report) -> list[tuple[object, ...]]:
+    """Beside the bound and the forget gate, whose thresholds follow from the base."""
+    return [(gate.metric, gate.op, gate.threshold, gate.severity) for gate in report.verdict.gates[2:]]
 
 
 def _differ(reports: Sequence[Report], of: Callable[[Report], object]) -> bool:

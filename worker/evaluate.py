@@ -6,9 +6,10 @@ prints those of one suite as JSON in the shape of the field's reference, without
 """
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from transformers.utils import logging as transformers_logging
 
+from service.domain import rows, scores
 from service.domain.errors import FieldProblem, InvalidRequest, JobFailure
 from service.domain.job import ModelEntry, PromptFormat
 from service.domain.report import Figure, RowPoint
@@ -57,10 +59,11 @@ class Request(NamedTuple):
 
 
 def request(both: Sets, forget: Sequence[Row], retain: Sequence[Row], holdout: Sequence[Row]) -> Request:
-    """Of sets of usual size all rows that can be measured; of larger ones the sample that the checks measure, too."""
-    places = {"forget": both.forget_places, "retain": both.retain_places, "holdout": range(len(holdout))}
-    rows = {"forget": forget, "retain": retain, "holdout": holdout}
-    sets = {name: [rows[name][place] for place in places[name]] for name in rows if rows[name]}
+    """All rows that can be measured, however many: figures and gates are promises too."""
+    whole = both.whole
+    places = {"forget": whole.forget_places, "retain": whole.retain_places, "holdout": range(len(holdout))}
+    given = {"forget": forget, "retain": retain, "holdout": holdout}
+    sets = {name: [given[name][place] for place in places[name]] for name in given if given[name]}
     return Request(registry.build("suites", "request", {}), sets, places)
 
 
@@ -121,12 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite: Suite = registry.build("suites", options.suite, {})
     try:
         sets = _read_sets(suite, options.data)
-        known = None if options.retrained is None else from_reference_json(_json(options.retrained))
+        known = options.retrained and from_reference_json(scores.read(_text(options.retrained).encode()))
         network = model.load(_entry(options), options.model.resolve().parent, options.device, options.dtype)
         if options.adapter is not None:
-            network = model.load_adapter(network, options.adapter)
+            network = _with_adapter(network, options.adapter)
         results = run(network, suite, sets, known)
-    except (JobFailure, InvalidRequest, ValidationError) as error:
+    except (JobFailure, InvalidRequest) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     json.dump(to_reference_json(results), sys.stdout, indent=2, allow_nan=False)
@@ -136,58 +139,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _entry(options: argparse.Namespace) -> ModelEntry:
     folder: Path = options.model.resolve()
-    prompt_format = PromptFormat.model_validate_json(options.prompt_format)
+    try:
+        prompt_format = PromptFormat.model_validate_json(options.prompt_format)
+    except ValidationError as error:
+        raise _refused("--prompt-format is not the JSON of a prompt format") from error
     return ModelEntry(name=folder.name, source="path", location=folder.name, prompt_format=prompt_format)
 
 
+def _with_adapter(network: Network, folder: Path) -> Network:
+    try:
+        return model.load_adapter(network, folder)
+    except (ValueError, OSError, RuntimeError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise _refused(f"{folder} is no adapter of this model: {why}") from error
+
+
+def _refused(message: str) -> InvalidRequest:
+    return InvalidRequest(FieldProblem("", message, "data"))
+
+
 def _read_sets(suite: Suite, given: Sequence[str]) -> SuiteSets:
-    """Raises InvalidRequest for a set that the suite does not take or lacks, and for rows without a column that it needs."""
-    files = dict(pair.partition("=")[::2] for pair in given)
+    """Raises InvalidRequest for a set that the suite does not take or lacks, and for rows that are not as it needs them."""
+    files = [pair.partition("=")[::2] for pair in given]
+    names = [name for name, _ in files]
     problems = [
-        *(f"there is no set {name!r}; there are: {', '.join(suite.sets)}" for name in files if name not in suite.sets),
-        *(f"set {name!r} is missing" for name, form in suite.sets.items() if form.required and name not in files),
+        *(f"there is no set {name!r}; there are: {', '.join(suite.sets)}" for name in names if name not in suite.sets),
+        *(f"set {name!r} is given twice" for name in dict.fromkeys(names) if names.count(name) > 1),
+        *(f"set {name!r} is missing" for name, form in suite.sets.items() if form.required and name not in names),
     ]
-    sets: dict[str, list[Row]] = {}
-    for name in files if not problems else ():
-        sets[name] = _rows(Path(files[name]))
-        lacking = {
-            column
-            for row in sets[name]
-            for column in suite.sets[name].columns
-            if not isinstance(row, dict) or column not in row
-        }
-        if lacking or not sets[name]:
-            problems.append(f"{files[name]}: " + (f"rows lack {', '.join(sorted(lacking))}" if lacking else "no rows"))
     if problems:
         raise InvalidRequest(*(FieldProblem("", problem, "data") for problem in problems))
+    sets = {}
+    for name, file in files:
+        sets[name] = list(rows.each_object(_lines(Path(file)), file, suite.sets[name].columns))
+        for number, row in enumerate(sets[name], start=1):
+            if not any(all(field in row for field in fields) for fields in rows.FORMS.values()) and "gt" not in row:
+                raise _refused(
+                    f"{file}: row {number} has no question and answer, no prompt and completion, and no text"
+                )
     return sets
 
 
-def _rows(path: Path) -> list[Row]:
+def _lines(path: Path) -> Iterator[bytes]:
+    """Of JSON Lines, or of an array as if it were."""
     text = _text(path)
-    try:
-        rows = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except ValueError as error:
-        raise InvalidRequest(FieldProblem("", f"{path} is neither JSON Lines nor a JSON array", "data")) from error
-    return list(rows)
+    if text.lstrip().startswith("["):
+        return (json.dumps(row).encode() for row in _json(path))
+    return rows.lines(io.BytesIO(text.encode()))
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(_text(path))
     except ValueError as error:
-        raise InvalidRequest(FieldProblem("", f"{path} is not JSON", "data")) from error
+        raise _refused(f"{path} is not JSON") from error
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(FieldProblem("", f"{path} cannot be read: {error}", "data")) from error
+        raise _refused(f"{path} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How hard a row pulls at the model: norms of the gradient of its log-probability. Members of the training set pull less.
 
-The GradNorm attack (Duan et al. 2024, arXiv 2402.07841, and OpenUnlearning, arXiv 2506.12618): the mean over the model's
+The GradNorm attack (Wang et al. 2024, arXiv 2402.17012, and OpenUnlearning, arXiv 2506.12618): the mean over the model's
 parameter tensors of the 2-norm of the gradient of the row's mean log p.
 
 No gradient outlives the norm that is taken of it. That of a linear layer, sum_t d_t x_t^T with the inputs x and the gradients

@@ -6,6 +6,8 @@ the digest of the rest: what lies there and is not what was written is computed 
 
 import hashlib
 import json
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from worker.model import Network
 from worker.scores import Scores
 from worker.suite import Ask
 
-FORMAT = 1  # of what is kept; raise it when what is computed changes
+CODE = ("data", "decoder", "generation", "gradients", "head", "looks", "scoring", "tokens", "trees", "views")
 FOLDER = "looks"
 DIGEST_BYTES = 64  # hexadecimal
 ROWS = ("nll_B", "counted_B", "gradient_norm_B")  # a number for each row
@@ -32,8 +34,15 @@ TEXTS = ("generated", "answers", "labels", "generated_ids", "prompts")  # by pla
 def model_digest(network: Network) -> str:
     """Of the base's files, of the adapter as it is now, and of what computes with them."""
     weights = network.causal.get_input_embeddings().weight
-    facts = (FORMAT, torch.__version__, transformers.__version__, network.digest, network.tokenizer_digest)
+    facts = (_code(), torch.__version__, transformers.__version__, network.digest, network.tokenizer_digest)
     return _digest(*facts, str(weights.dtype), weights.device.type, adapter_digest(network))
+
+
+@cache
+def _code() -> str:
+    """Of the source that computes what is kept: nothing that another version computed is taken for this one's."""
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
 
 
 def adapter_digest(network: Network) -> str:

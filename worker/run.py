@@ -71,7 +71,7 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         with model.adapter_off(network):
             before = measure.measure(network, both.whole)
             request_before = evaluate.run(network, request.suite, request.sets)
-            named_before = [one.run(network, cache=storage) for one in named]
+            named_before = [one.run(network, one.cache(job)) for one in named]
         epsilon = spec.constraint.bound(before.retain_loss)
         emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=before.retain_loss))
         warn_about_bound(epsilon, before.retain_loss, diary)
@@ -210,10 +210,8 @@ def audited(
     assert job.spec.audit is not None
     rows, seed = request.sets["forget"], job.spec.seed
     entry = benchmarks.retrained_without(named, rows)
-    if entry is None:
-        return audit.audit(network, job.spec.audit, rows, None, seed, cancelled)
-    with benchmarks.other_model(job, entry) as retrained:
-        return audit.audit(network, job.spec.audit, rows, retrained, seed, cancelled)
+    retrained = model.load(entry, job.models_root, job.device, job.dtype) if entry else None
+    return audit.audit(network, job.spec.audit, rows, retrained, seed, cancelled)
 
 
 def with_reference(

@@ -65,8 +65,8 @@ def lowest_mean(value_N: Tensor, share: float) -> float:
     """The mean of that share of a row's values which is lowest, at least one of them. [N], N > 0.
 
     >>> import torch
-    >>> lowest_mean(torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0]), 0.5)  # two, since it is rounded down
-    1.5
+    >>> lowest_mean(torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0]), 0.7)  # 3.5 of them, rounded down
+    2.0
     """
     lowest = value_N.double().topk(max(1, int(len(value_N) * share)), largest=False)
     return float(lowest.values.mean())

@@ -20,7 +20,6 @@ from worker.scores import Scores
 from worker.suite import Ask, Asks, Key, Seen
 
 SCORING_TOKENS = 4_096  # padded positions at once: as fast as it gets on a CPU, and enough to fill an accelerator
-LIKELIHOOD = frozenset({"hits", "logp", "standardised", "gradient_norm", "labels"})
 DISTRIBUTION = frozenset({"hits", "standardised"})  # those that need more than log p of the label
 MIN_VARIANCE = 1e-6  # of log p; the reference divides by no less
 
@@ -34,40 +33,41 @@ def look(network: Network, asks: Asks, cache: Storage | None = None) -> Seen:
         cache: where it is kept for the next look, of any job. Not for a network whose base weights were changed in memory,
             and not for a customer's rows.
     """
-    encoded = {key: _encoded(network, ask) for key, ask in asks.items()}
+    tokens = {key: encoded(network, ask) for key, ask in asks.items()}
     if cache is None:
-        return _look(network, asks, encoded)
+        return _look(network, asks, tokens)
     model = looks.model_digest(network)
-    keys = {key: looks.key(model, key, ask, encoded[key]) for key, ask in asks.items()}
+    keys = {key: looks.key(model, key, ask, tokens[key]) for key, ask in asks.items()}
     known = {key: scores for key in asks if (scores := looks.recall(cache, keys[key])) is not None}
-    new = _look(network, {key: ask for key, ask in asks.items() if key not in known}, encoded)
+    new = _look(network, {key: ask for key, ask in asks.items() if key not in known}, tokens)
     for key, scores in new.items():
         looks.keep(cache, keys[key], scores)
     return {key: known[key] if key in known else new[key] for key in asks}
 
 
-def _encoded(network: Network, ask: Ask) -> Encoded:
+def encoded(network: Network, ask: Ask) -> Encoded:
+    """The texts of an ask as rows of tokens, in the order of their places."""
     texts = [ask.texts[place] for place in sorted(ask.texts)]
-    encoded = data.encode(texts, network.tokenizer, network.entry.prompt_format, None, ask.shots, ask.ends)
+    rows = data.encode(texts, network.tokenizer, network.entry.prompt_format, None, ask.shots, ask.ends)
     if ask.answer_tokens_max is None:
-        return encoded
-    cut = [row._replace(ids=row.ids[: row.answer_start + ask.answer_tokens_max]) for row in encoded.rows]
-    return encoded._replace(rows=cut)
+        return rows
+    cut = [row._replace(ids=row.ids[: row.answer_start + ask.answer_tokens_max]) for row in rows.rows]
+    return rows._replace(rows=cut)
 
 
-def _look(network: Network, asks: Asks, encoded: Mapping[Key, Encoded]) -> dict[Key, Scores]:
+def _look(network: Network, asks: Asks, tokens: Mapping[Key, Encoded]) -> dict[Key, Scores]:
     longest = decoder.positions_max(network)
     chosen = {
-        key: [i for i in encoded[key].measured if ask.scored and len(encoded[key].rows[i].ids) <= longest]
+        key: [i for i in tokens[key].measured if ask.scored and len(tokens[key].rows[i].ids) <= longest]
         for key, ask in asks.items()
     }
-    rows = {key: [encoded[key].rows[i] for i in chosen[key]] for key in asks}
+    rows = {key: [tokens[key].rows[i] for i in chosen[key]] for key in asks}
     said = _likelihoods(
         network,
         [row for key in asks for row in rows[key]],
         [bool(ask.views & DISTRIBUTION) for key, ask in asks.items() for _ in rows[key]],
     )
-    answers = _generated(network, asks, encoded)
+    answers = _generated(network, asks, tokens)
     seen, start = dict[Key, Scores](), 0
     for key, ask in asks.items():
         places, own = sorted(ask.texts), said[start : start + len(rows[key])]
@@ -78,13 +78,13 @@ def _look(network: Network, asks: Asks, encoded: Mapping[Key, Encoded]) -> dict[
                 generated={places[i]: one.text for i, one in answers[key].items()},
                 generated_ids={places[i]: one.ids for i, one in answers[key].items()},
                 answers={places[i]: ask.texts[places[i]].answer for i in answers[key]},
-                prompts={places[i]: _text(network, encoded[key].prompts[i]) for i in answers[key]},
+                prompts={places[i]: _text(network, tokens[key].prompts[i]) for i in answers[key]},
             )
-        seen[key] = scores._replace(empty=[places[number - 1] for number in encoded[key].unmeasured if ask.scored])
+        seen[key] = scores._replace(empty=[places[number - 1] for number in tokens[key].unmeasured if ask.scored])
     return seen
 
 
-def _generated(network: Network, asks: Asks, encoded: Mapping[Key, Encoded]) -> dict[Key, dict[int, Generated]]:
+def _generated(network: Network, asks: Asks, tokens: Mapping[Key, Encoded]) -> dict[Key, dict[int, Generated]]:
     """Answers by the row's place among the texts; none to a prompt that leaves no room for one.
 
     Prompts that are continued under the same conditions go together, so that batches are full.
@@ -100,7 +100,7 @@ def _generated(network: Network, asks: Asks, encoded: Mapping[Key, Encoded]) -> 
         chosen = [
             (key, i, prompt)
             for key in keys
-            for i, prompt in enumerate(encoded[key].prompts)
+            for i, prompt in enumerate(tokens[key].prompts)
             if generation.room(network, prompt, ask.beyond_context)
         ]
         prompts = [prompt for *_, prompt in chosen]

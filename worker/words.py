@@ -42,8 +42,11 @@ def summary(report: Report) -> str:
         reasons = [slight] * any(gate.result == "WARNED" for gate in own) + _broken(others)
         return f"{asked}the adapter that was released does both, but {', and '.join(reasons)}."
     failed = {gate.metric for gate in own if gate.result == "FAILED"}
-    if any(gate.value is None for gate in own):
+    retain = next(gate for gate in own if gate.metric == "retain_nll")
+    if any(gate.value is None or not gate.threshold for gate in own if gate.metric in failed):
         missed = "whether it did could not be measured"
+    elif "retain_nll" in failed and retain.value is not None and retain.value <= (retain.threshold or 0.0):
+        missed = "no checked iterate did both, and what was measured after is not one that may be released"
     elif failed == {"retain_nll"}:
         missed = "it did not keep what it had to keep"
     elif failed == {"forget_probability"}:
@@ -142,10 +145,13 @@ def unmeasured(report: Report) -> Iterator[str]:
             together.setdefault((where, reason), []).append(name)
     for (where, reason), names in together.items():
         yield f"{where}, {', '.join(names)}: {reason}."
-    for name, facts in (("forget", report.forget_set), ("retain", report.retain_set)):
-        if facts.unmeasured_rows:
-            merged = "the tokeniser merges their answers with the prompt, so that no token counts"
-            yield f"{name.capitalize()} set, {rows(facts.unmeasured_rows)}: {merged}."
+    merged = "the tokeniser merges their answers with the prompt, so that no token counts"
+    own = (("Forget", report.forget_set), ("Retain", report.retain_set), ("Holdout", report.holdout_set))
+    left_out = [(f"{name} set", facts.unmeasured_rows) for name, facts in own if facts]
+    left_out += [(f"Benchmark {of.name}, set {s.name}", s.unmeasured_rows) for of in report.benchmarks for s in of.sets]
+    for where, count in left_out:
+        if count:
+            yield f"{where}, {rows(count)}: {merged}."
     points = report.trajectory.steps
     broken = sum(point.forget_loss is None or point.retain_loss is None for point in points)
     if broken:

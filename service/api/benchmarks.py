@@ -63,9 +63,10 @@ def get_benchmark(here: Here, name: str) -> BenchmarkObject:
     f"{BENCHMARKS_PATH}/{{name}}", status_code=204, summary="Forget a benchmark", responses=declared(404, 409, 503)
 )
 def delete_benchmark(here: Here, name: str) -> None:
-    """Its files stay, and can be deleted then. Refused while a job that has not ended needs it."""
+    """What models said of it is deleted; its files stay, and can be deleted then. Refused while a job needs it."""
     with here.sessions.begin() as s:
         benchmarks.remove(s, name)
+        here.storage.delete(benchmarks.folder(name))  # before the commit, as with files
 
 
 # --- what is wrong with a registration

@@ -131,11 +131,11 @@ class BenchmarkFigure(Part):
     before_interval: Interval | None
     after_interval: Interval | None
     rows: int
-    reason: str | None = None  # why `after` is null
+    reason: str | None = None  # why `before` or `after` is null
 
     @model_validator(mode="after")
     def null_has_its_reason(self) -> Self:
-        if self.after is None:
+        if self.before is None or self.after is None:
             self.reason = self.reason or NOT_FINITE
         return self
 
@@ -169,11 +169,11 @@ class AuditEntry(Part):
     attacked: Measured
     retrained: Measured  # of the retrained reference under the same attack, where there is one
     rows: int
-    reason: str | None = None  # why `attacked` is null
+    reason: str | None = None  # why `base`, `released` or `attacked` is null
 
     @model_validator(mode="after")
     def null_has_its_reason(self) -> Self:
-        if self.attacked is None:
+        if self.base is None or self.released is None or self.attacked is None:
             self.reason = self.reason or NOT_FINITE
         return self
 

@@ -57,6 +57,9 @@ def parse_columns(line: bytes, required: Collection[str] = ()) -> Object:
     row = _object(line)
     if missing := [name for name in required if name not in row]:
         raise ValueError(f"lacks {' and '.join(sorted(missing))}")
+    forms = [kind for kind, fields in FORMS.items() if all(field in row for field in fields)]
+    if len(forms) > 1:
+        raise ValueError(f"has the fields of two forms ({' and '.join(forms)})")
     if not any(name in row for name in COLUMNS):
         raise ValueError(f"has none of the columns {', '.join(COLUMNS)}")
     _judge(row, COLUMNS)

@@ -53,6 +53,11 @@ def of_model(s: Session, model: str) -> str | None:
     return s.scalar(select(Benchmark.name).where(Benchmark.retrained_model == model).limit(1))
 
 
+def folder(name: str) -> str:
+    """Where workers keep what models said of its texts, below the storage root."""
+    return f"benchmarks/{name}"
+
+
 def remove(s: Session, name: str) -> None:
     """Forgets the entry; its files stay. Raises InvalidTransition while a job needs it."""
     # The lock waits for a job that is just being created with it, and makes a later one find it gone.

@@ -16,6 +16,7 @@ from service.domain.job import JobSpec, ModelEntry, PromptFormat
 from service.settings import Settings
 from service.store import jobs, models
 from service.store.session import Sessions
+from service.store.storage import Storage
 from tests.service.conftest import JOBS
 from worker.assignment import assignment
 
@@ -82,6 +83,16 @@ def test_a_benchmark_is_registered_shown_and_forgotten(http: TestClient, body: B
     for method in (http.get, http.delete):
         assert method(f"{BENCHMARKS}/forget01").status_code == 404
     assert http.post(BENCHMARKS, json=body).status_code == 201, "the name is free again, the files are there"
+
+
+def test_what_models_said_of_a_benchmark_goes_with_it(http: TestClient, body: Body, settings: Settings) -> None:
+    storage = Storage(settings.storage_url)
+    assert http.post(BENCHMARKS, json=body | {"name": "tofu-1.0"}).status_code == 201
+    said = [f"benchmarks/{name}/looks/0a/1b.safetensors" for name in ("tofu-1.0", "tofu-1.0.1")]
+    for key in said:
+        storage.write(key, [b"the answers"])
+    assert http.delete(f"{BENCHMARKS}/tofu-1.0").status_code == 204
+    assert [key for key, _ in storage.ages("benchmarks")] == said[1:]
 
 
 def test_what_a_benchmark_needs_stays(http: TestClient, body: Body, sessions: Sessions) -> None:
@@ -217,11 +228,17 @@ NO_FIGURES = [
     ("[" * 100_000, "not one JSON document"),
     ("[1]", "not a JSON object"),
     ("{}", "not a JSON object"),
-    ('{"a": 1}', "'a' has no agg_value"),
-    ('{"a": {"agg_value": true}}', "'a' has no agg_value"),
-    ('{"a": {"agg_value": "0.5"}}', "'a' has no agg_value"),
-    ('{"a": {"agg_value": 0.5, "value_by_index": []}}', "'a' has no agg_value"),
-    ('{"a": {"agg_value": null}, "b": {"score": 1}}', "'b' has no agg_value"),
+    ('{"a": 1}', "'a' is no figure"),
+    ('{"a": {"agg_value": true}}', "'a' is no figure"),
+    ('{"a": {"agg_value": "0.5"}}', "'a' is no figure"),
+    ('{"a": {"agg_value": 0.5, "value_by_index": []}}', "'a' is no figure"),
+    ('{"a": {"agg_value": null}, "b": {"score": 1}}', "'b' is no figure"),
+    ('{"a": {"agg_value": NaN}}', "'a' is no figure"),
+    ('{"a": {"agg_value": 0.5, "value_by_index": {"x": {"score": 1}}}}', "'a' is no figure"),
+    ('{"a": {"agg_value": 0.5, "value_by_index": {"0": 1}}}', "'a' is no figure"),
+    ('{"a": {"agg_value": 0.5, "value_by_index": {"0": {"score": "1"}}}}', "'a' is no figure"),
+    ('{"a": {"agg_value": 0.5, "interval_95": 3}}', "'a' is no figure"),
+    ('{"a": {"agg_value": 0.5, "forget": {}}}', "'a' is no figure"),
     (" " * (scores.BYTES_MAX + 1), "at most"),
 ]
 

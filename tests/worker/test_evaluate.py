@@ -95,8 +95,8 @@ def test_an_adapter_counts(register: Any, run: Run, tmp_path: Path) -> None:
             {"forget": ROWS, "retain": ROWS, "others": ROWS},
             "there is no set 'others'; there are: forget, retain, holdout",
         ),
-        ({"forget": ROWS, "retain": "{"}, "is neither JSON Lines nor a JSON array"),
-        ({"forget": ROWS, "retain": ""}, "no rows"),
+        ({"forget": ROWS, "retain": "{"}, "line 1: not JSON in UTF-8"),
+        ({"forget": ROWS, "retain": ""}, "the set has no rows"),
     ],
 )
 def test_what_is_wrong_with_the_data_is_said(run: Run, sets: dict[str, Any], message: str) -> None:
@@ -108,4 +108,4 @@ def test_what_is_wrong_with_the_data_is_said(run: Run, sets: dict[str, Any], mes
 def test_rows_without_a_column_that_the_suite_needs(run: Run) -> None:
     status, _, err = run("tofu", TOFU | {"forget": ROWS})
     assert status == 2
-    assert "rows lack paraphrased_answer, perturbed_answer" in err
+    assert "line 1: lacks paraphrased_answer and perturbed_answer" in err

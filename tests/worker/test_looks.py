@@ -135,7 +135,7 @@ def test_what_a_look_depends_on_is_in_its_name(
         {"beyond_context": True},
         {"views": VIEWS - {"hits"}},
     ],
-    ids=str,
+    ids=lambda changed: next(iter(changed)),
 )
 def test_what_was_asked_is_in_its_name(changed: dict[str, Any], tiny: Network, storage: Storage) -> None:
     ask = asks()["forget", "answer"]

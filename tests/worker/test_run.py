@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from service.domain.job import Audit, Budget, Constraint, FailureCode, Gate, JobSpec, MethodChoice
+from service.domain.job import Audit, Budget, Constraint, FailureCode, Gate, JobSpec, MethodChoice, ModelEntry
 from service.domain.report import Report
 from service.store.storage import Storage
-from worker import registry, run
+from worker import benchmarks, registry, run
 from worker.records import (
     Assignment,
     BenchmarkAssignment,
@@ -181,13 +181,37 @@ def test_benchmarks_audit_and_gates_come_to_the_report(assign: Assign) -> None:
 def test_what_a_model_says_of_a_benchmark_is_kept_and_what_it_says_of_a_request_is_not(assign: Assign) -> None:
     job = assign(tofu=TOFU, benchmarks=["tiny-tofu"])
     done(job)
-    looks = Path(job.storage_url) / "looks"
+    looks = Path(job.storage_url) / "benchmarks" / "tiny-tofu"
     kept = {path for path in looks.rglob("*") if path.is_file()}
     assert kept
     done(assign(tofu=TOFU, benchmarks=["tiny-tofu"]).model_copy(update={"prefix": "jobs/ujob_1/attempts/2"}))
     assert {path for path in looks.rglob("*") if path.is_file()} == kept, "the same base again; no adapter is kept"
     done(assign(holdout=HOLDOUT).model_copy(update={"prefix": "jobs/ujob_1/attempts/3"}))
     assert {path for path in looks.rglob("*") if path.is_file()} == kept
+
+
+def test_a_retrained_reference_is_one_only_for_rows_that_its_benchmark_forgets(assign: Assign) -> None:
+    def reference(forget: list[Any], rows: list[Any]) -> ModelEntry | None:
+        job = assign(tofu=TOFU | {"forget": forget})
+        return benchmarks.retrained_without(benchmarks.read(job, Storage(job.storage_url)), rows)
+
+    texts = [{"text": f"About {CANARY} {k}."} for k in range(2)]
+    entry = assign(tofu=TOFU).model
+    assert reference(TOFU["forget"], FORGET[:2]) == entry, "other columns do not matter"
+    assert reference(TOFU["forget"], [*FORGET, RETAIN[0]]) is None
+    assert reference(texts, texts[:1]) == entry
+    assert reference(texts, [{"text": "Something else."}]) is None
+    assert reference(texts, [{"prompt": "Something", "completion": "else."}]) is None
+
+
+def test_rows_may_differ_in_how_many_alternatives_they_have_and_long_ones_are_told(assign: Assign) -> None:
+    forget: list[dict[str, Any]] = perturbed(FORGET)
+    forget[0]["perturbed_answer"] = ["No.", "Never.", CANARY * 40]
+    job = assign(tofu=TOFU | {"forget": forget}, benchmarks=["tiny-tofu"], budget=Budget(max_steps=1))
+    last, _ = done(job)
+    assert isinstance(last, ResultRecord), last
+    (tofu,) = report_of(job).benchmarks
+    assert [(one.beyond_context, one.unmeasured_rows) for one in tofu.sets] == [(1, 0)] + [(0, 0)] * 4
 
 
 def test_a_holdout_row_that_is_to_be_forgotten(assign: Assign) -> None:

@@ -346,6 +346,12 @@ def test_what_needs_a_retrained_reference_says_so() -> None:
     part = {"forget_truth_ratio": found["forget_truth_ratio"]}
     some = suite.results(sets, seen_of(suite.asks(sets), 1), part)
     assert some["forget_quality"].value == 1.0
+    fewer = {"forget_truth_ratio": some["forget_truth_ratio"]._replace(by_row={0: {"score": 1.0}})}
+    of_others = suite.results(sets, seen_of(suite.asks(sets), 1), fewer)["forget_quality"]
+    assert (of_others.value, of_others.reason) == (
+        None,
+        "the truth ratios of the retrained reference are not of the same rows",
+    )
     assert some["privleak"].reason == "the figures of the retrained reference have no mia_min_k"
 
 
@@ -355,6 +361,7 @@ def test_a_retrained_model_gives_what_others_are_compared_with(name: str) -> Non
     limited = for_retrained(suite)
     few, all_of_it = limited.asks(sets), suite.asks(sets)
     assert few.keys() < all_of_it.keys()
+    assert not any("generated" in ask.views for ask in few.values())
     known = limited.results(sets, seen_of(few, 2), None)
     own = suite.results(sets, seen_of(all_of_it, 1), known)
     whole = suite.results(sets, seen_of(all_of_it, 1), suite.results(sets, seen_of(all_of_it, 2), None))
@@ -417,10 +424,23 @@ def test_spaces_before_punctuation_are_cleaned_as_the_reference_decodes() -> Non
     suite, sets = build("muse"), sets_of("muse", 1)
     asks = suite.asks(sets)
     scores = scores_of(("verbmem", "gt"), asks["verbmem", "gt"], 1)._replace(
-        generated={0: "He 's there , and I do n't ."}
+        generated={0: "He 's ' there , and I do n't ."}
     )
     found = suite.results(sets, {("verbmem", "gt"): scores}, None)["forget_verbmem_ROUGE"]
-    assert found.by_row[0]["generation"] == "He's there, and I don't."
+    assert found.by_row[0]["generation"] == "He's'there, and I don't."
+
+
+def test_an_answer_without_a_word_that_rouge_sees_scores_0_under_the_benchmarks_name_alone() -> None:
+    unseen = {0: "\u041b\u0438\u043c\u0430", 1: "red"}
+    for name, key, figure in (
+        ("tofu", ("forget", "answer"), "forget_Q_A_ROUGE"),
+        ("request", ("forget", "said"), "forget/rouge_l_recall"),
+    ):
+        suite, sets = build(name), sets_of(name, 2)
+        seen = dict(seen_of(suite.asks(sets), 1))
+        seen[key] = seen[key]._replace(generated=unseen, answers=unseen)
+        found = suite.results(sets, seen, None)[figure]
+        assert (found.value, found.rows) == ((0.5, 2) if name == "tofu" else (1.0, 1))
 
 
 # --- request

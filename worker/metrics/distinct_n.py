@@ -3,14 +3,12 @@
 Reference: distinct-2 of Li et al. 2016, arXiv 1510.03055.
 """
 
-from typing import Annotated
-
-from pydantic import Field
-
 from worker.scores import NOTHING_SAID, Metric, Score, Scores, runs
 
+N = 2  # tokens in a run
 
-def distinct_n(*, n: Annotated[int, Field(ge=1, description="tokens in a run")] = 2) -> Metric:
+
+def distinct_n() -> Metric:
     """12, 23 and again 12, 23: two distinct of four in all, though each answer alone has none twice.
 
     >>> import torch
@@ -22,7 +20,7 @@ def distinct_n(*, n: Annotated[int, Field(ge=1, description="tokens in a run")] 
 
     def fn(scores: Scores) -> Score:
         assert scores.generated_ids is not None
-        of_row = {p: runs(ids, n) for p, ids in scores.generated_ids.items() if len(ids) >= n}
+        of_row = {p: runs(ids, N) for p, ids in scores.generated_ids.items() if len(ids) >= N}
         said = [run for row in of_row.values() for run in row]
         by_row = {p: len(set(row)) / len(row) for p, row in of_row.items()}
         return Score(len(set(said)) / len(said), by_row) if said else Score(None, {}, NOTHING_SAID)

@@ -3,16 +3,12 @@
 Reference: Shi et al. 2023, arXiv 2310.16789; share and rounding of OpenUnlearning, arXiv 2506.12618.
 """
 
-from typing import Annotated
-
-from pydantic import Field
-
 from worker.scores import Metric, Score, Scores, lowest_mean, mean
 
+SHARE = 0.4  # of the tokens; at least one
 
-def min_k(
-    *, share: Annotated[float, Field(gt=0, le=1, description="of the tokens, the least likely; at least one")] = 0.4
-) -> Metric:
+
+def min_k() -> Metric:
     """Of five tokens 0.4 are two: the lowest are -4 and -2.
 
     >>> import torch
@@ -23,7 +19,7 @@ def min_k(
 
     def fn(scores: Scores) -> Score:
         assert scores.logp is not None
-        return mean({p: -lowest_mean(v, share) for p, v in zip(scores.places, scores.logp, strict=True) if len(v)})
+        return mean({p: -lowest_mean(v, SHARE) for p, v in zip(scores.places, scores.logp, strict=True) if len(v)})
 
     return Metric(
         fn,

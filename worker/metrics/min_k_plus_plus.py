@@ -5,16 +5,12 @@ Each is (log p - mu) / sigma, with mu and sigma of log p over the vocabulary und
 Reference: Zhang et al. 2024, arXiv 2404.02936; share and rounding of OpenUnlearning, arXiv 2506.12618.
 """
 
-from typing import Annotated
-
-from pydantic import Field
-
 from worker.scores import Metric, Score, Scores, lowest_mean, mean
 
+SHARE = 0.4  # of the tokens; at least one
 
-def min_k_plus_plus(
-    *, share: Annotated[float, Field(gt=0, le=1, description="of the tokens, the lowest; at least one")] = 0.4
-) -> Metric:
+
+def min_k_plus_plus() -> Metric:
     """Of three tokens 0.4 are one: the lowest is -3.
 
     >>> import torch
@@ -26,7 +22,7 @@ def min_k_plus_plus(
     def fn(scores: Scores) -> Score:
         assert scores.standardised is not None
         rows = zip(scores.places, scores.standardised, strict=True)
-        return mean({p: -lowest_mean(v, share) for p, v in rows if len(v)})
+        return mean({p: -lowest_mean(v, SHARE) for p, v in rows if len(v)})
 
     return Metric(
         fn,

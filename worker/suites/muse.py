@@ -49,7 +49,7 @@ def _asks(sets: Sets) -> Asks:
         if sets.get(of) and sets.get(f"{of}_icl"):
             shots = [(row["question"], row["answer"]) for row in sets[f"{of}_icl"]]
             texts, views = examples(sets[of]), frozenset({"generated"})
-            asked[of, "answer"] = Ask(texts, views, KNOWMEM_TOKENS, STOPS, shots, scored=False)
+            asked[of, "answer"] = Ask(texts, views, KNOWMEM_TOKENS, STOPS, shots, scored=False, beyond_context=True)
     if sets.get("verbmem"):
         texts = {place: _passage(row) for place, row in enumerate(sets["verbmem"])}
         views = frozenset({"hits", "labels", "generated"})

@@ -157,8 +157,10 @@ def _among_options(reading: Reading, of: str) -> Result:
 def _against_retrained(reading: Reading, what: str) -> Result:
     own, other = reading.measured("forget_truth_ratio"), reading.retrained("forget_truth_ratio")
     ratios = [[row["score"] for row in one.by_row.values()] for one in (own, other)]
-    if not all(ratios) or not all(math.isfinite(value) for one in ratios for value in one):
+    if not all(ratios) or not all(value is not None and math.isfinite(value) for one in ratios for value in one):
         raise Missing("both models must have truth ratios of their rows, all of them finite")
+    if own.by_row.keys() != other.by_row.keys():
+        raise Missing("the truth ratios of the retrained reference are not of the same rows")
     return Result(getattr(kolmogorov_smirnov(*ratios), what), rows=own.rows)
 
 
