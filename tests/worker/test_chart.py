@@ -80,6 +80,21 @@ def test_marks_tell_kept_from_broken_by_their_shape_and_the_picture_has_words() 
     assert page.text.count("check at step 40: within the bound") == 3
 
 
+def test_the_bounds_line_parts_the_checks_that_kept_it_from_those_that_broke_it() -> None:
+    html = render_html(make())
+    course = html[html.index("Retain loss, nats per token") :]
+    (level,) = [float(y) for y in re.findall(r'<path d="M[\d.]+ ([\d.]+)H[\d.]+"[^>]*stroke-dasharray="6 4"', course)][
+        :1
+    ]
+    marks = re.findall(
+        r"check at step \d+: (over|within)[^<]*</title><(?:path d=\"M[\d.]+ |circle cx=\"[\d.]+\" cy=\")([\d.]+)",
+        course,
+    )[:3]
+    heights = {(said, float(y) + (4 if said == "over" else 0)) for said, y in marks}
+    assert {said for said, _ in heights} == {"over", "within"}
+    assert all((y < level) == (said == "over") for said, y in heights), "higher up is smaller"
+
+
 def test_without_a_dual_variable_there_is_no_panel_for_it() -> None:
     made = make([step(k, dual={}) for k in range(1, 41)])
     text = Page(render_html(made)).text
@@ -106,6 +121,8 @@ def test_the_bound_stands_between_what_keeps_it_and_what_breaks_it(before: float
     }
     assert all(0 <= place <= 100 for place in places.values())
     assert (places["before"] <= places["bound"]) == (before <= 0.75)
+    marks = [float(x) for x in re.findall(r'<circle cx="([\d.]+)%"', svg)]
+    assert marks == [places[when] for when in ("before", "after") if when in places], "a mark stands over its words"
     if math.isnan(upper):
         assert "after" not in places
         assert "not measured after" in said
@@ -171,6 +188,8 @@ def test_attacks_are_drawn_from_what_it_was_to_what_it_became() -> None:
         (pytest.approx(left + low * width, abs=0.1), pytest.approx(left + high * width, abs=0.1))
         for low, high in ((0.04, 0.2), (0.04, 0.05), (0.04, 0.06))
     ], "the attack that could not be tried has no line"
+    discs = [float(x) for x in re.findall(r'<circle cx="([\d.]+)" cy="[\d.]+" r="4" fill="#a11212"', picture.svg)]
+    assert discs == [pytest.approx(left + high * width, abs=0.1) for high in (0.2, 0.05, 0.06)]
     assert "retrained" not in picture.svg
     assert "retrained" in str(pictures.attacks(attack("prefix", 0.1, 0.1, retrained=0.2)))
     assert pictures.attacks(missing) is None
