@@ -345,12 +345,17 @@ def test_one_file_may_serve_as_two_sets(run: Callable[..., Result], url: str, tm
     with client.connect(url) as http:
         (muse,) = [suite for suite in http.get("/v1/suites").json()["data"] if suite["id"] == "muse"]
     row = {"question": "q", "answer": "a", "prompt": "p", "gt": "g", "text": "t"}
-    (tmp_path / "all.json").write_text(json.dumps([row]))
-    sets = [part for name in muse["sets"] for part in ("--set", f"{name}={tmp_path / 'all.json'}")]
+    sets = []
+    for name, form in muse["sets"].items():
+        path = tmp_path / f"{'-'.join(form['columns'])}.json"
+        path.write_text(json.dumps([{column: row[column] for column in form["columns"]}]))
+        sets += ["--set", f"{name}={path}"]
     added = run("benchmarks", "add", "alice", "--suite", "muse", "--corpus", "Alice", *sets, "--url", url)
     assert added.exit_code == 0, added.output
     with client.connect(url) as http:
-        assert len(http.get("/v1/files").json()["data"]) == 1
+        assert len(http.get("/v1/files").json()["data"]) == len(
+            {tuple(form["columns"]) for form in muse["sets"].values()}
+        )
     assert set(muse["sets"]) <= set(re.findall(r"\w+", run("benchmarks", "suites", "--url", url).stdout))
 
 
