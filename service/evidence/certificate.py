@@ -1,0 +1,235 @@
+"""The certificate of a job: an in-toto Statement v1 about the files of the adapter, to be signed as a DSSE envelope.
+
+It binds what was asked, what was done and what was measured to the bytes that were released. A second statement says the same
+verdict in in-toto's test-result v0.1, for policy engines that know nothing of unlearning. No text of a row stands in either, and
+no person's name: deletion requests are their opaque ids, and the sets are digests and counts.
+"""
+
+import base64
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import Field, JsonValue, field_validator
+
+from service.evidence import canonical, dsse
+from service.evidence.canonical import Digest, Instant, Sha256, Strict
+from service.evidence.chain import Head
+from service.evidence.keys import SigningKey
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT: Final = "https://in-toto.io/Statement/v1"
+UNLEARNING: Final = "urn:unlearning-service:unlearning:v1"
+TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
+
+LIMITATIONS = (  # of every certificate; those of the run come from its report
+    "The signature shows that the holder of the key issued these statements about these files, not that the measurements behind "
+    "them were made or were right.",
+    "The digests name the sets as they were handed in; that these sets are all of the data to be forgotten is not shown. A keyed "
+    "digest can be checked only by who has its key.",
+    "The audit log is fixed up to the entry named here. What follows it is fixed only by later certificates.",
+)
+
+Result = Literal["PASSED", "WARNED", "FAILED"]
+Count = Annotated[int, Field(ge=0)]
+# Below the adapter's folder: no absolute path, no "..", nothing that a file system reads otherwise
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")]
+
+
+class DigestSet(Strict):
+    sha256: Sha256
+
+
+class Subject(Strict):
+    name: FileName
+    digest: DigestSet
+
+
+class BaseModelRef(Strict):
+    id: str  # as registered
+    source: str  # "hub owner/name" or "local folder"
+    revision: str | None
+    digest: Digest
+    tokenizer_digest: Digest
+
+
+class ParentRef(Strict):
+    """The job whose adapter this one started from, and which it contains."""
+
+    job_id: str
+    files: list[Subject]
+
+
+class SetRef(Strict):
+    digest: Digest  # of the set as stored; keyed where a plain one could be guessed
+    rows: Count
+
+
+class Method(Strict):
+    type: str
+    hyperparameters: dict[str, JsonValue]
+    seed: Annotated[
+        str, Field(pattern=r"^[0-9]+$")
+    ]  # decimal digits: a seed may be larger than JSON's numbers are exact
+
+
+class Bound(Strict):
+    """The constraint: the retain set's mean negative log-likelihood per counted token, in nats."""
+
+    metric: Literal["retain_nll"] = "retain_nll"
+    unit: Literal["nats per token"] = "nats per token"
+    epsilon: float
+    before: float
+    measured: float | None
+    feasible: bool | None  # null: it could not be measured
+
+
+class GateOutcome(Strict):
+    metric: str
+    op: Literal["<=", ">="]
+    threshold: float | None
+    value: float | None
+    severity: Literal["fail", "warn"]
+    result: Result
+    message: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric} {self.op} {self.threshold!r}" if self.threshold is not None else self.metric
+
+
+class Outcome(Strict):
+    result: Result
+    message: str
+    gates: list[GateOutcome]
+
+
+class Measure(Strict):
+    set: str
+    metric: str
+    before: float | None
+    after: float | None
+    rows: Count
+
+
+class Environment(Strict):
+    code_version: str
+    lock_digest: Digest | None  # of all that was installed where it ran, NAME==VERSION each; null: it was not noted
+    hardware: str
+    versions: dict[str, str]
+
+
+class Unlearning(Strict):
+    """Our predicate."""
+
+    job_id: str
+    deletion_requests: list[str]
+    parent: ParentRef | None
+    base_model: BaseModelRef
+    forget_set: SetRef
+    retain_set: SetRef
+    method: Method
+    constraint: Bound
+    verdict: Outcome
+    figures: list[Measure]
+    report: DigestSet  # of report.json's bytes
+    environment: Environment
+    started_at: Instant
+    finished_at: Instant
+    audit_head: Head  # of the tenant's audit log when this was issued
+    limitations: Annotated[list[str], Field(min_length=1)]
+
+
+class Statement(Strict):
+    type_: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT, alias="_type")
+    subject: Annotated[list[Subject], Field(min_length=1)]
+
+    @field_validator("subject")
+    @classmethod
+    def named_once(cls, subject: list[Subject]) -> list[Subject]:
+        if len({one.name for one in subject}) < len(subject):
+            raise ValueError("two files have one name")
+        return subject
+
+
+class Certificate(Statement):
+    predicate_type: Literal["urn:unlearning-service:unlearning:v1"] = Field(default=UNLEARNING, alias="predicateType")
+    predicate: Unlearning
+
+
+class Configuration(Strict):
+    """An in-toto ResourceDescriptor that carries what it describes."""
+
+    name: str
+    media_type: Literal["application/json"] = Field(default="application/json", alias="mediaType")
+    digest: DigestSet
+    content: str  # base64
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> Self:
+        content = canonical.dumps(value)
+        digest = DigestSet(sha256=canonical.sha256(content))
+        return cls(name=name, digest=digest, content=base64.b64encode(content).decode())
+
+
+class GenericPredicate(Strict):
+    """in-toto's test-result v0.1."""
+
+    result: Result
+    configuration: list[Configuration]
+    passed_tests: list[str] = Field(alias="passedTests")
+    warned_tests: list[str] = Field(alias="warnedTests")
+    failed_tests: list[str] = Field(alias="failedTests")
+
+
+class GenericResult(Statement):
+    predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = Field(
+        default=TEST_RESULT, alias="predicateType"
+    )
+    predicate: GenericPredicate
+
+
+def certify(files: Mapping[str, str], predicate: Unlearning) -> Certificate:
+    """The statement about the adapter's files: name below its folder -> SHA-256 in 64 hex digits.
+
+    Raises ValueError if there is none: nothing was released, so there is nothing that a certificate could be about.
+    """
+    return Certificate(subject=subjects(files), predicate=predicate)
+
+
+def subjects(files: Mapping[str, str]) -> list[Subject]:
+    return [Subject(name=name, digest=DigestSet(sha256=sha256)) for name, sha256 in sorted(files.items())]
+
+
+def generic_result(certificate: Certificate) -> GenericResult:
+    """The same verdict on the same files for generic policy engines: each gate is a test."""
+    said = certificate.predicate
+    tests: dict[Result, list[str]] = {"PASSED": [], "WARNED": [], "FAILED": []}
+    for gate in said.verdict.gates:
+        tests[gate.result].append(gate.name)
+    asked = {
+        "method": said.method.model_dump(),
+        "epsilon": said.constraint.epsilon,
+        "gates": [gate.name for gate in said.verdict.gates],
+    }
+    return GenericResult(
+        subject=certificate.subject,
+        predicate=GenericPredicate(
+            result=said.verdict.result,
+            configuration=[Configuration.of("request.json", asked)],
+            passed_tests=tests["PASSED"],
+            warned_tests=tests["WARNED"],
+            failed_tests=tests["FAILED"],
+        ),
+    )
+
+
+def issue(statement: Statement, key: SigningKey) -> dsse.Envelope:
+    """Signed. `dsse.to_json` gives the file's bytes."""
+    return dsse.sign(PAYLOAD_TYPE, canonical.dumps(statement), key)
+
+
+def read(envelope: dsse.Envelope) -> Certificate:
+    """What an envelope says, signed or not. Raises ValueError if it is no certificate of ours."""
+    if envelope.payload_type != PAYLOAD_TYPE:
+        raise ValueError(f"its payload is {envelope.payload_type!r}, not {PAYLOAD_TYPE}")
+    return Certificate.model_validate(canonical.loads(envelope.payload))

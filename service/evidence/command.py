@@ -1,0 +1,79 @@
+"""unlearn verify: what a certificate proves, checked here, without the service and without a network."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.evidence import verify as evidence
+from service.evidence.certificate import Unlearning
+from service.evidence.verify import Verification
+
+app = typer.Typer(rich_markup_mode=None)
+File = typer.Option(exists=True, dir_okay=False)
+WORDS = {"yes": "holds", "no": "FAILS", "not checked": "not checked"}
+UNSIGNED = "No signature was proven: the files may match, but anybody could have written such a certificate."
+
+
+@app.command()
+def verify(
+    certificate: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
+    adapter: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="the adapter's folder")] = None,
+    report: Annotated[Path | None, File] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="JWKS of the service, from a source that you trust"),
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="the audit log as it was exported, JSON Lines")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Check offline what a certificate proves, whatever its verdict is.
+
+    Exit status 0: all that was given holds, the signature too; 1: something does not; 3: no keys were given.
+    """
+    found = evidence.verify(evidence.Given(certificate, adapter, report, keys, audit))
+    typer.echo(_json(found) if as_json else _text(found))
+    raise typer.Exit(found.exit_status)
+
+
+def _json(found: Verification) -> str:
+    says = found.says.model_dump() if found.says else None
+    return json.dumps({"findings": [one._asdict() for one in found.findings], "certificate": says}, indent=2)
+
+
+def _text(found: Verification) -> str:
+    lines = [f"{WORDS[one.proven]:12} {one.what}: {one.detail}" for one in found.findings]
+    if not found.signed:
+        lines += ["", UNSIGNED]
+    if found.says:
+        lines += [
+            "",
+            *_said(found.says),
+            "",
+            "What it does not prove:",
+            *(f"- {one}" for one in found.says.limitations),
+        ]
+    return "\n".join(map(_plain, lines))
+
+
+def _plain(line: str) -> str:
+    """Names come from files that anybody may have written: none of them may begin a line, or move the cursor."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+
+
+def _said(says: Unlearning) -> list[str]:
+    """The certificate's own words, as good as its signature."""
+    bound = says.constraint
+    measured = "not measured" if bound.measured is None else f"{bound.measured:.4g}"
+    return [
+        "What the certificate says:",
+        f"job {says.job_id}, deletion requests {', '.join(says.deletion_requests) or 'none'}",
+        f"base model {says.base_model.id}, revision {says.base_model.revision or 'none'}, {says.base_model.digest}",
+        f"{says.forget_set.rows} rows to forget, {says.retain_set.rows} to keep; method {says.method.type}",
+        f"retain loss {measured} with a bound of {bound.epsilon:.4g} nats per token",
+        f"verdict {says.verdict.result}: {says.verdict.message}",
+        f"from {says.started_at} to {says.finished_at}",
+    ]
