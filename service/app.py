@@ -9,12 +9,32 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 
-from service.api import benchmarks, docs, errors, files, health, jobs, metrics, models, reports
+from service.api import (
+    benchmarks,
+    deletion_plans,
+    deletions,
+    docs,
+    errors,
+    evidence,
+    files,
+    health,
+    jobs,
+    keys,
+    metrics,
+    models,
+    once,
+    reports,
+    webhooks,
+    workers,
+)
 from service.api.deps import Parts
 from service.api.edge import Edge, HttpFigures
+from service.api.limits import Limiter
+from service.api.provider import provider_of
 from service.dispatch import CeleryDispatcher, Dispatcher
 from service.domain import catalog
 from service.settings import Settings
+from service.store.secrets import secrets_of
 from service.store.session import make_engine, make_sessions
 from service.store.storage import Storage
 
@@ -26,15 +46,27 @@ DESCRIPTION = (
 
 
 def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> FastAPI:
-    """The API. It connects when it starts; a dispatcher that is given is the caller's to close."""
+    """The API. It connects when it starts; a dispatcher that is given is the caller's to close.
+
+    Raises RuntimeError for a deployment without a master key, or with half an identity provider.
+    """
     registry = CollectorRegistry()
+    secrets, provider = secrets_of(settings), provider_of(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = make_engine(settings.database_url)
         bell = dispatcher or CeleryDispatcher(settings)
-        parts = Parts(settings, make_sessions(engine), Storage(settings.storage_url), bell, catalog.load())
-        app.state.parts, app.state.registry = parts, registry
+        parts = Parts(
+            settings,
+            make_sessions(engine),
+            Storage(settings.storage_url),
+            bell,
+            catalog.load(),
+            secrets,
+            provider,
+        )
+        app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
         collector = metrics.JobFigures(parts)
         registry.register(collector)
         yield
@@ -55,8 +87,26 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
     app.add_middleware(Edge, settings=settings, figures=HttpFigures(registry))
     metrics.build_info(registry)
     errors.install(app)
-    for module in (jobs, reports, files, benchmarks, models, health, docs):
+    once.install(app)
+    app.state.stopping = lambda: False  # who runs the server may know better
+    for module in (
+        jobs,
+        deletions,
+        deletion_plans,
+        reports,
+        evidence,
+        files,
+        benchmarks,
+        models,
+        keys,
+        webhooks,
+        workers,
+        health,
+        docs,
+    ):
         app.include_router(module.router)
+    for router in (models.public, evidence.public, health.figures_router):
+        app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

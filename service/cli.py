@@ -1,6 +1,7 @@
 """unlearn: what an administrator does on the machine, and what a user does over HTTP."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,21 +13,37 @@ import sqlalchemy.exc
 import typer
 import uvicorn
 
-from service import client, logs, register, remote
+from service import client, logs, register, remote, remote_compliance, remote_webhooks
 from service.app import create_app
 from service.domain import modelfiles
 from service.domain.errors import UnlearnError
 from service.domain.job import SPACE_WARNING, ModelEntry, PromptFormat
+from service.evidence import command
 from service.settings import Settings
-from service.store import models
+from service.store import evidence_keys, models, tenants
+from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+tenants_app = typer.Typer(
+    help="Whom the service serves; a tenant's first key.", no_args_is_help=True, rich_markup_mode=None
+)
 models_app = typer.Typer(
     help="The registry: the only models that a request can name.", no_args_is_help=True, rich_markup_mode=None
 )
+keys_app = typer.Typer(
+    help="What certificates are signed with; all stay published.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(models_app, name="models")
+app.add_typer(tenants_app, name="tenants")
+app.add_typer(keys_app, name="signing-keys")
 app.add_typer(remote.app)  # what goes over HTTP
+app.add_typer(remote_compliance.app)
+app.add_typer(remote_webhooks.app, name="webhooks")
+app.add_typer(command.app)  # what needs neither a service nor a network: verify
+
+
+TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class Form(StrEnum):
@@ -48,14 +65,21 @@ def api() -> None:
     """Serve the API."""
     settings = Settings()
     logs.configure(settings.log_level)
-    uvicorn.run(
-        create_app(settings),
+    served = create_app(settings)
+    config = uvicorn.Config(
+        served,
         host=settings.api_host,
         port=settings.api_port,
         log_level=settings.log_level.lower(),
         server_header=False,
+        access_log=False,  # its lines have query strings, and a search for a subject is one
         timeout_graceful_shutdown=10,
     )
+    server = uvicorn.Server(config)
+    served.state.stopping = lambda: server.should_exit  # what is held open for a client ends then
+    server.run()
+    if not server.started:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -114,6 +138,62 @@ def add(
     typer.echo(_line(entry))
     if entry.prompt_format.ends_in_space:
         typer.echo(f"warning: {SPACE_WARNING}", err=True)
+
+
+Approvals = Annotated[int, typer.Option(min=0, max=2, help="persons who must approve a deletion request")]
+KeepFiles = Annotated[
+    int | None, typer.Option(min=0, metavar="DAYS", help="purge uploaded sets so long after their upload")
+]
+
+
+@tenants_app.command("add")
+def add_tenant(name: str, approvals: Approvals = 0, keep_files: KeepFiles = None) -> None:
+    """Serve another tenant. Nothing of one is seen by another."""
+    if TENANT.fullmatch(name) is None:
+        raise typer.BadParameter("a tenant's name has lower-case letters, digits and '-', at most 63")
+    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+        tenants.add(s, name, approvals=approvals, keep_files_days=keep_files)
+    typer.echo(name)
+
+
+@tenants_app.command("change")
+def change_tenant(name: str, approvals: Approvals = 0, keep_files: KeepFiles = None) -> None:
+    """For what is asked from now on."""
+    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+        tenants.change(s, name, approvals=approvals, keep_files_days=keep_files)
+
+
+@tenants_app.command("list")
+def list_tenants() -> None:
+    """A line each."""
+    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+        for tenant in tenants.every(s):
+            kept = "for ever" if tenant.keep_files_days is None else f"{tenant.keep_files_days} days"
+            typer.echo(f"{tenant.id}  approvals {tenant.approvals}  keeps files {kept}")
+
+
+@tenants_app.command("key")
+def tenant_key(name: Annotated[str, typer.Argument()] = tenants.DEFAULT, role: str = "admin") -> None:
+    """Make a key on this machine, the first of a tenant, and show it: once. More are made with it, over HTTP."""
+    with _told():
+        typer.echo(register.first_key(Settings(), name, role))
+
+
+@keys_app.command("rotate")
+def rotate_signing_key() -> None:
+    """Sign with another key from now on; prints its id. Certificates that are out stay valid."""
+    settings = Settings()
+    with _told(), _sessions(settings) as sessions, sessions.begin() as s:
+        typer.echo(evidence_keys.rotate(s, secrets_of(settings)))
+
+
+@keys_app.command("list")
+def list_signing_keys() -> None:
+    """A line each: the id, since when it signs, until when it did."""
+    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+        for key in evidence_keys.every(s):
+            until = f"retired {key.retired_at:%Y-%m-%d %H:%M} UTC" if key.retired_at else "signs"
+            typer.echo(f"{key.id}  made {key.created_at:%Y-%m-%d %H:%M} UTC  {until}")
 
 
 @models_app.command("list")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -111,6 +112,19 @@ def body_of(reply: httpx.Response) -> dict[str, Any]:
     return body
 
 
+def save(client: httpx.Client, path: str, accept: str, out: Path) -> None:
+    """The answer's bytes as a file: whole, or not at all. Raises UnlearnError with the problem's own words."""
+    part = out.with_name(f"{out.name}.part")
+    with client.stream("GET", path, headers={"Accept": f"{accept}, application/problem+json"}) as reply:
+        if reply.is_error:
+            reply.read()
+            body_of(reply)
+        with part.open("wb") as file:
+            for chunk in reply.iter_bytes():
+                file.write(chunk)
+    part.replace(out)
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """An error that is meant for people: its sentence, and exit status 2."""
@@ -124,4 +138,8 @@ def told() -> Iterator[None]:
 
 
 def connect(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=60)
+    """With the key of the environment. Raises UnlearnError where there is none."""
+    key = os.environ.get("UNLEARN_API_KEY")
+    if not key:
+        raise UnlearnError("UNLEARN_API_KEY is not set: an API key, of `unlearn tenants key` or of an administrator")
+    return httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"})

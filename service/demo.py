@@ -61,7 +61,7 @@ def demo(folder: Path, seed: int = 0) -> int:
         _await_model(maker, folder / "logs" / "model.log", here, show)
         console.print(tail(folder / "logs" / "model.log", 1))
         _register(here.settings, folder, console)
-        with httpx.Client(base_url=here.url, timeout=30, trust_env=False) as api:
+        with httpx.Client(base_url=here.url, timeout=30, trust_env=False, headers=here.headers) as api:
             job = _submit(api, folder, console)
             job = _watch(api, job, here, console, show)
             if job["status"] == "succeeded":

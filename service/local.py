@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from service import embedded, migrate
+from service import embedded, migrate, register
 from service.processes import free_port, interruptible, running, tail
 from service.settings import Settings
+from service.store.secrets import KEY_BYTES
 
 START_S = 60.0
 PARTS = {
@@ -38,10 +40,16 @@ class Stack(NamedTuple):
     settings: Settings
     environment: dict[str, str]
     parts: dict[str, Part]
+    key: str  # of an administrator of the default tenant
 
     @property
     def url(self) -> str:
         return f"http://{self.settings.api_host}:{self.settings.api_port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of a client that asks as the administrator."""
+        return {"Authorization": f"Bearer {self.key}"}
 
     @property
     def worker_metrics_url(self) -> str:
@@ -75,11 +83,13 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
             "models_root": folder / "models",
             "worker_scratch_dir": folder / "scratch",
             "worker_metrics_port": free_port(),
+            "master_key": _kept(folder / "master.key", lambda: b64encode(os.urandom(KEY_BYTES)).decode()),
+            "metrics_public": True,  # to this machine
         }
         settings = Settings(**knobs)
-        here = Stack(settings, os.environ | _as_environment(settings), {})
-
         migrate.upgrade(settings.database_url)
+        key = _kept(folder / "admin.key", lambda: register.first_key(settings))
+        here = Stack(settings, os.environ | _as_environment(settings), {}, key)
         for name, arguments in PARTS.items():
             log = logs / f"{name}.log"
             process = opened.enter_context(running([sys.executable, *arguments], log, here.environment))
@@ -91,20 +101,35 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
 def up(folder: Path) -> None:
     """Run the stack in the foreground until a signal ends it, or until a part dies: then RuntimeError."""
     with interruptible(), stack(folder) as here:
-        names = ("DATABASE_URL", "BROKER_URL", "STORAGE_URL", "MODELS_ROOT")
+        names = ("DATABASE_URL", "BROKER_URL", "STORAGE_URL", "MODELS_ROOT", "MASTER_KEY")
+        (folder / "environment").touch(0o600)
+        lines = [f"export {name}='{here.environment[name]}'" for name in names]
+        lines += [f"export UNLEARN_URL='{here.url}'", f"export UNLEARN_API_KEY='{here.key}'"]
+        (folder / "environment").write_text("\n".join(lines) + "\n")
         _say(f"API      {here.url}/docs")
         _say(f"worker   {here.worker_metrics_url}")
         _say(f"logs     {folder / 'logs'}")
         _say("For other commands, in another terminal:")
-        _say("  export " + " ".join(f"{name}='{here.environment[name]}'" for name in names))
+        _say(f"  . {folder / 'environment'}")
         _say("Ctrl-C stops everything.")
         while True:
             here.check()
             time.sleep(0.5)
 
 
+def _kept(file: Path, make: Callable[[], str]) -> str:
+    """A secret that is made once, and then read from a file that nobody else may read."""
+    if not file.exists():
+        secret = make()
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+            opened.write(secret)
+    return file.read_text()
+
+
 def _as_environment(settings: Settings) -> dict[str, str]:
     values = settings.model_dump(mode="json", exclude_none=True)
+    assert settings.master_key is not None
+    values["master_key"] = settings.master_key.get_secret_value()
     return {name.upper(): value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 

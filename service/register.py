@@ -1,4 +1,6 @@
-"""Registering a model: an administrator names it once, and requests can name nothing else."""
+"""What an administrator does on the deployment's machine: register a model, which is then all that requests can name; make
+a tenant's first API key, with which the others are made over HTTP.
+"""
 
 import re
 from pathlib import Path
@@ -8,8 +10,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from service.domain import modelfiles
 from service.domain.errors import FieldProblem, InvalidRequest
+from service.domain.identity import ROLES
 from service.domain.job import ModelEntry, ModelName, PromptFormat
 from service.settings import Settings
+from service.store import keys, tenancy, tenants
+from service.store.secrets import secrets_of
+from service.store.session import make_engine, make_sessions
+from service.store.tenants import DEFAULT
 
 HUB = re.compile(r"(?P<id>(?:[A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*)@(?P<revision>[0-9a-f]{40})")
 
@@ -69,6 +76,20 @@ def hub_entry(
         prompt_format=prompt_format,
         gpu_class=gpu_class,
     )
+
+
+def first_key(settings: Settings, tenant: str = DEFAULT, role: str = "admin", name: str = "first key") -> str:
+    """The secret. Raises NotFound for a tenant that is not there, InvalidRequest for a role that is none."""
+    if role not in ROLES:
+        raise InvalidRequest(FieldProblem("/role", f"the roles are: {', '.join(ROLES)}", "enum"))
+    engine = make_engine(settings.database_url)
+    try:
+        with make_sessions(engine).begin() as s:
+            tenants.get(s, tenant)
+            tenancy.bind(s, tenant)
+            return keys.create(s, secrets_of(settings), name=name, scopes=ROLES[role]).secret
+    finally:
+        engine.dispose()
 
 
 def _check(settings: Settings, name: str, gpu_class: str) -> None:

@@ -17,11 +17,16 @@ benchmarks_app = typer.Typer(
     help="Data that a suite reads, registered once.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(benchmarks_app, name="benchmarks")
+audit_app = typer.Typer(help="The log of who did what.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(audit_app, name="audit")
 
 Url = Annotated[str, typer.Option("--url", envvar="UNLEARN_URL", help="where the API answers", show_default=True)]
 Rows = typer.Option(exists=True, dir_okay=False, help="JSON Lines, or a JSON array")
+Out = Annotated[Path, typer.Option(dir_okay=False, help="the file to write")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 BENCHMARKS = "/v1/benchmarks"
+REGISTER_TIMEOUT_S = 600.0  # the service reads every row, and fetches what is on the Hub
+HUB = re.compile(r"hub:(?P<repo>[^/@]+/[^/@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
 GATE = re.compile(r"(?P<metric>[^<>=]+?)\s*(?P<op><=|>=)\s*(?P<threshold>[^:]+)(:(?P<severity>fail|warn))?")
 
 
@@ -38,12 +43,18 @@ def submit(
         Path | None, typer.Option(exists=True, dir_okay=False, help="rows like the forgotten that the model never saw")
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="bound on the retain loss, nats per token")] = None,
-    epsilon_relative: Annotated[float | None, typer.Option(help="the same, relative to the base model's")] = None,
+    epsilon_relative: Annotated[
+        float | None, typer.Option(help="the same, relative to that of the model it starts from")
+    ] = None,
     method: str = "pdu",
     hyperparameter: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE")] = None,
     max_steps: int | None = None,
     max_seconds: float | None = None,
     seed: int = 0,
+    parent: Annotated[str | None, typer.Option(metavar="JOB", help="start from this job's adapter")] = None,
+    serves: Annotated[
+        list[str] | None, typer.Option(metavar="REQUEST", help="a deletion request; again for more")
+    ] = None,
     benchmark: Annotated[list[str] | None, typer.Option(help="a registered one; again for more")] = None,
     audit: Annotated[bool, typer.Option("--audit", help="try to bring back what was forgotten")] = False,
     gate: Annotated[
@@ -63,6 +74,8 @@ def submit(
             "constraint": {name: value for name, value in constraint.items() if value is not None},
             "budget": {name: value for name, value in budget.items() if value is not None},
             "seed": seed,
+            "parent": parent,
+            "deletion_requests": serves or [],
             "benchmarks": benchmark or [],
             "audit": {} if audit else None,
             "gates": [_gate(text) for text in gate or ()],
@@ -98,13 +111,32 @@ def status(job_id: Annotated[str | None, typer.Argument()] = None, url: Url = DE
             typer.echo(f"{job['id']}  {job['created_at'][:19]}Z  {job['model']:20} {job['status']:10} {verdict}")
 
 
+@app.command()
+def certificate(job_id: str, out: Out, url: Url = DEFAULT_URL) -> None:
+    """Fetch the certificate of a job; `unlearn verify` checks it offline."""
+    with client.told(), client.connect(url) as http:
+        client.save(http, f"{client.JOBS}/{job_id}/certificate", "application/vnd.dsse.envelope.v1+json", out)
+
+
+@audit_app.command("export")
+def export_audit(out: Out, url: Url = DEFAULT_URL) -> None:
+    """Fetch the whole audit log of the tenant, JSON Lines, as `unlearn verify --audit` reads it."""
+    with client.told(), client.connect(url) as http:
+        client.save(http, "/v1/audit-events", "application/jsonl", out)
+
+
 @benchmarks_app.command("add")
 def add(
     name: str,
     suite: Annotated[str, typer.Option(help="tofu or muse; `unlearn benchmarks suites` shows their sets")],
     corpus: Annotated[str, typer.Option(help="what the data is, for the report: 'TOFU forget01'")],
     sets: Annotated[
-        list[str], typer.Option("--set", metavar="SET=FILE", help="JSON Lines, or a JSON array; one for each set")
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="SET=FILE",
+            help="JSON Lines, or a JSON array; one for each set. Or SET=hub:OWNER/NAME@SHA/PATH, which the service fetches",
+        ),
     ],
     retrained_model: Annotated[
         str | None, typer.Option(help="a registered model that never saw the forget set")
@@ -116,9 +148,11 @@ def add(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Upload the sets and register them under a name."""
-    paths = dict(map(_set_file, sets))
+    given = dict(map(_set_source, sets))
+    paths = {of: source for of, source in given.items() if isinstance(source, Path)}
     uploaded = dict[Path, str]()
     with client.told(), client.connect(url) as http:
+        http.timeout = REGISTER_TIMEOUT_S
         try:
             for path in paths.values():
                 if path not in uploaded:
@@ -129,7 +163,7 @@ def add(
                 "name": name,
                 "suite": suite,
                 "corpus": corpus,
-                "sets": {of: uploaded[path] for of, path in paths.items()},
+                "sets": given | {of: uploaded[path] for of, path in paths.items()},
                 "retrained_model": retrained_model,
                 "retrained_scores": uploaded[retrained_scores] if retrained_scores else None,
             }
@@ -177,11 +211,16 @@ def _benchmark_line(benchmark: dict[str, Any]) -> str:
     return f"{benchmark['id']}  {benchmark['suite']}  {benchmark['corpus']}  sets {sets}; {retrained}"
 
 
-def _set_file(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not equals or not Path(path).is_file():
-        raise typer.BadParameter(f"--set {text}: write SET=FILE, with a file that is there")
-    return name, Path(path)
+def _set_source(text: str) -> tuple[str, Path | dict[str, str]]:
+    """A file here, or one on the Hub as a request names it."""
+    name, equals, source = text.partition("=")
+    if equals and (on_hub := HUB.fullmatch(source)):
+        return name, on_hub.groupdict()
+    if not equals or not Path(source).is_file():
+        raise typer.BadParameter(
+            f"--set {text}: write SET=FILE, with a file that is there, or SET=hub:OWNER/NAME@SHA/PATH"
+        )
+    return name, Path(source)
 
 
 def _gate(text: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Where we run: every knob, from the environment, its unit in its name. What a user asks is in the job's spec."""
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -17,6 +18,9 @@ class Settings(BaseSettings):
     )
     storage_url: str = Field(default="./.unlearn/storage", description="fsspec root of files and artifacts")
     models_root: Path = Field(default=Path("./.unlearn/models"), description="folder below which registered models lie")
+    master_key: SecretStr | None = Field(
+        default=None, description="32 bytes in base64; what is stored is encrypted with keys derived from it"
+    )
     log_level: str = "INFO"
 
     # API
@@ -24,7 +28,25 @@ class Settings(BaseSettings):
     api_port: int = 8000
     upload_max_bytes: int = Field(default=256 * 2**20, gt=0)
     body_max_bytes: int = Field(default=8 * 2**20, gt=0, description="of a JSON request body")
+    rate_limit_per_minute: int = Field(default=600, ge=0, description="requests of a principal; 0: no limit")
+    rate_limit_jobs_per_hour: int = Field(default=200, ge=0, description="created by a principal; 0: no limit")
+    rate_limit_failures_per_minute: int = Field(
+        default=120, ge=0, description="of an address that nobody is known by; 0: no limit"
+    )
+    events_streams_per_principal: int = Field(default=8, ge=0, description="open at once, per API process; 0: no limit")
+    metrics_public: bool = Field(default=False, description="/metrics without credentials, for a private network")
     metrics_cache_s: float = Field(default=5.0, ge=0)
+    hub_datasets: bool = Field(default=False, description="fetch the sets of a benchmark from the Hub, if asked to")
+    hub_endpoint: str = Field(
+        default="https://huggingface.co", description="the Hub, or a mirror that speaks as it does"
+    )
+
+    # people: tokens of an identity provider (OpenID Connect), beside API keys
+    oidc_issuer: str | None = Field(default=None, description="as `iss` has it; null: no tokens, keys alone")
+    oidc_audience: str = "unlearning-service"
+    oidc_jwks_url: str | None = Field(default=None, description="where the issuer publishes its keys")
+    oidc_tenant_claim: str = "tenant"
+    oidc_roles_claim: str = Field(default="roles", description="a list with names of roles (see README)")
 
     # queue: one bell queue per class. A job of class "any" may run anywhere; a worker hears its own classes and "any".
     gpu_classes: list[str] = ["any", "cpu"]
@@ -38,6 +60,14 @@ class Settings(BaseSettings):
     sweep_interval_s: float = Field(default=5.0, gt=0)
     ring_again_s: float = Field(
         default=15.0, gt=0, description="a queue with due jobs is rung again after this silence"
+    )
+
+    # webhooks
+    webhook_threads: int = Field(default=4, ge=1, description="calls of endpoints at once, per sweep")
+    webhook_timeout_s: float = Field(default=15.0, gt=0)
+    webhook_allow_http: bool = Field(default=False, description="endpoints without TLS, beside those with it")
+    webhook_networks: list[IPv4Network | IPv6Network] = Field(
+        default=[], description="networks of your own that endpoints may lie in; all others must be public"
     )
 
     # worker

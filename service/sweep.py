@@ -1,32 +1,35 @@
-"""A process of its own that leaves nothing behind: jobs whose worker fell silent move on, bells ring again, and what is
-stored and nobody needs is deleted.
+"""A process of its own that leaves nothing behind: jobs whose worker fell silent move on, bells ring again, approved
+requests get their jobs, certificates are signed, webhooks are sent, and what is stored and nobody needs is deleted.
 
 python -m service.sweep. Several may run: rows that one works on, the others pass over.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
-from itertools import groupby
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from threading import Event, Thread
 from typing import NamedTuple
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import Session
 
 from service import logs
+from service.api.deps import Parts
+from service.attest import check_logs, issue_due
+from service.batches import serve_deletions
 from service.dispatch import CeleryDispatcher, Dispatcher
-from service.domain.errors import UnlearnError
-from service.domain.job import TERMINAL
+from service.domain import catalog
+from service.domain.errors import InvalidTransition, UnlearnError
+from service.orphans import delete_orphans
 from service.settings import Settings
-from service.store import artifacts, files, jobs, reads, tables
+from service.store import deletions, files, idempotency, jobs, outbox
+from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
 from service.store.storage import Storage
+from service.webhook_sender import keep_sending
 
-ORPHAN_AGE = timedelta(days=1)  # an upload stores its bytes first, and its row a moment later
-ORPHANS_EVERY_S = 3600.0
-AT_ONCE = 1000  # keys, or jobs, of one query
+HOURLY_S = 3600.0
 STOP_S = 2.0
 EXPECTED = (UnlearnError, SQLAlchemyError)  # the database or the storage is away, or not ready yet: it will come
 
@@ -49,85 +52,115 @@ def sweep_once(sessions: Sessions, dispatcher: Dispatcher, settings: Settings) -
     return Swept(len(expired), [gpu_class for gpu_class in due if dispatcher.ring(gpu_class)])
 
 
-def delete_orphans(sessions: Sessions, storage: Storage) -> int:
-    """What is stored and nobody needs. How many objects were deleted."""
-    orphans = [*_uploads_cut_off(sessions, storage), *_left_by_jobs(sessions, storage)]
-    for key in orphans:
-        storage.delete(key)
-        log.warning("deleted a stored file that no row names", key=key)
-    return len(orphans)
+def purge_due(sessions: Sessions, storage: Storage) -> int:
+    """Files whose time is over: the key first, in a transaction of its own each, then the bytes. How many."""
+    with sessions.begin() as s:
+        due = files.due(s)
+    for file_id in due:
+        with suppress(InvalidTransition):  # a job has come that needs it
+            with sessions.begin() as s:
+                key = files.purge(s, file_id)
+            storage.delete(key)  # where this fails, it is noise, and an orphan
+            log.info("purged a file", file_id=file_id)
+    return len(due)
 
 
-def _uploads_cut_off(sessions: Sessions, storage: Storage) -> Iterator[str]:
-    """Between their bytes and their row."""
-    old = [key for key, age in storage.ages(files.FOLDER) if age > ORPHAN_AGE]
-    for keys in _parts(old):
-        with sessions.begin() as s:
-            if _is_new(s, tables.File):
-                return
-            yield from set(keys) - files.named(s, keys)
-
-
-def _left_by_jobs(sessions: Sessions, storage: Storage) -> Iterator[str]:
-    """Below a job's folder: of one that has ended, all that it did not publish; of one that is not there, what is old."""
-    found = sorted(storage.ages(artifacts.FOLDER))
-    by_job = {job_id: list(group) for job_id, group in groupby(found, key=lambda one: one[0].split("/")[1])}
-    for job_ids in _parts(list(by_job)):
-        with sessions.begin() as s:
-            if _is_new(s, tables.Job):
-                return
-            statuses = reads.statuses(s, job_ids)  # before the artifacts, which come in the moment of a job's success
-            published = {artifact.key for rows in artifacts.of_jobs(s, job_ids).values() for artifact in rows}
-        for job_id in job_ids:
-            ended = statuses.get(job_id) in TERMINAL
-            for key, age in by_job[job_id]:
-                if key not in published and (ended or (job_id not in statuses and age > ORPHAN_AGE)):
-                    yield key
-
-
-def _is_new(s: Session, table: type[tables.Job] | type[tables.File]) -> bool:
-    """A database that knows of none, beside a storage that has some, was made anew: it must not empty the storage."""
-    new = reads.is_empty(s, table)
-    if new:
-        log.warning("nothing is deleted, since the database is empty", table=table.__tablename__)
-    return new
-
-
-def _parts(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(names), AT_ONCE):
-        yield names[start : start + AT_ONCE]
+def forget_answers(sessions: Sessions) -> int:
+    """What was answered under Idempotency-Keys that have expired. How many."""
+    with sessions.begin() as s:
+        return idempotency.forget(s)
 
 
 def run(settings: Settings, stop: Event) -> None:
+    """Every duty in a thread of its own: a slow or broken storage must not keep leases from expiring."""
     engine = make_engine(settings.database_url)
-    sessions = make_sessions(engine)
     dispatcher = CeleryDispatcher(settings)
-    orphans = Thread(target=_keep_deleting, args=(sessions, settings, stop), name="orphans", daemon=True)
+    parts = Parts(
+        settings,
+        make_sessions(engine),
+        Storage(settings.storage_url),
+        dispatcher,
+        catalog.load(),
+        secrets_of(settings),
+        None,
+    )
+    duties: dict[str, Callable[[Parts], object]] = {
+        "jobs": lambda here: sweep_once(here.sessions, here.dispatcher, here.settings),
+        "deletion requests": serve_requests,
+        "evidence": attest,
+        "purges": purge,
+        "orphans": hourly(delete_what_is_left),
+    }
+    threads = [
+        *(
+            Thread(target=_keep, args=(parts, name, duty, stop), name=name, daemon=True)
+            for name, duty in duties.items()
+        ),
+        *(
+            Thread(target=keep_sending, args=(settings, parts.sessions, stop), name=f"webhooks {number}", daemon=True)
+            for number in range(settings.webhook_threads)
+        ),
+    ]
     log.info("sweep started", interval_s=settings.sweep_interval_s)
-    orphans.start()
-    while not stop.is_set():
-        try:
-            sweep_once(sessions, dispatcher, settings)
-        except EXPECTED as error:
-            log.error("sweep failed", error=str(error).partition("\n")[0])
-        stop.wait(settings.sweep_interval_s)
-    orphans.join(STOP_S)  # a deletion that is cut off is taken up again
+    for thread in threads:
+        thread.start()
+    stop.wait()
+    stopped_at = time.monotonic()
+    for thread in threads:  # what is cut off is taken up again
+        thread.join(max(0.0, stopped_at + STOP_S - time.monotonic()))
     dispatcher.close()
     engine.dispose()
     log.info("sweep stopped")
 
 
-def _keep_deleting(sessions: Sessions, settings: Settings, stop: Event) -> None:
-    """In a thread of its own: a slow or broken storage must not keep leases from expiring."""
+def _keep(here: Parts, name: str, duty: Callable[[Parts], object], stop: Event) -> None:
     while not stop.is_set():
-        wait_s = ORPHANS_EVERY_S
         try:
-            delete_orphans(sessions, Storage(settings.storage_url))
+            duty(here)
         except Exception as error:
             trace = not isinstance(error, EXPECTED)
-            log.error("nothing was deleted", error=str(error).partition("\n")[0], exc_info=trace)
-            wait_s = settings.sweep_interval_s
-        stop.wait(wait_s)
+            log.error("a duty failed", duty=name, error=str(error).partition("\n")[0], exc_info=trace)
+        stop.wait(here.settings.sweep_interval_s)
+
+
+def hourly(duty: Callable[[Parts], object]) -> Callable[[Parts], object]:
+    """Not again within the hour in which it succeeded."""
+    due_at = time.monotonic()
+
+    def now_and_then(here: Parts) -> None:
+        nonlocal due_at
+        if time.monotonic() >= due_at:
+            duty(here)
+            due_at = time.monotonic() + HOURLY_S
+
+    return now_and_then
+
+
+# --- duties
+
+
+def serve_requests(here: Parts) -> None:
+    with here.sessions.begin() as s:
+        overdue = deletions.note_overdue(s)
+    for request_id in overdue:
+        log.warning("a deletion request is overdue", request_id=request_id)
+    serve_deletions(here)
+
+
+def attest(here: Parts) -> None:
+    issue_due(here.sessions, here.storage, here.secrets)
+    check_logs(here.sessions)
+
+
+def purge(here: Parts) -> None:
+    purge_due(here.sessions, here.storage)
+    forget_answers(here.sessions)
+
+
+def delete_what_is_left(here: Parts) -> None:
+    delete_orphans(here.sessions, here.storage)
+    with here.sessions.begin() as s:
+        outbox.forget(s)
 
 
 def main() -> None:

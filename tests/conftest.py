@@ -5,6 +5,7 @@ import os
 # Before anybody imports torch: tests are many and small, threads would only contend.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -13,16 +14,28 @@ from typing import Any, NamedTuple
 
 import pytest
 import redis
+import structlog
+from pydantic import SecretStr
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.orm import Session
 
 from service import embedded, migrate
 from service.domain.job import Constraint, JobSpec, MethodChoice, ModelEntry, PromptFormat
 from service.settings import Settings
-from service.store import files, jobs, models
+from service.store import files, jobs, models, tenancy
+from service.store.files import Kept
+from service.store.ids import new_id
+from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
+from service.store.tenants import DEFAULT
 
+MASTER_KEY = b64encode(bytes(range(32))).decode()
+PLAIN = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
 collect_ignore = ["benchmarks"]  # programs
+
+
+# Without the local variables of every frame: to draw them takes longer than the tests.
+structlog.configure(processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, PLAIN])
 
 
 class Cluster(NamedTuple):
@@ -91,7 +104,8 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def sessions(engine: Engine) -> Sessions:
-    return make_sessions(engine)
+    """Of the tenant that is there from the beginning."""
+    return tenancy.bound(make_sessions(engine), DEFAULT, "tester")
 
 
 @pytest.fixture
@@ -116,14 +130,22 @@ def settings(database_url: str, broker_url: str, tmp_path: Path) -> Settings:
         database_url=database_url,
         broker_url=broker_url,
         storage_url=str(tmp_path / "storage"),
+        master_key=SecretStr(MASTER_KEY),
         models_root=tmp_path / "models",
         worker_scratch_dir=tmp_path / "scratch",
         worker_metrics_port=0,
     )
 
 
+def kept(settings: Settings) -> Kept:
+    """Of a file without bytes."""
+    file_id = new_id("ufile")
+    sealed = files.seal(secrets_of(settings), file_id, bytes(32), "0" * 64, "f.jsonl")
+    return Kept(file_id, 1, "hmac-sha256:" + "0" * 64, sealed)
+
+
 @pytest.fixture
-def new_job(sessions: Sessions) -> Callable[..., str]:
+def new_job(sessions: Sessions, settings: Settings) -> Callable[..., str]:
     """new_job(**fields of JobSpec) -> id of a queued job, committed. Its files are rows alone, without bytes."""
 
     def create(**fields: Any) -> str:
@@ -131,9 +153,7 @@ def new_job(sessions: Sessions) -> Callable[..., str]:
             if not models.every(s):
                 models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
             sets = {
-                purpose: files.insert(
-                    s, files.new_file_id(), purpose=purpose, name=f"{purpose}.jsonl", bytes=1, sha256="0" * 64, rows=1
-                ).id
+                purpose: files.insert(s, kept(settings), purpose=purpose, rows=1).id
                 for purpose in ("forget_set", "retain_set")
             }
             asked = {"model": "m", "method": MethodChoice(type="pdu"), "constraint": Constraint(epsilon=1.0)}

@@ -66,7 +66,9 @@ RULES = (
         "store",
         r"service\.store(\..*)?",
         {"sqlalchemy", "fsspec", "uuid_utils", "pydantic", "service.domain", "service.settings", "service.store"}
-        | {"prometheus_client"},  # the collector of job figures reads tables, so it lives beside them
+        | {"cryptography"}  # what is stored is sealed
+        | {"service.evidence"}  # the audit log's chain; certificates, and the keys that sign them
+        | {f"service.webhooks.{name}" for name in ("events", "schedule", "signing")},  # the outbox; who sends is elsewhere
         TORCH | QUEUE | WEB | {"worker"},
     ),
     Rule(
@@ -76,10 +78,36 @@ RULES = (
         TORCH | DATABASE | WEB | {"worker"},
     ),
     Rule(
+        "evidence's command",
+        r"service\.evidence\.command",
+        {"typer", "service.evidence"},
+        TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "httpx"},
+    ),
+    Rule(
+        "evidence",  # whoever checks a certificate needs no database, no server and no network
+        r"service\.evidence(\..*)?",
+        {"pydantic", "cryptography", "rfc8785", "service.domain", "service.evidence"},
+        TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "typer", "httpx"},
+    ),
+    Rule(
+        "hub",
+        r"service\.hub",
+        {"huggingface_hub", "httpx2", "pyarrow", "service.domain"},
+        TORCH | DATABASE | QUEUE | WEB | {"worker"},
+    ),
+    Rule(
+        "webhooks",  # what is said, signed, allowed and sent; who stores it and loops is elsewhere
+        r"service\.webhooks(\..*)?",
+        {"httpx", "service.domain", "service.webhooks"},
+        TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "service.api"},
+    ),
+    Rule(
         "api",
         r"service\.api(\..*)?",
         {"fastapi", "starlette", "anyio", "pydantic", "sqlalchemy", "prometheus_client", "structlog", "uuid_utils"}
-        | {f"service.{name}" for name in ("api", "domain", "store", "dispatch", "settings")},
+        | {"jwt", "limits", "rfc8785"}
+        | {f"service.{name}" for name in ("api", "domain", "store", "dispatch", "settings")}
+        | {f"service.{name}" for name in ("evidence", "hub", "webhooks")},
         TORCH | {"worker", "alembic"},
     ),
     Rule(
@@ -132,7 +160,7 @@ RULES = (
         | {"safetensors", "tokenizers", "numpy", "pydantic", "fsspec", "jinja2", "markupsafe", "rouge_score", "accelerate"}
         | {"huggingface_hub"}  # what the revision of a Hub model is fetched with
         | {"worker", "service.domain"}
-        | {"service.store.storage"},  # the storage root: fsspec alone, which `never` proves
+        | {"service.store.storage", "service.store.sealed"},  # the storage root, and what is sealed there: no database
         DATABASE | QUEUE | WEB,
     ),
 )  # fmt: skip

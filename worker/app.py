@@ -31,6 +31,7 @@ from service.domain import catalog
 from service.settings import Settings
 from service.store import jobs, workers
 from service.store.rows import Claim
+from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
 from worker import process
 from worker.assignment import accelerators
@@ -134,6 +135,7 @@ def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
     """Works until SIGTERM or SIGINT; then gives its jobs back. Returns the exit status. For the main thread alone."""
     process.keep_secrets()
     try:
+        secrets_of(settings)  # no job's files could be read
         devices = accelerators(settings)
     except RuntimeError as error:
         log.error("the worker cannot start", error=str(error))

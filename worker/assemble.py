@@ -15,6 +15,7 @@ from service.domain.report import (
     ConstraintFacts,
     DataFacts,
     Figure,
+    Parent,
     Released,
     Report,
     RowPoint,
@@ -41,6 +42,7 @@ class Found(NamedTuple):
     benchmarks: list[BenchmarkFacts]
     audit: list[AuditEntry]
     holdout: data.Encoded | None
+    parent: Parent | None
 
 
 def assemble(
@@ -77,6 +79,7 @@ def assemble(
             found.before.forget_probability,
             now.forget_probability,
             published=bool(adapter),
+            earlier=found.parent.forgotten if found.parent else (),
             gates=spec.gates,
             figures=report.values(found.figures, found.benchmarks, found.audit),
         ),
@@ -91,12 +94,14 @@ def assemble(
             seed=spec.seed,
         ),
         base_model=model.facts(network),
+        parent=found.parent,
         forget_set=set_facts(job.forget_file, both.forget.encoded),
         retain_set=set_facts(job.retain_file, both.retain.encoded),
         holdout_set=set_facts(job.holdout_file, found.holdout) if job.holdout_file and found.holdout else None,
         constraint=constraint,
         figures=found.figures,
         rows=found.rows,
+        deletion_requests=report.of_requests(job.deletion_requests, found.rows.get("forget/probability", [])),
         benchmarks=found.benchmarks,
         audit=found.audit,
         stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
@@ -105,14 +110,14 @@ def assemble(
         warnings=diary.warnings,
         timings_seconds=diary.seconds,
         environment=report.environment(str(network.device), torch.get_num_threads()),
-        caveats=report.caveats(found.benchmarks, found.audit),
+        caveats=report.caveats(found.benchmarks, found.audit, chained=found.parent is not None),
     )
 
 
 def set_facts(file: FileRef, encoded: data.Encoded) -> DataFacts:
     return DataFacts(
         file_id=file.id,
-        sha256=file.sha256,
+        digest=file.digest,
         rows=len(encoded.rows),
         counted_tokens=encoded.counted,
         unmeasured_rows=len(encoded.unmeasured),

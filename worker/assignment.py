@@ -1,27 +1,44 @@
 """What a runner is told before it starts: its assignment, and which accelerator it sees."""
 
 import os
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy.orm import Session
 
-from service.domain.errors import JobFailure, NotFound
+from service.domain.errors import Gone, JobFailure, NotFound
 from service.domain.job import SETS, FailureCode, JobSpec, ModelEntry
 from service.settings import Settings
-from service.store import artifacts, benchmarks, files, models
+from service.store import artifacts, benchmarks, deletions, files, lineage, models, tenancy
 from service.store.rows import Claim
+from service.store.secrets import Secrets, secrets_of
+from service.store.tables import Artifact, Job
 from worker.process import count_accelerators
-from worker.records import Assignment, BenchmarkAssignment, FileRef
+from worker.records import (
+    ArtifactFile,
+    Assignment,
+    BenchmarkAssignment,
+    EarlierJob,
+    FileRef,
+    ParentAssignment,
+    RequestRows,
+)
 
+REPORT = "report.json"
 DRIVER = Path("/dev/nvidiactl")
+
+Refer = Callable[[str | None], FileRef | None]
 
 
 def assignment(
     s: Session, claim: Claim, spec: JobSpec, settings: Settings, scratch: Path, on_accelerator: bool
 ) -> Assignment:
-    """Raises JobFailure where a model, a file or a benchmark is gone."""
-    forget, retain, refusals, holdout = (_file(s, getattr(spec, purpose)) for purpose in SETS)
+    """Raises JobFailure where a model, a file, a benchmark or the parent's adapter is gone."""
+    tenancy.bind(s, claim.tenant_id)
+    refer = partial(_file, s, secrets_of(settings))
+    forget, retain, refusals, holdout = (refer(getattr(spec, purpose)) for purpose in SETS)
     dtype = settings.worker_dtype
     return Assignment(
         job_id=claim.job_id,
@@ -29,11 +46,15 @@ def assignment(
         fence=claim.fence,
         spec=spec,
         model=_model(s, spec.model),
+        parent=None if spec.parent is None else _parent(s, refer, spec.parent, spec.model),
         forget_file=forget,
         retain_file=retain,
         refusal_file=refusals,
         holdout_file=holdout,
-        benchmarks=[_benchmark(s, name) for name in spec.benchmarks],
+        benchmarks=[_benchmark(s, refer, name) for name in spec.benchmarks],
+        deletion_requests=[
+            RequestRows.model_validate(link, from_attributes=True) for link in deletions.served(s, claim.job_id)
+        ],
         storage_url=settings.storage_url,
         prefix=prefix(claim),
         models_root=settings.models_root,
@@ -51,14 +72,50 @@ def _model(s: Session, name: str) -> ModelEntry:
         raise JobFailure(FailureCode.MODEL_NOT_FOUND, str(error)) from error
 
 
-def _file(s: Session, file_id: str | None) -> FileRef | None:
+def _parent(s: Session, refer: Refer, job_id: str, model: str) -> ParentAssignment:
+    if reason := lineage.why_not(s, job_id, model):
+        raise JobFailure(FailureCode.MODEL_NOT_FOUND, f"the parent's adapter cannot be had: {reason}")
+    return ParentAssignment(
+        job_id=job_id,
+        adapter=[_published(artifact) for artifact in lineage.adapter(s, job_id)],
+        report=_published(artifacts.named(s, job_id, REPORT)),
+        chain=[_earlier(refer, job) for job in lineage.chain(s, job_id)],
+    )
+
+
+def _published(artifact: Artifact) -> ArtifactFile:
+    return ArtifactFile.model_validate(artifact, from_attributes=True)
+
+
+def _earlier(refer: Refer, job: Job) -> EarlierJob:
+    """Its rows may be gone, as they are to be in the end: then the report says that they could not be measured again."""
     try:
-        return None if file_id is None else FileRef.model_validate(files.get(s, file_id), from_attributes=True)
-    except NotFound as error:
+        rows = refer(job.forget_set)
+    except JobFailure:
+        rows = None
+    return EarlierJob(job_id=job.id, forget_file=rows)
+
+
+def _file(s: Session, secrets: Secrets, file_id: str | None) -> FileRef | None:
+    if file_id is None:
+        return None
+    try:
+        file = files.get(s, file_id)
+        private = files.private(secrets, file)
+    except (NotFound, Gone) as error:
         raise JobFailure(FailureCode.INVALID_FILE, str(error)) from error
+    return FileRef(
+        id=file.id,
+        key=file.key,
+        sha256=private.sha256,
+        digest=file.digest,
+        data_key=b64encode(private.data_key).decode(),
+        rows=file.rows,
+        bytes=file.bytes,
+    )
 
 
-def _benchmark(s: Session, name: str) -> BenchmarkAssignment:
+def _benchmark(s: Session, refer: Refer, name: str) -> BenchmarkAssignment:
     try:
         found = benchmarks.get(s, name)
     except NotFound as error:
@@ -68,9 +125,10 @@ def _benchmark(s: Session, name: str) -> BenchmarkAssignment:
             name=name,
             suite=found.suite,
             corpus=found.corpus,
-            files={of: _file(s, file_id) for of, file_id in found.sets.items()},
+            folder=benchmarks.folder(found.tenant_id, name),
+            files={of: refer(file_id) for of, file_id in found.sets.items()},
             retrained_model=None if found.retrained_model is None else _model(s, found.retrained_model),
-            retrained_scores=_file(s, found.retrained_scores),
+            retrained_scores=refer(found.retrained_scores),
         )
     except JobFailure as failure:
         raise JobFailure(failure.code, f"benchmark {name!r}: {failure}") from failure

@@ -1,11 +1,13 @@
 """The registered benchmarks that a request names: their rows, their retrained reference, and what a report says of them."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from service.domain.job import ModelEntry
 from service.domain.report import BenchmarkFacts, BenchmarkFigure, BenchmarkSet
+from service.store.sealed import SealedStorage
 from service.store.storage import Storage
 from worker import evaluate, files, model, registry, scoring
 from worker.model import Network
@@ -26,8 +28,13 @@ class Benchmark(NamedTuple):
         return evaluate.run(network, self.suite, self.sets, self.retrained, cache)
 
     def cache(self, job: Assignment) -> Storage:
-        """Where what a registered model says of its texts is kept; DELETE /v1/benchmarks/NAME removes it with the rest."""
-        return Storage(f"{job.storage_url.rstrip('/')}/benchmarks/{self.given.name}")
+        """Where what a registered model says of its texts is kept; DELETE /v1/benchmarks/NAME removes it with the rest.
+
+        Sealed with a key that only the keys of the benchmark's files give: who purges one of them has made it noise.
+        """
+        keys = sorted(file.data_key for file in self.given.files.values())
+        data_key = hashlib.sha256(" ".join(["looks", *keys]).encode()).digest()
+        return SealedStorage(f"{job.storage_url.rstrip('/')}/{self.given.folder}", data_key)
 
 
 def read(job: Assignment, storage: Storage) -> list[Benchmark]:
@@ -118,7 +125,7 @@ def _set_facts(benchmark: Benchmark, name: str, network: Network) -> BenchmarkSe
         }
         unmeasured |= {places[number - 1] for number in encoded.unmeasured if ask.scored}
     return BenchmarkSet(
-        name=name, sha256=file.sha256, rows=file.rows, beyond_context=len(beyond), unmeasured_rows=len(unmeasured)
+        name=name, digest=file.digest, rows=file.rows, beyond_context=len(beyond), unmeasured_rows=len(unmeasured)
     )
 
 
@@ -126,5 +133,5 @@ def _named(given: BenchmarkAssignment) -> str | None:
     if given.retrained_model is not None:
         return f"the registered model {given.retrained_model.name}"
     if given.retrained_scores is not None:
-        return f"stored figures, sha256:{given.retrained_scores.sha256}"
+        return f"stored figures, {given.retrained_scores.digest}"
     return None

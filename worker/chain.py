@@ -3,8 +3,8 @@
     python -m worker.chain REPORT.json REPORT.json ... --html OUT.html --json OUT.json
 
 MUSE asks both of an unlearning method: sustainability (one request after the other, each on the model that the last one left)
-and scaling (one request, of more and more rows). A job starts from the model that its request names, so which of the two a
-chain shows is read from the models' digests, and said.
+and scaling (one request, of more and more rows). Which of the two a chain shows is read from the jobs' parents and from the
+models' digests, and said.
 
 Reference: Shi et al. 2024, MUSE, arXiv 2407.06460.
 """
@@ -12,12 +12,22 @@ Reference: Shi et al. 2024, MUSE, arXiv 2407.06460.
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from service.domain.errors import FieldProblem, InvalidRequest
-from service.domain.report import BenchmarkFacts, BenchmarkFigure, ChainJob, ChainReport, ChainSeries, Figure, Report
+from service.domain.report import (
+    EARLIER,
+    BenchmarkFacts,
+    BenchmarkFigure,
+    ChainJob,
+    ChainReport,
+    ChainSeries,
+    Figure,
+    Report,
+)
 from worker.chain_page import render_html
 
 JOBS_MIN = 2
@@ -60,12 +70,13 @@ def _job(report: Report) -> ChainJob:
         created_at=report.created_at,
         model=report.asked.model,
         base_digest=report.base_model.digest,
+        parent=report.parent.job_id if report.parent else None,
         method=report.asked.method,
         result=report.verdict.result,
         released=report.released.published,
         forget_rows=report.forget_set.rows,
-        forget_sha256=report.forget_set.sha256,
-        retain_sha256=report.retain_set.sha256,
+        forget_digest=report.forget_set.digest,
+        retain_digest=report.retain_set.digest,
         epsilon=report.constraint.epsilon,
         retain_before=report.constraint.before,
         retain_after=report.constraint.upper,
@@ -121,30 +132,42 @@ def _benchmarks(reports: Sequence[Report]) -> list[str]:
 
 
 def _sets(of: BenchmarkFacts) -> tuple[tuple[str, str], ...]:
-    return tuple((each.name, each.sha256) for each in of.sets)
+    return tuple((each.name, each.digest) for each in of.sets)
 
 
 # --- what may be compared
 
 
-def one_base(jobs: Sequence[ChainJob]) -> bool:
-    return len({job.base_digest for job in jobs}) == 1
+def one_start(jobs: Sequence[ChainJob]) -> bool:
+    """Whether all jobs started from the same model."""
+    return len({(job.base_digest, job.parent) for job in jobs}) == 1
+
+
+def each_from_the_last(jobs: Sequence[ChainJob]) -> bool:
+    """Whether each job started from the adapter of the one before it."""
+    return all(job.parent == last.job_id for last, job in pairwise(jobs))
 
 
 def _comparable(reports: Sequence[Report]) -> Iterator[str]:
     jobs = [_job(report) for report in reports]
     sizes = {job.forget_rows for job in jobs}
-    if one_base(jobs):
+    if each_from_the_last(jobs):
         yield (
-            "Every job started from the same base model, so each job's figures are of its own request alone. That is a series of "
+            "By the reports, each job started from the adapter of the one before it: figures over the jobs show how a model "
+            "fares that has been through all of them (sustainability)."
+        )
+    elif one_start(jobs):
+        yield (
+            "Every job started from the same model, so each job's figures are of its own request alone. That is a series of "
             "separate requests: it does not show how a model fares that has been through all of them (sustainability)."
         )
         if len(sizes) > 1:
             yield f"The requests are of {min(sizes):,} to {max(sizes):,} forget rows: figures over that number show scaling."
     else:
         yield (
-            "The jobs did not all start from the same base model. Where each base is the model that the job before it left, "
-            "figures over the jobs show sustainability; the reports hold the digests of the bases, not where they come from."
+            "The jobs did not all start from the same model, nor each from the adapter of the one before it. Where each base is "
+            "the model that the job before it left, figures over the jobs show sustainability; the reports hold the digests of "
+            "the bases, not where they come from."
         )
     for name in _benchmarks(reports):
         asked = [any(of.name == name for of in report.benchmarks) for report in reports]
@@ -154,12 +177,15 @@ def _comparable(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
-    if _differ(reports, lambda report: report.forget_set.sha256):
+    if _differ(reports, lambda report: report.forget_set.digest):
         yield "Figures of the forget sets: each job's are of its own rows."
-    if _differ(reports, lambda report: report.retain_set.sha256):
+    if _differ(reports, lambda report: report.retain_set.digest):
         yield "Figures of the retain sets, the bound's included: the jobs had different ones."
-    if not one_base([_job(report) for report in reports]):
-        yield "Figures before: they are of different base models."
+    jobs = [_job(report) for report in reports]
+    if each_from_the_last(jobs):
+        yield "Figures before: each job's are of the model that the job before it left, and so is what its relative bound is on."
+    elif not one_start(jobs):
+        yield "Figures before: they are of different models."
     told: tuple[tuple[str, Callable[[Report], object]], ...] = (
         ("The bounds ε differ, and with them what a verdict required", lambda report: report.constraint.epsilon),
         (
@@ -189,8 +215,9 @@ def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _gates(report: Report) -> list[tuple[object, ...]]:
-    """Beside the bound and the forget gate, whose thresholds follow from the base."""
-    return [(gate.metric, gate.op, gate.threshold, gate.severity) for gate in report.verdict.gates[2:]]
+    """Beside the bound, the forget gate and earlier jobs', whose thresholds follow from the model."""
+    asked = [gate for gate in report.verdict.gates[2:] if not gate.metric.startswith(EARLIER)]
+    return [(gate.metric, gate.op, gate.threshold, gate.severity) for gate in asked]
 
 
 def _differ(reports: Sequence[Report], of: Callable[[Report], object]) -> bool:

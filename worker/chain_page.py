@@ -50,7 +50,7 @@ BOUND = Style(INK, "7 4", chart.bar)
 
 def render_html(chain: ChainReport) -> str:
     sizes = [job.forget_rows for job in chain.jobs]
-    scaling = len({job.base_digest for job in chain.jobs}) == 1 and len(set(sizes)) > 1
+    scaling = len({(job.base_digest, job.parent) for job in chain.jobs}) == 1 and len(set(sizes)) > 1
     count = len(chain.jobs)
     return template("chain.html").render(
         chain=chain,

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+from base64 import b64decode
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -13,6 +14,7 @@ from typing import Any
 from service.domain import rows
 from service.domain.errors import InvalidRequest, JobFailure, NotFound
 from service.domain.job import FailureCode
+from service.store.sealed import open_sealed
 from service.store.storage import Storage
 from worker.records import ArtifactFile, FileRef
 
@@ -35,7 +37,8 @@ def read_rows(storage: Storage, file: FileRef) -> list[dict[str, Any]]:
 def read_bytes(storage: Storage, file: FileRef) -> bytes:
     """A stored file, refused if it is not the one that the request named."""
     try:
-        content = b"".join(storage.read(file.key))
+        with open_sealed(storage, file.key, b64decode(file.data_key)) as opened:
+            content = opened.read()
     except NotFound as error:
         raise JobFailure(FailureCode.INVALID_FILE, f"file {file.id} is no longer in the storage") from error
     if hashlib.sha256(content).hexdigest() != file.sha256:

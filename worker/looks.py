@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save
 from torch import Tensor
 
-from service.domain.errors import NotFound
+from service.domain.errors import NotFound, StorageUnavailable
 from service.store.storage import Storage
 from worker.data import Encoded
 from worker.model import Network
@@ -96,7 +96,7 @@ def recall(storage: Storage, key: str) -> Scores | None:
     """None: it is not there, or not what was written."""
     try:
         content = b"".join(storage.read(key))
-    except NotFound:
+    except (NotFound, StorageUnavailable):  # such as what was sealed with the keys of other files
         return None
     said, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(payload).hexdigest().encode() != said:

@@ -89,8 +89,16 @@ def measure(network: Network, both: Sets) -> Measurement:
     forget, objective = score(network, both.forget, both.forget_places)
     retain, _ = score(network, answers_alone(both.retain), both.retain_places)
     loss, upper = token_mean(retain, len(both.retain.encoded.measured))
-    probability = float((-forget.nll_B / forget.counted_B).exp().mean())
-    return Measurement(objective, probability, loss, upper)
+    return Measurement(objective, _probability(forget), loss, upper)
+
+
+def mean_probability(network: Network, term: Term, places: Sequence[int]) -> float:
+    """Of the rows' answers: the mean over rows of exp(mean log p of the row's counted tokens)."""
+    return _probability(score(network, term, places)[0])
+
+
+def _probability(scores: Scores) -> float:
+    return float((-scores.nll_B / scores.counted_B).exp().mean())
 
 
 def answers_alone(term: Term) -> Term:

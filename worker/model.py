@@ -1,7 +1,8 @@
 """A registered model, its tokeniser and its head; a LoRA adapter on it, saved and loaded as PEFT does.
 
-The base is frozen and stays as it is: the reference model is the same network with the adapter off. Weights are read from
-safetensors only, and no code that a model brings along is run.
+The base is frozen and stays as it is: the reference model is the same network with the trained adapter off. A job that starts
+from an earlier one's adapter has that in it, too, frozen: it is part of the reference. Weights are read from safetensors only,
+and no code that a model brings along is run.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from service.domain import modelfiles
 from service.domain.errors import InvalidRequest, JobFailure
 from service.domain.job import FailureCode, Lora, ModelEntry
 from service.domain.report import BaseModelFacts
+from worker.concatenation import write_concatenated
 from worker.failures import failure
 from worker.head import FusedPredictions, Head, PlainPredictions
 from worker.problem import Params
@@ -33,6 +35,10 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # of mixture mode
 CAPS_AND_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of the logits, in a model's config
 PROBE_TOKENS = 8
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+TRAINED, PARENT = (
+    "default",
+    "parent",
+)  # PEFT's names of adapters; it publishes only the default without a folder of its own
 
 
 class Network(NamedTuple):
@@ -274,11 +280,18 @@ def facts(network: Network) -> BaseModelFacts:
 # --- the adapter
 
 
-def adapt(base: Network, lora: Lora, seed: int, layers: Callable[[int], Sequence[int]] = range) -> Network:
+def adapt(
+    base: Network,
+    lora: Lora,
+    seed: int,
+    layers: Callable[[int], Sequence[int]] = range,
+    parent: Path | None = None,
+) -> Network:
     """Put a fresh LoRA adapter into the network: float32 whatever the base's type, no dropout, a function of the seed.
 
     Args:
         layers: the number of layers -> those (0-based) that get one.
+        parent: the folder of an adapter that acts beside it and is not trained.
 
     Raises JobFailure (unsupported_architecture) for a target that is the head, an embedding or a router, or that is not there.
     """
@@ -296,6 +309,9 @@ def adapt(base: Network, lora: Lora, seed: int, layers: Callable[[int], Sequence
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft = get_peft_model(base.causal, config)
+        if parent is not None:
+            peft.load_adapter(str(parent), PARENT, torch_device=str(base.device))
+            _activate(peft, [PARENT, TRAINED])
     config.base_model_name_or_path, config.revision = base.name, base.entry.revision  # PEFT would publish a path
     peft.eval()
     return base._replace(peft=peft)
@@ -327,8 +343,31 @@ def _targets(causal: Any, wanted: list[str] | None) -> list[str]:
 
 
 def adapter_off(network: Network) -> AbstractContextManager[None]:
-    """Within it the network is the base: the reference model."""
-    return _peft(network).disable_adapter()
+    """Within it the network is the reference model: without the adapter that is trained, with its parent if it has one."""
+    peft = _peft(network)
+    return _only(peft, [PARENT]) if PARENT in peft.peft_config else peft.disable_adapter()
+
+
+def base_alone(network: Network) -> AbstractContextManager[None]:
+    """Within it the network is the base: without a parent, too."""
+    peft = _peft(network)
+    return _only(peft, []) if PARENT in peft.peft_config else peft.disable_adapter()
+
+
+@contextmanager
+def _only(peft: PeftModel, names: list[str]) -> Iterator[None]:
+    _activate(peft, names)
+    try:
+        yield
+    finally:
+        _activate(peft, [PARENT, TRAINED])
+
+
+def _activate(peft: PeftModel, names: list[str]) -> None:
+    """These adapters act; the parent is never trained. (PEFT's own switches make whatever they turn on trainable.)"""
+    tuner: Any = peft.base_model
+    tuner.set_adapter(names, inference_mode=True)
+    peft.set_requires_grad(TRAINED)
 
 
 def trainable(network: Network) -> Params:
@@ -343,14 +382,20 @@ def assign(network: Network, values: Mapping[str, Tensor]) -> None:
 
 
 def save(network: Network, folder: Path) -> None:
-    """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors, and a model card."""
-    # "auto" would look on the Hub whether the base's vocabulary has changed
-    _peft(network).save_pretrained(str(folder), save_embedding_layers=False)
+    """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors, and a model card.
+
+    One that has a parent is written as one with it: it goes onto the base alone.
+    """
+    peft = _peft(network)
+    if PARENT in peft.peft_config:
+        write_concatenated(peft, [PARENT, TRAINED], folder)
+    else:  # "auto" would look on the Hub whether the base's vocabulary has changed
+        peft.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").write_text(_card(network), encoding="utf-8")
 
 
 def load_adapter(network: Network, folder: Path) -> Network:
-    """The base with the adapter that is stored in the folder, in place of one that may be in it now."""
+    """The base with the adapter that is stored in the folder, in place of those that may be in it now."""
     causal = network.causal if network.peft is None else network.peft.unload()
     peft = PeftModel.from_pretrained(causal, str(folder), is_trainable=False)
     peft.eval()
@@ -367,9 +412,14 @@ def _card(network: Network) -> str:
     front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, unlearning]"]
     if network.entry.source == "hub":  # a card's base_model must be a Hub id
         front.insert(1, f"base_model: {base}")
+    contains = (
+        "It contains the adapter of the earlier job that it started from: apply it to the base, in place of that one.\n"
+    )
     return (
         "---\n" + "\n".join(front) + "\n---\n\n"
         f"# Unlearning adapter for {base}\n\n"
         "A LoRA adapter, trained to make its base forget a set of rows while its loss on a retain set stays within a bound.\n"
         "What was measured, and what was not, is in the report of the job that made it.\n"
+        + contains
+        * (PARENT in _peft(network).peft_config)
     )

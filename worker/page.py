@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment as Templates
 from jinja2 import FileSystemLoader, StrictUndefined, Template
 
-from service.domain.report import AuditEntry, BenchmarkFacts, BenchmarkFigure, Figure, Report
+from service.domain.report import EARLIER, AuditEntry, BenchmarkFacts, BenchmarkFigure, Figure, Report
 from worker import course, pictures, words
 
 WHOLE = ("model_utility", "forget_quality", "forget_quality_ks_statistic", "privleak", "privleak_vs_chance")
@@ -59,6 +59,7 @@ def template(name: str) -> Template:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     templates.globals |= {"number": words.number, "interval": words.interval, "attack_words": words.ATTACKS}
+    templates.globals |= {"earlier": EARLIER}
     return templates.get_template(name)
 
 

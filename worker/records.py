@@ -18,9 +18,33 @@ RECORDS_FD = "UNLEARN_RECORDS_FD"
 class FileRef(BaseModel):
     id: str
     key: str  # below the storage root
-    sha256: str
+    sha256: str  # of the content
+    digest: str  # the same, keyed: what a report may name
+    data_key: str = Field(repr=False)  # base64; what the stored bytes are encrypted with
     rows: int
+    bytes: int  # of the content
+
+
+class ArtifactFile(BaseModel):
+    name: str  # "adapter/adapter_model.safetensors", "report.json"
+    key: str  # below the storage root
+    media_type: str
     bytes: int
+    sha256: str
+
+
+class EarlierJob(BaseModel):
+    job_id: str
+    forget_file: FileRef | None  # None: it is no longer kept
+
+
+class ParentAssignment(BaseModel):
+    """The job whose adapter this one starts from."""
+
+    job_id: str
+    adapter: list[ArtifactFile]
+    report: ArtifactFile  # the JSON one
+    chain: list[EarlierJob]  # that job, the one that it started from, and so on
 
 
 class BenchmarkAssignment(BaseModel):
@@ -29,9 +53,17 @@ class BenchmarkAssignment(BaseModel):
     name: str
     suite: Literal["tofu", "muse"]
     corpus: str
+    folder: str  # below the storage root; where what models say of its texts is kept
     files: dict[str, FileRef]  # by the suite's name of the set
     retrained_model: ModelEntry | None = None  # measured once, or
     retrained_scores: FileRef | None = None  # its stored figures; or neither
+
+
+class RequestRows(BaseModel):
+    """A deletion request that the job serves."""
+
+    request_id: str
+    row_numbers: list[int]  # of its rows in the forget set, from 1
 
 
 class Assignment(BaseModel):
@@ -40,11 +72,13 @@ class Assignment(BaseModel):
     fence: int
     spec: JobSpec
     model: ModelEntry
+    parent: ParentAssignment | None = None  # None: it starts from the base model
     forget_file: FileRef
     retain_file: FileRef
     refusal_file: FileRef | None = None  # of the request; None: worker.refusals
     holdout_file: FileRef | None = None
     benchmarks: list[BenchmarkAssignment] = Field(default_factory=list)  # in the request's order
+    deletion_requests: list[RequestRows] = Field(default_factory=list)
     storage_url: str
     prefix: str  # below the storage root; this attempt's own: "jobs/<id>/attempts/<fence>"
     models_root: Path
@@ -103,19 +137,11 @@ class WarningRecord(Record):
 
 
 class ConstraintRecord(Record):
-    """Sent once, when the base model's retain loss is known."""
+    """Sent once, when the retain loss of the model that the job starts from is known."""
 
     type: Literal["constraint"] = "constraint"
     epsilon: float
     base_retain_loss: float
-
-
-class ArtifactFile(BaseModel):
-    name: str  # "adapter/adapter_model.safetensors", "report.json"
-    key: str  # below the storage root
-    media_type: str
-    bytes: int
-    sha256: str
 
 
 class ResultRecord(Record):

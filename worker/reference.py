@@ -1,4 +1,4 @@
-"""What the reference model says of the rows of a job, computed once and kept: the base as it was before unlearning.
+"""What the reference model says of the rows of a job, computed once and kept: the model that the job starts from.
 
 Log-probabilities take four bytes per counted token; a loss on whole distributions or hidden states needs the states that
 those come from. They lie below the job's own prefix of the storage, named by a digest of all that they depend on, so that a
@@ -20,6 +20,7 @@ from service.domain.errors import NotFound
 from service.store.storage import Storage
 from worker import data
 from worker.data import Encoded
+from worker.looks import adapter_digest
 from worker.model import Network, adapter_off
 from worker.views import Stored, Term, pack, views
 
@@ -88,10 +89,13 @@ def _starts(encoded: Encoded, places: Sequence[int]) -> dict[int | None, int]:
 
 
 def digest(network: Network, term: Term, places: Sequence[int]) -> str:
-    """Of everything that the values depend on: the base, its type and device, the code, and the very tokens."""
+    """Of everything that the values depend on: the base and a parent's adapter on it, its type and device, the code, and the
+    very tokens."""
     said = hashlib.sha256()
     facts = (FORMAT, torch.__version__, transformers.__version__, network.digest, network.dtype, network.device.type)
-    said.update(json.dumps([*facts, sorted(term.loss.needs), term.loss.depth]).encode())
+    with adapter_off(network):
+        parent = adapter_digest(network)
+    said.update(json.dumps([*facts, parent, sorted(term.loss.needs), term.loss.depth]).encode())
     for text, encoded in sorted(term.texts.items()):
         for place in places:
             row = encoded.rows[place]

@@ -1,26 +1,33 @@
 """The report of a job: its parts as pure functions of what was measured. worker.assemble puts them together."""
 
+import hashlib
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence, Set
+from functools import cache
 from importlib import metadata
 from typing import Literal, NamedTuple
 
 from service.domain.job import Gate, GateResult, Verdict
 from service.domain.report import (
+    EARLIER,
     AuditEntry,
     BenchmarkFacts,
     CheckPoint,
     ConstraintFacts,
     Environment,
     Figure,
+    Forgotten,
     Logged,
     Report,
+    RequestFigures,
+    RowPoint,
     StepPoint,
     Trajectory,
 )
-from worker.records import CheckRecord, StepRecord
+from worker.records import CheckRecord, RequestRows, StepRecord
 
 POINTS_MAX = 500
 CHECKS_MAX = 100
@@ -33,6 +40,10 @@ FAMILIES = {  # of attacks, by how their names begin
     "paraphrase": "rephrased questions",
     "prefix": "jailbreak-style prefixes",
 }
+CHAINED = (
+    "The job started from the adapter of an earlier one, which the released one contains: before it, the base model had that. "
+    "Of the earlier jobs the forget sets alone were measured again, as far as they are kept; their retain sets were not."
+)
 RELATION = {"<=": "at most", ">=": "at least"}
 
 
@@ -64,17 +75,20 @@ def verdict(
     forget_after: float | None,
     *,
     published: bool,
+    earlier: Sequence[Forgotten] = (),
     gates: Sequence[Gate] = (),
     figures: Mapping[str, Value] = {},
 ) -> Verdict:
-    """PASSED only if an adapter was released that keeps the bound, has forgotten, and meets the request's own gates.
+    """PASSED only if an adapter was released that keeps the bound, has forgotten, brings nothing back that earlier jobs of its
+    chain had forgotten, and meets the request's own gates.
 
-    A slack smaller than the measurement's tolerance is WARNED, and so is a broken gate of severity warn. What could not be
-    measured fails, with that reason.
+    A slack smaller than the measurement's tolerance is WARNED, and so are a broken gate of severity warn and an earlier job
+    whose rows are no longer kept. What else could not be measured fails, with that reason.
     """
     judged = [
         _retain_gate(constraint, published),
         _forget_gate(_finite(forget_before), _finite(forget_after)),
+        *(_earlier_gate(forgotten) for forgotten in earlier),
         *(
             _own_gate(gate, figures.get(gate.metric, Value(None, "the report has no such figure")), published)
             for gate in gates
@@ -142,6 +156,30 @@ def _forget_gate(before: float | None, after: float | None) -> GateResult:
     )
 
 
+def _earlier_gate(forgotten: Forgotten) -> GateResult:
+    """The promise of an earlier job's own forget gate, kept by this job's adapter, and against the base model, which that job or
+    the first of its chain started from."""
+    threshold = None if forgotten.base is None else FORGET_RATIO * forgotten.base
+    gate = GateResult(
+        metric=f"{EARLIER}{forgotten.job_id}",
+        op="<=",
+        threshold=threshold,
+        value=forgotten.after,
+        result="FAILED",
+        message=f"Job {forgotten.job_id}, earlier in the chain: {forgotten.reason}.",
+    )
+    if forgotten.rows is None:
+        return gate.model_copy(update={"severity": "warn", "result": "WARNED"})
+    if forgotten.reason is not None or threshold is None or forgotten.after is None:
+        return gate
+    message = (
+        f"The mean probability of what job {forgotten.job_id} had the model forget is {forgotten.after:.4g}, after "
+        f"{forgotten.before:.4g} before this job; at most {threshold:.4g}, a tenth of the base model's, is required."
+    )
+    kept = forgotten.after <= threshold
+    return gate.model_copy(update={"result": "PASSED" if kept else "FAILED", "message": message})
+
+
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
@@ -202,6 +240,31 @@ def _point(step: StepRecord) -> StepPoint:
     )
 
 
+def of_requests(served: Sequence[RequestRows], points: Sequence[RowPoint]) -> list[RequestFigures]:
+    """Each deletion request's own figures, from those of the forget rows."""
+    by_row = {point.row: point for point in points}
+    figures = []
+    for request in served:
+        measured = [by_row[number] for number in request.row_numbers if number in by_row]
+        figures.append(
+            RequestFigures(
+                request_id=request.request_id,
+                rows=len(request.row_numbers),
+                rows_measured=len(measured),
+                before=_mean([point.before for point in measured]),
+                after=_mean([point.after for point in measured]),
+                reason=None if measured else "none of its rows could be measured",
+            )
+        )
+    return figures
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Null where one of them is, or there are none."""
+    finite = [value for value in values if value is not None]
+    return sum(finite) / len(finite) if finite and len(finite) == len(values) else None
+
+
 def environment(device: str, threads: int) -> Environment:
     """Where it ran: versions, not paths and not names of machines."""
     return Environment(
@@ -211,10 +274,19 @@ def environment(device: str, threads: int) -> Environment:
         device=device,
         threads=threads,
         code_version=metadata.version(DISTRIBUTION),
+        installed=installed(),
     )
 
 
-def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry]) -> list[str]:
+@cache
+def installed() -> str:
+    """One digest of every distribution that is installed: the same where `pip freeze` says the same, but for its order."""
+    found = ((re.sub(r"[-_.]+", "-", one.name).lower(), one.version) for one in metadata.distributions())
+    lines = "".join(f"{name}=={version}\n" for name, version in sorted(set(found)))
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry], *, chained: bool = False) -> list[str]:
     """What the report does not prove, given what was tried."""
     tried = {entry.attack for entry in audit if entry.attacked is not None}
     wordings = "in these wordings. Paraphrases, other languages"
@@ -228,6 +300,7 @@ def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry]) -
         f"Only the rows named here were measured, {wordings} and indirect questions were not.",
         _robustness(tried),
         f"Retention was measured on {retention} not represent may have changed.",
+        *([CHAINED] if chained else []),
         "The base model itself is unchanged: the data is still in its weights, its copies, caches and backups. What was measured "
         "holds only where the adapter is applied.",
     ]

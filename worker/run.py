@@ -19,7 +19,7 @@ from service.domain.job import FailureCode, JobSpec, MethodChoice, Stage
 from service.domain.report import AuditEntry
 from service.domain.rows import Example
 from service.store.storage import Storage
-from worker import audit, benchmarks, data, evaluate, files, measure, model, page, reference, registry, report
+from worker import audit, benchmarks, data, evaluate, files, lineage, measure, model, page, reference, registry, report
 from worker.assemble import Found, assemble
 from worker.diary import Diary, Emit
 from worker.failures import failure
@@ -60,7 +60,8 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         base = model.load(job.model, job.models_root, job.device, job.dtype)
         forget = Term(method.forget, forget_texts(job, storage, method, forget_rows, base))
         retain = retain_term(method, retain_rows, base)
-        network = model.adapt(base, spec.lora, spec.seed, method.layers)
+        chain = lineage.earlier(job, storage, retain_rows, base)
+        network = model.adapt(base, spec.lora, spec.seed, method.layers, lineage.fetch(job, storage, base))
         holdout = encode("holdout", holdout_rows, base) if holdout_rows else None
         warn_about_rows(forget.encoded, retain.encoded, diary)
 
@@ -71,7 +72,11 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         with model.adapter_off(network):
             before = measure.measure(network, both.whole)
             request_before = evaluate.run(network, request.suite, request.sets)
-            named_before = [one.run(network, one.cache(job)) for one in named]
+            # what a registered model says is kept; one with a job's adapter is none
+            named_before = [one.run(network, None if job.parent else one.cache(job)) for one in named]
+            chain_before = lineage.probabilities(network, chain)
+        with model.base_alone(network):
+            chain_known = lineage.probabilities(network, chain)
         epsilon = spec.constraint.bound(before.retain_loss)
         emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=before.retain_loss))
         warn_about_bound(epsilon, before.retain_loss, diary)
@@ -97,6 +102,7 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         after = measure.measure(network, both.whole)
         request_after = evaluate.run(network, request.suite, request.sets)
         named_after = [one.run(network) for one in named]
+        chain_after = lineage.probabilities(network, chain)
     if cancelled():
         return CancelledRecord()
     attacks: list[AuditEntry] = []
@@ -118,6 +124,7 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
             ],
             attacks,
             holdout,
+            lineage.facts(job.parent, chain, chain_known, chain_before, chain_after) if job.parent else None,
         )
         facts = assemble(job, method, network, both, epsilon, solution, adapter, found, diary)
         reports = [
@@ -266,14 +273,14 @@ def warn_about_bound(epsilon: float, base_loss: float, diary: Diary) -> None:
     if epsilon < base_loss:
         diary.warn(
             "epsilon_below_base",
-            f"epsilon is {epsilon:.6g}, below the base model's retain loss of {base_loss:.6g} nats per token: "
+            f"epsilon is {epsilon:.6g}, below the retain loss of {base_loss:.6g} nats per token before: "
             "the adapter would have to make the retain set better than it was.",
         )
     elif epsilon > LOOSE * base_loss:
         diary.warn(
             "epsilon_loose",
-            f"epsilon is {epsilon:.6g}, {epsilon / base_loss:.3g} times the base model's retain loss of {base_loss:.6g} "
-            "nats per token: it hardly constrains anything.",
+            f"epsilon is {epsilon:.6g}, {epsilon / base_loss:.3g} times the retain loss of {base_loss:.6g} nats per token "
+            "before: it hardly constrains anything.",
         )
 
 
@@ -284,7 +291,9 @@ def main(arguments: Sequence[str]) -> int:
     """Exit status 0 whenever a last record was written, also for a failure."""
     die_with_parent()
     emit, cancelled = open_pipe(), listen()
-    job = Assignment.model_validate_json(Path(arguments[0]).read_bytes())
+    path = Path(arguments[0])
+    job = Assignment.model_validate_json(path.read_bytes())
+    path.unlink()  # it has the keys of the job's files
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -148,6 +148,7 @@ def _attempt(
         scratch.mkdir(parents=True)
         on_accelerator = slot.accelerator is not None
         job = lease.insist(lambda s: assignment(s, lease.claim, spec, settings, scratch, on_accelerator))
+        path.touch(0o600)
         path.write_text(job.model_dump_json())
         with process.started([*runner, str(path)], environment(slot.accelerator), pid_file) as running:
             return _follow(running, lease, spec.limits, began, journal, settings, stopping, telemetry)

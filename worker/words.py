@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from service.domain.job import GateResult
-from service.domain.report import AuditEntry, Figure, Report
+from service.domain.report import EARLIER, AuditEntry, Figure, Report
 
-OWN_GATES = ("retain_nll", "forget_probability")  # of every job; the rest are the request's
+OWN_GATES = ("retain_nll", "forget_probability")  # of every job; the rest are earlier jobs' and the request's
 ATTACKS = {
     "relearn_forget": "fine-tuning on a part of the forget set",
     "relearn_unrelated": "fine-tuning on unrelated text",
@@ -33,13 +33,15 @@ def summary(report: Report) -> str:
         f"while keeping {rows(report.retain_set.rows)}: "
     )
     own = [gate for gate in report.verdict.gates if gate.metric in OWN_GATES]
-    others = [gate for gate in report.verdict.gates if gate.metric not in OWN_GATES]
+    earlier = [gate for gate in report.verdict.gates if gate.metric.startswith(EARLIER)]
+    others = [gate for gate in report.verdict.gates if gate not in own + earlier]
     if report.verdict.result == "PASSED":
         more = ", and it meets every other requirement of the request" if others else ""
+        more += f"; what {_jobs(len(earlier))} had it forget stays forgotten" if earlier else ""
         return f"{asked}the adapter that was released does both, by the measurements below{more}."
     if report.verdict.result == "WARNED":
         slight = "it keeps its bound by less than the measurement can resolve"
-        reasons = [slight] * any(gate.result == "WARNED" for gate in own) + _broken(others)
+        reasons = [slight] * any(gate.result == "WARNED" for gate in own) + _returned(earlier) + _broken(others)
         return f"{asked}the adapter that was released does both, but {', and '.join(reasons)}."
     failed = {gate.metric for gate in own if gate.result == "FAILED"}
     retain = next(gate for gate in own if gate.metric == "retain_nll")
@@ -54,7 +56,19 @@ def summary(report: Report) -> str:
     else:
         missed = "it did neither as required" if failed else "it did both"
     tail = "the adapter must not be relied on" if report.released.published else "no adapter was released"
-    return f"{asked}{', '.join([missed, *_broken(others)])}, and {tail}."
+    return f"{asked}{', '.join([missed, *_returned(earlier), *_broken(others)])}, and {tail}."
+
+
+def _returned(gates: Sequence[GateResult]) -> list[str]:
+    results = [gate.result for gate in gates]
+    likely, unknown = results.count("FAILED"), results.count("WARNED")
+    return [f"what {_jobs(likely)} had it forget is not as unlikely as it must stay"] * bool(likely) + [
+        f"whether what {_jobs(unknown)} had it forget stays forgotten could not be measured"
+    ] * bool(unknown)
+
+
+def _jobs(count: int) -> str:
+    return "an earlier job" if count == 1 else f"{count} earlier jobs"
 
 
 def _broken(gates: Sequence[GateResult]) -> list[str]:
@@ -138,7 +152,10 @@ def unmeasured(report: Report) -> Iterator[str]:
         yield f"Retain loss after: {report.constraint.reason}."
     missing = [(f"{f.set.capitalize()} set", f.metric, f.reason) for f in report.figures]
     missing += [(f"Benchmark {of.name}", f.name, f.reason) for of in report.benchmarks for f in of.figures]
+    missing += [("Deletion requests", f.request_id, f.reason) for f in report.deletion_requests]
     missing += [("Audit", f"{e.attack}/{e.metric}", e.reason) for e in report.audit]
+    if report.parent is not None:
+        missing += [("Earlier jobs", f.job_id, f.reason) for f in report.parent.forgotten]
     together: dict[tuple[str, str], list[str]] = {}
     for where, name, reason in missing:
         if reason:

@@ -1,20 +1,20 @@
 """Is the request possible? Everything that can be told without the model is told here, before a job exists."""
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from service.api import shown
-from service.api.deps import Parts, uploaded
+from service.api import polling, sets, shown
+from service.api.deps import Parts
+from service.api.once import ANEW, Once
 from service.api.shapes import JobObject
 from service.domain import gates, rows
-from service.domain.errors import FieldProblem, InvalidRequest, NotFound, UnlearnError
-from service.domain.job import SETS, SPACE_WARNING, JobCreate, JobSpec, ModelEntry, Row
+from service.domain.deletion import PlannedJob
+from service.domain.errors import FieldProblem, InvalidRequest, NotFound
+from service.domain.identity import Principal
+from service.domain.job import SETS, SPACE_WARNING, JobCreate, JobSpec, MethodChoice, ModelEntry, Resources
 from service.domain.rows import Example
-from service.store import benchmarks, files, jobs, models
+from service.store import benchmarks, deletion_jobs, deletion_reads, deletions, digests, jobs, lineage, models
 from service.store.rows import WarningRow
-from service.store.storage import Stored
 
 OVERLAPS_NAMED = 20
 # The last part of the names by which architectures call their head and the embeddings that may be tied to it.
@@ -32,27 +32,47 @@ HEADS = frozenset(
 )
 
 
+Asked = JobCreate | PlannedJob
 Kinds = dict[str, int]  # the kinds of rows that a set has, and the number of the first row of each
 
 
-class Inline(NamedTuple):
-    """Rows of the request, on their way to becoming a file."""
+class Judged(NamedTuple):
+    """What is known of a request that can be carried out."""
 
-    file_id: str
-    purpose: str
-    rows: int
-    stored: Stored
+    entry: ModelEntry
+    method: MethodChoice  # with all its hyperparameters
+    resources: Resources
+    warnings: list[WarningRow]
+    served: dict[str, list[int]]  # by deletion request: the numbers of its rows in the forget set
 
 
-def submit(here: Parts, request: JobCreate) -> JobObject:
+def submit(here: Parts, who: Principal, request: JobCreate, once: Once = ANEW) -> JobObject:
     """A queued job, committed, its bell rung, as it was then. Raises InvalidRequest; then neither row nor file is kept."""
+    judged = judge(here, who, request)
+    with sets.inline_files(here, who, {purpose: getattr(request, purpose) for purpose in SETS}) as inline:
+        ids = {one.purpose: one.kept.file_id for one in inline}
+        named = {purpose: getattr(request, purpose) for purpose in SETS} | ids
+        settled = {"method": judged.method.model_dump(), "resources": judged.resources.model_dump()}
+        spec = JobSpec.model_validate(request.model_dump(exclude={*settled, *SETS}) | named | settled)
+        with here.sessions.begin() as s:
+            once.first(s)
+            sets.insert(s, inline)
+            job = jobs.create(s, spec, judged.warnings, rings=True)
+            deletion_jobs.serve(s, job, judged.served)
+            answer = shown.job_object(s, job)
+            once.keep(s, answer, polling.created(answer))
+    here.dispatcher.ring(job.gpu_class)  # after the commit; a bell that nobody hears, the sweep rings again
+    return answer
+
+
+def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
+    """Reads the sets, keeps nothing. Raises InvalidRequest."""
     entry = _model(here, request.model)
     hyperparameters = here.catalog.complete(request.method.type, request.method.hyperparameters)
     problems = [
-        *_gpu_class(here, request),
-        *_target_modules(request),
-        *_refusals_unused(here, request, hyperparameters),
-        *_benchmarks_and_gates(here, request),
+        *_parent(here, request),
+        *recipe_problems(here, request, hyperparameters),
+        *_requests(here, request),
     ]
     if problems:
         raise InvalidRequest(*problems)
@@ -61,23 +81,16 @@ def submit(here: Parts, request: JobCreate) -> JobObject:
         detail = f"{request.method.type} teaches to refuse questions; row {forget['text']} is a text, which asks none"
         raise InvalidRequest(FieldProblem("/forget_set", detail, "kind"))
     _judge_refusals(here, request)
-
-    with _inline_files(here, request) as inline:
-        ids = {one.purpose: one.file_id for one in inline}
-        asked = request.model_dump(exclude={"method", *SETS})
-        if request.resources.gpu_class == "any":  # the request leaves it open, the model may not
-            asked["resources"]["gpu_class"] = entry.gpu_class
-        sets = {purpose: getattr(request, purpose) for purpose in SETS} | ids
-        method = {"type": request.method.type, "hyperparameters": hyperparameters}
-        spec = JobSpec.model_validate(asked | sets | {"method": method})
-        with here.sessions.begin() as s:
-            for one in inline:
-                name = f"{one.purpose}.jsonl"
-                files.insert(s, one.file_id, purpose=one.purpose, name=name, rows=one.rows, **one.stored._asdict())
-            job = jobs.create(s, spec, _warnings(entry, {*forget, *retain}), rings=True)
-            answer = shown.job_object(s, job)
-    here.dispatcher.ring(job.gpu_class)  # after the commit; a bell that nobody hears, the sweep rings again
-    return answer
+    resources = request.resources
+    if resources.gpu_class == "any":  # the request leaves it open, the model may not
+        resources = resources.model_copy(update={"gpu_class": entry.gpu_class})
+    return Judged(
+        entry,
+        MethodChoice(type=request.method.type, hyperparameters=hyperparameters),
+        resources,
+        _warnings(entry, {*forget, *retain}),
+        _rows_of_requests(here, who, request),
+    )
 
 
 def _model(here: Parts, name: str) -> ModelEntry:
@@ -92,13 +105,30 @@ def _model(here: Parts, name: str) -> ModelEntry:
         ) from error
 
 
-def _gpu_class(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
+def _parent(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
+    if request.parent is None:
+        return
+    with here.sessions.begin() as s:
+        reason = lineage.why_not(s, request.parent, request.model)
+    if reason is not None:
+        yield FieldProblem("/parent", reason, "parent")
+
+
+def recipe_problems(here: Parts, asked: Asked, hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:
+    """What is wrong with it whatever its rows are; the hyperparameters are complete."""
+    yield from _gpu_class(here, asked)
+    yield from _target_modules(asked)
+    yield from _refusals_unused(here, asked, hyperparameters)
+    yield from _benchmarks_and_gates(here, asked)
+
+
+def _gpu_class(here: Parts, request: Asked) -> Iterator[FieldProblem]:
     known = here.settings.gpu_classes
     if request.resources.gpu_class not in known:
         yield FieldProblem("/resources/gpu_class", f"the GPU classes are: {', '.join(known)}", "enum")
 
 
-def _target_modules(request: JobCreate) -> Iterator[FieldProblem]:
+def _target_modules(request: Asked) -> Iterator[FieldProblem]:
     for index, name in enumerate(request.lora.target_modules or ()):
         if name.rpartition(".")[2] in HEADS:
             yield FieldProblem(
@@ -108,13 +138,13 @@ def _target_modules(request: JobCreate) -> Iterator[FieldProblem]:
             )
 
 
-def _refusals_unused(here: Parts, request: JobCreate, hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:
+def _refusals_unused(here: Parts, request: Asked, hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:
     method = request.method.type
     if request.refusal_set is not None and not here.catalog.teaches_refusals(method, hyperparameters):
         yield FieldProblem("/refusal_set", f"{method} does not teach a refusal, so it would not be used", "unused")
 
 
-def _benchmarks_and_gates(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
+def _benchmarks_and_gates(here: Parts, request: Asked) -> Iterator[FieldProblem]:
     named = dict[str, gates.Named]()
     for index, name in enumerate(request.benchmarks):
         pointer = f"/benchmarks/{index}"
@@ -132,11 +162,48 @@ def _benchmarks_and_gates(here: Parts, request: JobCreate) -> Iterator[FieldProb
     yield from gates.problems(request, here.catalog, named)
 
 
+def _requests(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
+    """Those that it is to serve and cannot."""
+    for index, request_id in enumerate(request.deletion_requests):
+        if request_id in request.deletion_requests[:index]:
+            yield FieldProblem(f"/deletion_requests/{index}", f"{request_id} is named twice", "duplicate")
+            continue
+        try:
+            with here.sessions.begin() as s:
+                reason = deletion_jobs.why_not(s, deletions.get(s, request_id), request.model)
+        except NotFound as error:
+            reason = str(error)
+        if reason is not None:
+            yield FieldProblem(f"/deletion_requests/{index}", reason, "deletion_request")
+
+
+def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> dict[str, list[int]]:
+    """By request: the numbers of its rows in the forget set. Raises InvalidRequest where one is missing there."""
+    if not request.deletion_requests:
+        return {}
+    with sets.opened(here, request.forget_set, "forget_set") as forget:
+        found = digests.row_digests(here.secrets, who.tenant, forget)
+        where = {digest: number for number, digest in enumerate(found, start=1)}
+    served, problems = dict[str, list[int]](), list[FieldProblem]()
+    for index, request_id in enumerate(request.deletion_requests):
+        with here.sessions.begin() as s:
+            wanted = deletion_reads.with_digests(s, request_id).row_digests
+        missing = next((number for number, digest in enumerate(wanted, start=1) if digest not in where), None)
+        if missing is not None:
+            detail = f"row {missing} of {request_id} is not in the forget set"
+            problems.append(FieldProblem(f"/deletion_requests/{index}", detail, "row_missing"))
+        else:
+            served[request_id] = sorted({where[digest] for digest in wanted})
+    if problems:
+        raise InvalidRequest(*problems)
+    return served
+
+
 def _judge_refusals(here: Parts, request: JobCreate) -> None:
     """Raises InvalidRequest unless every row is a text."""
     if request.refusal_set is None:
         return
-    with _opened(here, request, "refusal_set") as refusals:
+    with sets.opened(here, request.refusal_set, "refusal_set") as refusals:
         wrong = [number for number, row in enumerate(refusals, start=1) if row.kind != "text"]
     if wrong:
         detail = f"a refusal is a row of `text`; row {wrong[0]} is not, nor are {len(wrong) - 1} others"
@@ -156,7 +223,10 @@ def _judge_sets(here: Parts, request: JobCreate) -> tuple[Kinds, Kinds]:
     if request.holdout_set is not None:  # what the model was trained on, or is trained on now, is no holdout
         pairs += [("holdout_set", "forget_set"), ("holdout_set", "retain_set")]
     for one, other in pairs:
-        with _opened(here, request, one) as first, _opened(here, request, other) as second:
+        with (
+            sets.opened(here, getattr(request, one), one) as first,
+            sets.opened(here, getattr(request, other), other) as second,
+        ):
             shared = rows.overlap(noted(first, kinds[one]), noted(second, kinds[other]))
         if shared:
             raise InvalidRequest(*_overlaps(one, other, shared))
@@ -169,52 +239,6 @@ def _overlaps(one: str, other: str, shared: list[tuple[int, int]]) -> Iterator[F
         yield FieldProblem(f"/{one}", f"{names[0]} row {first} is {names[1]} row {second}", "overlap")
     if more := len(shared[OVERLAPS_NAMED:]):
         yield FieldProblem(f"/{one}", f"and {more} more", "overlap")
-
-
-@contextmanager
-def _opened(here: Parts, request: JobCreate, purpose: str) -> Iterator[Iterator[Example]]:
-    given = getattr(request, purpose)
-    if isinstance(given, list):
-        yield _inline_rows(given, purpose)
-        return
-    with uploaded(here, given, purpose, f"/{purpose}") as content:
-        yield rows.each(rows.lines(content), f"/{purpose}")
-
-
-def _inline_rows(given: list[Row], purpose: str) -> Iterator[Example]:
-    problems = []
-    for index, row in enumerate(given):
-        try:
-            yield rows.parse(rows.capped(_line(row).removesuffix(b"\n")))
-        except ValueError as error:
-            problems.append(FieldProblem(f"/{purpose}/{index}", f"row {index + 1}: {error}", "line"))
-    if problems:
-        raise InvalidRequest(*problems)
-
-
-@contextmanager
-def _inline_files(here: Parts, request: JobCreate) -> Iterator[list[Inline]]:
-    """The bytes of inline rows, stored; gone again if the job is refused.
-
-    An error that is not a refusal may hide a commit that took place: then the bytes stay, for a job may need them.
-    """
-    inline: list[Inline] = []
-    try:
-        for purpose in SETS:
-            given = getattr(request, purpose)
-            if isinstance(given, list):
-                file_id = files.new_file_id()
-                stored = here.storage.write(files.file_key(file_id), (_line(row) for row in given))
-                inline.append(Inline(file_id, purpose, len(given), stored))
-        yield inline
-    except UnlearnError:
-        for one in inline:
-            here.storage.delete(files.file_key(one.file_id))
-        raise
-
-
-def _line(row: Row) -> bytes:
-    return json.dumps(row.model_dump(exclude_none=True), ensure_ascii=False).encode() + b"\n"
 
 
 def _warnings(entry: ModelEntry, kinds: set[str]) -> list[WarningRow]:

@@ -1,7 +1,9 @@
 """What endpoints share: the parts of the service, pages, media types."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import IO, Annotated, Generic, Literal, NamedTuple, TypeVar
 
 from fastapi import Depends, Request, Response
@@ -9,13 +11,16 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
+from service.api.provider import Provider
 from service.dispatch import Dispatcher
 from service.domain.catalog import Catalog
-from service.domain.errors import FieldProblem, InvalidRequest, NotFound
+from service.domain.errors import FieldProblem, Gone, InvalidRequest, NotFound
+from service.domain.identity import Principal
 from service.domain.job import Strict
 from service.settings import Settings
-from service.store import files
+from service.store import files, tenancy
 from service.store.paging import Order
+from service.store.secrets import Secrets
 from service.store.session import Sessions
 from service.store.storage import Storage
 
@@ -23,11 +28,15 @@ T = TypeVar("T")
 
 
 class Parts(NamedTuple):
+    """What the service is made of. To a route, `sessions` are those of who asks."""
+
     settings: Settings
     sessions: Sessions
     storage: Storage
     dispatcher: Dispatcher
     catalog: Catalog
+    secrets: Secrets
+    provider: Provider | None  # of identities, beside API keys
 
 
 async def _parts(request: Request) -> Parts:
@@ -35,7 +44,18 @@ async def _parts(request: Request) -> Parts:
     return parts
 
 
-Here = Annotated[Parts, Depends(_parts)]
+async def _principal(request: Request) -> Principal:
+    principal: Principal = request.state.principal  # of a route that is Guarded
+    return principal
+
+
+async def _bound(parts: Annotated[Parts, Depends(_parts)], who: Annotated[Principal, Depends(_principal)]) -> Parts:
+    return parts._replace(sessions=tenancy.bound(parts.sessions, who.tenant, who.id))
+
+
+Everybody = Annotated[Parts, Depends(_parts)]  # of a public route: its sessions see every tenant
+Who = Annotated[Principal, Depends(_principal)]
+Here = Annotated[Parts, Depends(_bound)]
 
 
 @contextmanager
@@ -47,10 +67,12 @@ def uploaded(here: Parts, file_id: str, purpose: str, pointer: str) -> Iterator[
         if file.purpose != purpose:
             detail = f"{file_id} was uploaded as {file.purpose}, not as {purpose}"
             raise InvalidRequest(FieldProblem(pointer, detail, "purpose"))
-        with here.storage.open(file.key) as content:
+        with files.content(here.storage, here.secrets, file) as content:
             yield content
     except NotFound as error:
         raise InvalidRequest(FieldProblem(pointer, f"there is no file {file_id}", "file_not_found")) from error
+    except Gone as error:
+        raise InvalidRequest(FieldProblem(pointer, str(error), "purged")) from error
 
 
 class PageQuery(Strict):
@@ -86,6 +108,27 @@ def unchanged(request: Request, etag: str) -> bool:
     """Whether the client has this already: If-None-Match, compared weakly (RFC 9110, section 13.1.2)."""
     given = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     return etag in given or given == ["*"]
+
+
+def revalidated(request: Request, response: Response) -> Response:
+    """What a GET answers with JSON has an ETag, its own or a digest, and is not sent to who has it already."""
+    whole = hasattr(response, "body") and response.headers.get("content-type") == "application/json"
+    if request.method != "GET" or response.status_code != 200 or not whole:
+        return response
+    response.headers.setdefault("ETag", f'"{sha256(response.body).hexdigest()[:32]}"')
+    if not unchanged(request, response.headers["ETag"]):
+        return response
+    kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    return Response(status_code=304, headers=kept)
+
+
+async def versions(request: Request) -> frozenset[int] | None:
+    """A dependency: those of which If-Match says that the object must be at one (RFC 9110, section 13.1.1); None: any."""
+    given = [tag.strip() for tag in request.headers.get("if-match", "*").split(",")]
+    if given == ["*"]:
+        return None
+    found = (re.fullmatch(r'"([0-9]{1,18})(-[0-9a-f]+)?"', tag) for tag in given)  # others match nothing
+    return frozenset(int(tag[1]) for tag in found if tag)
 
 
 def media_type(headers: Headers) -> str:

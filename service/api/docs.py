@@ -44,7 +44,7 @@ def page(api: dict[str, Any]) -> str:
             *_operations(api),
             "<h2>Problems</h2><p>Every error is an <code>application/problem+json</code> (RFC 9457) of one of these types.</p>",
             "<table><tr><th>type<th>status<th>title",
-            *(f'<tr id="{k.name}"><td><code>/docs#{k.name}</code><td>{k.status}<td>{escape(k.title)}' for k in KINDS),
+            *(f'<tr id="{k.name}"><td><code>{k.uri}</code><td>{k.status}<td>{escape(k.title)}' for k in KINDS),
             "</table><h2>Schemas</h2>",
             *(_schema(name, schema) for name, schema in sorted(api["components"]["schemas"].items())),
             "</html>",

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
 
 from service.api.deps import media_type
 from service.api.errors import INTERNAL_ERROR, problem
@@ -18,6 +19,7 @@ from service.store.ids import new_id
 log = structlog.get_logger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MULTIPART_OVERHEAD_BYTES = 2**16  # boundaries, part headers and the short fields around a file
 HEADERS = {
@@ -25,6 +27,7 @@ HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "private, no-cache",
+    "Vary": "Accept, Authorization",
 }
 
 
@@ -57,7 +60,8 @@ class Edge:
         request_id = headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = new_id("req")
-        scope.setdefault("state", {})["request_id"] = request_id
+        added: dict[str, str] = {}  # to the answer, whatever it will be
+        scope.setdefault("state", {}).update(request_id=request_id, headers=added)
         code = 0
 
         async def answer(message: Message) -> None:
@@ -66,16 +70,17 @@ class Edge:
                 code = message["status"]
                 sent = MutableHeaders(scope=message)
                 sent["X-Request-ID"] = request_id
+                sent.update(added)
                 for name, value in HEADERS.items():
                     sent.setdefault(name, value)
             await send(message)
 
         began = time.perf_counter()
-        with self.figures.in_flight.track_inprogress():
+        with self.figures.in_flight.track_inprogress(), bound_contextvars(**_names(headers, request_id)):
             try:
                 await self.app(scope, self._limited(scope, headers, receive), answer)
             except Exception:
-                log.exception("request failed", request_id=request_id, method=scope["method"], path=scope["path"])
+                log.exception("request failed", method=scope["method"], path=scope["path"])
                 if code:  # half an answer is on its way: only breaking it off tells the client
                     raise
                 failed = problem(scope, INTERNAL_ERROR, "The failure is logged under this request_id.")
@@ -104,3 +109,9 @@ class Edge:
             return message
 
         return counted
+
+
+def _names(headers: Headers, request_id: str) -> dict[str, str]:
+    """What every line of the log says that is written for this request; the caller's trace too, if it has one (W3C)."""
+    trace = TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    return {"request_id": request_id} | ({"trace_id": trace["trace"]} if trace else {})

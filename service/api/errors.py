@@ -10,22 +10,31 @@ import sqlalchemy.exc
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from service.domain.errors import (
     FieldProblem,
+    Forbidden,
+    Gone,
+    HubUnavailable,
     InvalidRequest,
     InvalidTransition,
+    KeyInFlight,
+    KeyReused,
     NotFound,
     NotReady,
+    PreconditionFailed,
+    QuotaExceeded,
     StorageFull,
     StorageUnavailable,
     TooLarge,
+    Unauthenticated,
     UnlearnError,
 )
 
 MEDIA_TYPE = "application/problem+json"
+IANA = "https://iana.org/assignments/http-problem-types"
 NAMED = 3  # in the words of `detail`
 ERRORS_MAX = 100  # a thousand inline rows of the wrong kind are a thousand errors
 POINTER_MAX = 200
@@ -37,20 +46,32 @@ class Kind(NamedTuple):
     status: int
     name: str
     title: str
+    registered: bool = False  # at IANA, under this name; the others are ours
+
+    @property
+    def uri(self) -> str:
+        return f"{IANA if self.registered else '/docs'}#{self.name}"
 
 
 KINDS = (
     MALFORMED_JSON := Kind(400, "malformed-json", "The body is not JSON"),
     MALFORMED_BODY := Kind(400, "malformed-body", "The body cannot be read"),
+    UNAUTHENTICATED := Kind(401, "unauthenticated", "Nobody is known by these credentials"),
+    INSUFFICIENT_SCOPE := Kind(403, "insufficient-scope", "The credentials do not allow it"),
     NOT_FOUND := Kind(404, "not-found", "There is no such thing"),
     METHOD_NOT_ALLOWED := Kind(405, "method-not-allowed", "The path does not have this method"),
     NOT_ACCEPTABLE := Kind(406, "not-acceptable", "None of the accepted media types can be given"),
     INVALID_TRANSITION := Kind(409, "invalid-transition", "The present state does not allow it"),
+    KEY_IN_FLIGHT := Kind(409, "idempotency-in-flight", "The same request is being answered"),
     NOT_READY := Kind(409, "not-ready", "It does not exist yet"),
+    GONE := Kind(410, "gone", "It was purged"),
+    PRECONDITION_FAILED := Kind(412, "precondition-failed", "It has changed since it was seen"),
     PAYLOAD_TOO_LARGE := Kind(413, "payload-too-large", "The body is over the limit"),
     UNSUPPORTED_MEDIA_TYPE := Kind(415, "unsupported-media-type", "The body has a media type that is not read here"),
     RANGE_NOT_SATISFIABLE := Kind(416, "range-not-satisfiable", "The range lies outside the content"),
     VALIDATION_ERROR := Kind(422, "validation-error", "The request cannot be carried out as written"),
+    KEY_REUSED := Kind(422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
+    QUOTA_EXCEEDED := Kind(429, "quota-exceeded", "Too much was asked for in too short a time", registered=True),
     INTERNAL_ERROR := Kind(500, "internal-error", "The service failed"),
     SERVICE_UNAVAILABLE := Kind(503, "service-unavailable", "Something that the service needs does not answer"),
     STORAGE_FULL := Kind(507, "storage-full", "The storage takes no more"),
@@ -58,12 +79,26 @@ KINDS = (
 OF_STATUS = {kind.status: kind for kind in reversed(KINDS)}  # the first of a status stands for it
 OF_ERROR: Mapping[type[Exception], Kind] = {
     NotFound: NOT_FOUND,
+    Unauthenticated: UNAUTHENTICATED,
+    Forbidden: INSUFFICIENT_SCOPE,
+    Gone: GONE,
     InvalidTransition: INVALID_TRANSITION,
     NotReady: NOT_READY,
+    KeyInFlight: KEY_IN_FLIGHT,
+    KeyReused: KEY_REUSED,
+    PreconditionFailed: PRECONDITION_FAILED,
+    QuotaExceeded: QUOTA_EXCEEDED,
     TooLarge: PAYLOAD_TOO_LARGE,
     StorageFull: STORAGE_FULL,
     StorageUnavailable: SERVICE_UNAVAILABLE,
+    HubUnavailable: SERVICE_UNAVAILABLE,
 }
+OF_KIND: Mapping[Kind, Mapping[str, str]] = {  # headers that always come with it
+    SERVICE_UNAVAILABLE: {"Retry-After": RETRY_AFTER_S},
+    UNAUTHENTICATED: {"WWW-Authenticate": "Bearer"},
+    KEY_IN_FLIGHT: {"Retry-After": "1"},
+}
+OF_SOME = ("errors", "required_scopes", "violated_policies")  # members that other problems do not have
 DATABASE_DOWN = (
     sqlalchemy.exc.OperationalError,
     sqlalchemy.exc.InterfaceError,
@@ -87,18 +122,20 @@ class Problem(BaseModel):
     instance: str
     request_id: str
     errors: list[ProblemError] = []
+    required_scopes: list[str] = []  # that the credentials lack, of a 403
+    violated_policies: list[str] = Field([], alias="violated-policies")  # of a 429: see RateLimit-Policy
 
 
 def install(app: FastAPI) -> None:
-    app.add_exception_handler(UnlearnError, _ours)
+    app.add_exception_handler(UnlearnError, _answer)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(RequestValidationError, _answer)
     for error in DATABASE_DOWN:
-        app.add_exception_handler(error, _database_down)
+        app.add_exception_handler(error, _answer)
 
 
 def declared(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For `responses=` of a route: 422 and 500 are there anyway."""
+    """For `responses=` of a route: 422 and 500 are there anyway, and 401, 403 and 503 of one that asks who is there."""
     return {status: {"description": HTTPStatus(status).phrase} for status in sorted({*statuses, 422, 500})}
 
 
@@ -108,9 +145,11 @@ def problem(
     detail: str,
     errors: Iterable[FieldProblem] = (),
     headers: Mapping[str, str] | None = None,
+    required_scopes: Sequence[str] = (),
+    violated_policies: Sequence[str] = (),
 ) -> JSONResponse:
     body = Problem(
-        type=f"/docs#{kind.name}",
+        type=kind.uri,
         title=kind.title,
         status=kind.status,
         detail=_plain(detail),
@@ -120,17 +159,33 @@ def problem(
             ProblemError(pointer=_plain(pointer[:POINTER_MAX]), detail=_plain(words[:DETAIL_MAX]), code=code)
             for pointer, words, code in errors
         ],
+        required_scopes=list(required_scopes),
+        **{"violated-policies": list(violated_policies)},
     )
-    content = body.model_dump(exclude=None if body.errors else {"errors"})
-    retry = {"Retry-After": RETRY_AFTER_S} if kind.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
-    return JSONResponse(content, kind.status, headers={**retry, **(headers or {})}, media_type=MEDIA_TYPE)
+    empty = {name for name in OF_SOME if not getattr(body, name)}
+    content = body.model_dump(by_alias=True, exclude=empty)
+    headers = {**OF_KIND.get(kind, {}), **(headers or {})}
+    return JSONResponse(content, kind.status, headers=headers, media_type=MEDIA_TYPE)
 
 
-async def _ours(request: Request, error: Exception) -> JSONResponse:
+def answer_to(request: Request, error: Exception) -> JSONResponse:
+    """Of an error of ours, of a body that is not as declared, or of a database that is away."""
+    if isinstance(error, RequestValidationError):
+        return _invalid(request, error)
     if isinstance(error, InvalidRequest):
         return _refused(request, error.problems)
+    if isinstance(error, DATABASE_DOWN):
+        return problem(request.scope, SERVICE_UNAVAILABLE, "the database does not answer")
     kind = next((OF_ERROR[cls] for cls in type(error).__mro__ if cls in OF_ERROR), INTERNAL_ERROR)
-    return problem(request.scope, kind, str(error))
+    lacking = error.required_scopes if isinstance(error, Forbidden) else ()
+    if isinstance(error, QuotaExceeded):
+        retry = {"Retry-After": str(error.retry_after_s)}
+        return problem(request.scope, kind, str(error), headers=retry, violated_policies=[error.policy])
+    return problem(request.scope, kind, str(error), required_scopes=lacking)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
+    return answer_to(request, error)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
@@ -144,8 +199,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     return problem(request.scope, kind, str(error.detail), headers=error.headers)
 
 
-async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
+def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     found = error.errors()
     syntax = next((item for item in found if item["type"] == "json_invalid"), None)
     if syntax is not None:
@@ -158,10 +212,6 @@ def _refused(request: Request, problems: Sequence[FieldProblem]) -> JSONResponse
     named = [f"{item.pointer[:POINTER_MAX]} {item.detail[:DETAIL_MAX]}".strip() for item in problems[:NAMED]]
     more = [f"and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
     return problem(request.scope, VALIDATION_ERROR, "; ".join(named + more), problems[:ERRORS_MAX])
-
-
-async def _database_down(request: Request, error: Exception) -> JSONResponse:
-    return problem(request.scope, SERVICE_UNAVAILABLE, "the database does not answer")
 
 
 def _field_problem(item: Mapping[str, Any], body: Any) -> FieldProblem:
@@ -202,7 +252,18 @@ def declare(openapi: dict[str, Any]) -> None:
     definition = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas |= definition.pop("$defs") | {"Problem": definition}
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    for operation in (operation for path in openapi["paths"].values() for operation in path.values()):
+    for method, operation in (one for path in openapi["paths"].values() for one in path.items()):
+        if "security" in operation:
+            _declare_guarded(method, operation["responses"])
         for status, answer in operation["responses"].items():
             if int(status) >= HTTPStatus.BAD_REQUEST and (status == "422" or "content" not in answer):
                 answer["content"] = content
+
+
+def _declare_guarded(method: str, responses: dict[str, Any]) -> None:
+    """What the guard may answer, whatever the route (see guard.py)."""
+    may = [HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE]
+    if method == "get" and "application/json" in responses.get("200", {}).get("content", {}):
+        may.append(HTTPStatus.NOT_MODIFIED)
+    for status in may:
+        responses.setdefault(str(int(status)), {"description": status.phrase})

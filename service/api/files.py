@@ -8,16 +8,18 @@ from typing import IO, Annotated
 from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFile
 from pydantic import ConfigDict
 
-from service.api.deps import Here, Page, PageQuery, Reads, link_next, page
+from service.api.deps import Here, Page, PageQuery, Reads, Who, link_next, page
 from service.api.errors import declared
+from service.api.guard import Guarded, needs
 from service.api.shapes import FILES_PATH, FileObject, file_object
 from service.domain import rows, scores
 from service.domain.errors import UnlearnError
+from service.domain.identity import Scope
 from service.domain.job import FilePurpose, Strict
 from service.store import files
 from service.store.storage import CHUNK_BYTES
 
-router = APIRouter(prefix=FILES_PATH, tags=["files"])
+router = APIRouter(prefix=FILES_PATH, tags=["files"], route_class=Guarded)
 
 
 class Upload(Strict):
@@ -31,11 +33,11 @@ class Upload(Strict):
     "",
     status_code=201,
     summary="Upload a set, or stored figures",
-    dependencies=[Depends(Reads("multipart/form-data"))],
+    dependencies=[needs(Scope.FILES_WRITE), Depends(Reads("multipart/form-data"))],
     responses=declared(400, 413, 415, 503, 507),
 )
 def upload(
-    here: Here, form: Annotated[Upload, Form(media_type="multipart/form-data")], response: Response
+    here: Here, who: Who, form: Annotated[Upload, Form(media_type="multipart/form-data")], response: Response
 ) -> FileObject:
     """Of a set: one JSON object per line, with `question` and `answer`, or `prompt` and `completion`, or `text`.
 
@@ -47,45 +49,51 @@ def upload(
     source = form.file.file
     count = _count(form.purpose, source)
     source.seek(0)
-    file_id = files.new_file_id()
-    stored = here.storage.write(files.file_key(file_id), _chunks(source), here.settings.upload_max_bytes)
-    name = shown_name(form.file.filename)
+    name, limit = shown_name(form.file.filename), here.settings.upload_max_bytes
+    kept = files.keep(here.storage, here.secrets, who.tenant, name, _chunks(source), limit)
     with here.sessions.begin() as s:
         try:
-            row = files.insert(s, file_id, purpose=form.purpose, name=name, rows=count, **stored._asdict())
+            row = files.insert(s, kept, purpose=form.purpose, rows=count)
         except Exception:  # nothing is committed yet; where the commit fails, nobody knows, and the sweep looks later
             with suppress(UnlearnError):
-                here.storage.delete(files.file_key(file_id))
+                here.storage.delete(files.file_key(kept.file_id))
             raise
-    response.headers["Location"] = f"{FILES_PATH}/{file_id}"
-    return file_object(row)
+    response.headers["Location"] = f"{FILES_PATH}/{row.id}"
+    return file_object(here.secrets, row)
 
 
-@router.get("", summary="List files", responses=declared(503))
+@router.get("", summary="List files", dependencies=[needs(Scope.FILES_READ)], responses=declared(503))
 def list_files(
     here: Here, query: Annotated[PageQuery, Query()], request: Request, response: Response
 ) -> Page[FileObject]:
     with here.sessions.begin() as s:
         found, has_more = files.page(s, **query.model_dump())
-    answer = page([file_object(row) for row in found], [row.id for row in found], has_more)
+    answer = page([file_object(here.secrets, row) for row in found], [row.id for row in found], has_more)
     link_next(request, response, query, answer)
     return answer
 
 
-@router.get("/{file_id}", summary="One file", responses=declared(404, 503))
+@router.get("/{file_id}", summary="One file", dependencies=[needs(Scope.FILES_READ)], responses=declared(404, 503))
 def get_file(here: Here, file_id: str) -> FileObject:
     with here.sessions.begin() as s:
-        return file_object(files.get(s, file_id))
+        return file_object(here.secrets, files.get(s, file_id))
 
 
-@router.delete("/{file_id}", status_code=204, summary="Delete a file", responses=declared(404, 409, 503))
+@router.delete(
+    "/{file_id}",
+    status_code=204,
+    summary="Purge a file",
+    dependencies=[needs(Scope.FILES_WRITE)],
+    responses=declared(404, 409, 503),
+)
 def delete_file(here: Here, file_id: str) -> None:
-    """Its bytes too. Refused while a benchmark, or a job that has not ended, needs it."""
+    """Purged: its key is lost first, then its bytes. Counts and a keyed digest stay, for the evidence of jobs that used it.
+
+    Refused while a benchmark, or a job that has not ended, needs it. To purge twice is to purge once.
+    """
     with here.sessions.begin() as s:
-        key = files.delete(s, file_id)
-        here.storage.delete(
-            key
-        )  # before the commit: a row without bytes can be deleted again, bytes without a row cannot
+        key = files.purge(s, file_id)
+    here.storage.delete(key)  # where this fails, what is left cannot be read, and the sweep deletes it
 
 
 def _count(purpose: FilePurpose, source: IO[bytes]) -> int:

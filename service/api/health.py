@@ -8,8 +8,11 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from service.api.deps import Here, Parts
+from service.api.deps import Everybody, Parts
 from service.api.errors import declared
+from service.api.guard import Guarded, needs
+from service.domain.identity import Scope
+from service.settings import Settings
 from service.store.session import at_most, schema_revision
 from service.store.tables import HEAD
 
@@ -36,7 +39,7 @@ async def livez() -> Live:
 
 
 @router.get("/readyz", summary="Can it work?", responses=declared() | {503: {"model": Ready}})
-async def readyz(here: Here, response: Response) -> Ready:
+async def readyz(here: Everybody, response: Response) -> Ready:
     """503 without the database or with another schema. Without the broker: degraded; jobs wait in the database."""
     database = await _within(DATABASE_TIMEOUT_S, _database, here) or "does not answer"
     broker = await _within(BROKER_TIMEOUT_S, _broker, here) or "does not answer"
@@ -46,7 +49,21 @@ async def readyz(here: Here, response: Response) -> Ready:
     return Ready(status=status, checks={"database": database, "broker": broker})
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=declared())
+class MetricsRoute(Guarded):
+    def open(self, settings: Settings) -> bool:
+        return settings.metrics_public
+
+
+figures_router = APIRouter(tags=["operation"], route_class=MetricsRoute)
+
+
+@figures_router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    dependencies=[needs(Scope.METRICS_READ)],
+    response_class=Response,
+    responses=declared(503),
+)
 def metrics(request: Request) -> Response:
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -1,23 +1,42 @@
-"""Unlearning jobs: create, look, cancel, follow."""
+"""Unlearning jobs: create, look, move, follow."""
 
-from hashlib import sha256
+import time
+from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import Field
+from sqlalchemy.orm import Session
+from starlette.exceptions import HTTPException
 
-from service.api import shapes, shown
+from service.api import attempts, polling, shapes, shown
 from service.api.admission import submit
-from service.api.deps import Here, Page, PageQuery, Reads, link_next, page, unchanged
+from service.api.attempts import Attempts
+from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next, page, unchanged, versions
 from service.api.errors import declared
+from service.api.guard import Guarded, needs
+from service.api.limits import count_job
+from service.api.negotiate import preferred
+from service.api.once import OnceOnly
+from service.api.plan import JobPlan, plan
 from service.api.shapes import JOBS_PATH, Events, JobObject, Steps
+from service.api.stream import EventStream
+from service.domain.identity import Scope
 from service.domain.job import TERMINAL, JobCreate, ModelName, Status, Strict
 from service.store import jobs, reads
+from service.store.tables import Job
 
-router = APIRouter(prefix=JOBS_PATH, tags=["unlearning jobs"])
+router = APIRouter(prefix=JOBS_PATH, tags=["unlearning jobs"], route_class=Guarded)
 
-QUEUED_RETRY_S = 10
-RUNNING_RETRY_S = 30
+Versions = Annotated[frozenset[int] | None, Depends(versions)]
+STREAM = "text/event-stream"
+LOOK_EVERY_S = 1.0  # while a client waits for a change
+
+
+class CreateQuery(Strict):
+    dry_run: bool = Field(default=False, description="judge the request, answer with the plan, keep nothing")
 
 
 class JobsQuery(PageQuery):
@@ -39,21 +58,27 @@ class StepsQuery(Strict):
     "",
     status_code=201,
     summary="Ask a model to forget",
-    dependencies=[Depends(Reads("application/json"))],
-    responses=declared(400, 413, 415, 503, 507),
+    dependencies=[needs(Scope.JOBS_CREATE), Depends(Reads("application/json")), Depends(count_job)],
+    response_model=JobObject,
+    responses=declared(400, 409, 413, 415, 503, 507)
+    | {200: {"description": "The plan, of a dry run", "model": JobPlan}},
 )
-def create(here: Here, request: JobCreate, response: Response) -> JobObject:
+def create(
+    here: Here, who: Who, once: OnceOnly, query: Annotated[CreateQuery, Query()], request: JobCreate, response: Response
+) -> JobObject | Response:
     """The sets are ids of uploaded files, or up to 1,000 rows each, which become files.
 
     Benchmarks, an audit and gates are for the report and its verdict: they change nothing of how the model is trained.
+    With `dry_run` the request is judged in the same way, and answered with what the job would be; nothing is kept.
     """
-    answer = submit(here, request)
-    response.headers["Location"] = answer.links.self
-    _poll_headers(response, answer)
+    if query.dry_run:
+        return Response(plan(here, who, request).model_dump_json(), media_type="application/json")
+    answer = submit(here, who, request, once)
+    response.headers.update(polling.created(answer))
     return answer
 
 
-@router.get("", summary="List jobs", responses=declared(503))
+@router.get("", summary="List jobs", dependencies=[needs(Scope.JOBS_READ)], responses=declared(503))
 def list_jobs(
     here: Here, query: Annotated[JobsQuery, Query()], request: Request, response: Response
 ) -> Page[JobObject]:
@@ -67,38 +92,156 @@ def list_jobs(
 @router.get(
     "/{job_id}",
     summary="One job",
-    response_model=JobObject,
+    dependencies=[needs(Scope.JOBS_READ)],
     responses=declared(404, 503) | {304: {"description": "Not modified"}},
 )
-def get(here: Here, job_id: str, request: Request, response: Response) -> JobObject | Response:
-    """`Retry-After` says when to look again; it is missing once the job has ended. `If-None-Match` is heard."""
-    with here.sessions.begin() as s:
-        answer = shown.job_object(s, jobs.get(s, job_id))
-    _poll_headers(response, answer)
-    if unchanged(request, response.headers["ETag"]):
-        return Response(status_code=304, headers=dict(response.headers))
+async def get(here: Here, job_id: str, request: Request, response: Response) -> JobObject:
+    """`Retry-After` says when to look again; it is missing once the job has ended. `If-None-Match` is heard.
+
+    With `Prefer: wait=20` the answer comes as soon as the job changes, or has ended, after 20 seconds at the latest; 30 are
+    the most. What it changes from is the `ETag` in If-None-Match or, without it, the moment of the request.
+    """
+    wait_s = polling.wait_s(request.headers)
+    until = time.monotonic() + wait_s
+    answer = await run_sync(_look, here, job_id)
+    told = polling.headers(answer)
+    seen = None if "if-none-match" in request.headers else told["ETag"]
+    while (
+        answer.status not in TERMINAL
+        and (told["ETag"] == seen or unchanged(request, told["ETag"]))
+        and (rest_s := until - time.monotonic()) > 0
+        and not request.app.state.stopping()
+    ):
+        await anyio.sleep(min(LOOK_EVERY_S, rest_s))
+        answer = await run_sync(_look, here, job_id)
+        told = polling.headers(answer)
+    response.headers.update(told | ({"Preference-Applied": f"wait={wait_s}"} if wait_s else {}))
     return answer
 
 
-@router.post("/{job_id}/cancel", status_code=202, summary="Cancel a job", responses=declared(404, 409, 503))
-def cancel(here: Here, job_id: str, response: Response) -> JobObject:
+def _look(here: Parts, job_id: str) -> JobObject:
+    with here.sessions.begin() as s:
+        return shown.job_object(s, jobs.get(s, job_id))
+
+
+@router.post(
+    "/{job_id}/cancel",
+    status_code=202,
+    summary="Cancel a job",
+    dependencies=[needs(Scope.JOBS_CANCEL)],
+    responses=declared(404, 409, 412, 503),
+)
+def cancel(here: Here, job_id: str, response: Response, versions: Versions) -> JobObject:
     """Ends a job that waits; asks the worker of one that runs to stop. Asking again changes nothing."""
+    return _moved(here, jobs.request_cancel, job_id, versions, response)
+
+
+@router.post(
+    "/{job_id}/pause",
+    status_code=202,
+    summary="Pause a job",
+    dependencies=[needs(Scope.JOBS_CANCEL)],
+    responses=declared(404, 409, 412, 503),
+)
+def pause(here: Here, job_id: str, response: Response, versions: Versions) -> JobObject:
+    """One that waits: no worker takes it until it is resumed. 409 for one that runs."""
+    return _moved(here, jobs.pause, job_id, versions, response)
+
+
+@router.post(
+    "/{job_id}/resume",
+    status_code=202,
+    summary="Resume a job",
+    dependencies=[needs(Scope.JOBS_RETRY)],
+    responses=declared(404, 409, 412, 503),
+)
+def resume(here: Here, job_id: str, response: Response, versions: Versions) -> JobObject:
+    """One that is paused, at its old place in the line."""
+    return _moved(here, jobs.resume, job_id, versions, response)
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    summary="Try a failed job again",
+    dependencies=[needs(Scope.JOBS_RETRY)],
+    responses=declared(404, 409, 412, 503),
+)
+def retry(here: Here, job_id: str, response: Response, versions: Versions) -> JobObject:
+    """At the end of the line, from the beginning, with as many attempts as a new one. 409 where its sets are purged."""
+    return _moved(here, jobs.retry, job_id, versions, response)
+
+
+def _moved(
+    here: Parts,
+    verb: Callable[[Session, str, jobs.Versions], Job],
+    job_id: str,
+    versions: jobs.Versions,
+    response: Response,
+) -> JobObject:
     with here.sessions.begin() as s:
-        answer = shown.job_object(s, jobs.request_cancel(s, job_id))
-    _poll_headers(response, answer)
+        job = verb(s, job_id, versions)
+        answer = shown.job_object(s, job)
+    if job.status is Status.QUEUED:
+        here.dispatcher.ring(job.gpu_class)
+    response.headers.update(polling.headers(answer))
     return answer
 
 
-@router.get("/{job_id}/events", summary="What happened", responses=declared(404, 503))
-def events(here: Here, job_id: str, query: Annotated[EventsQuery, Query()]) -> Events:
-    """In order; `seq` has no gaps. Ask again with the last `seq` as `after_seq`."""
+@router.get(
+    "/{job_id}/events",
+    summary="What happened",
+    dependencies=[needs(Scope.JOBS_READ)],
+    response_model=Events,
+    responses=declared(404, 406, 503)
+    | {200: {"content": {STREAM: {"schema": {"type": "string"}}}}, 204: {"description": "The stream is at its end"}},
+)
+def events(
+    here: Here,
+    who: Who,
+    job_id: str,
+    query: Annotated[EventsQuery, Query()],
+    request: Request,
+    last_event_id: Annotated[int | None, Header(ge=0, lt=2**63, description="of a stream that broke off")] = None,
+) -> Events | Response:
+    """In order; `seq` has no gaps. Ask again with the last `seq` as `after_seq`.
+
+    As `text/event-stream`, by `Accept`: the same, as it happens, until the job has ended. The `id` of an event is its
+    `seq`; a stream that breaks off goes on after `Last-Event-ID`.
+    """
+    media_type = preferred(request.headers.get("accept", "*/*"), ["application/json", STREAM])
+    if media_type is None:
+        raise HTTPException(406, f"events come as application/json or {STREAM}")
+    after_seq = query.after_seq if last_event_id is None else last_event_id
     with here.sessions.begin() as s:
-        jobs.get(s, job_id)
+        job = jobs.get(s, job_id)
+        if media_type == STREAM:
+            if job.status in TERMINAL and job.last_seq <= after_seq:
+                return Response(status_code=204)  # by which a browser knows that it need not come again
+            return EventStream(here, who, job_id, after_seq, request.app.state.stopping)
         found = reads.events(s, job_id, query.after_seq, query.limit + 1)
     return Events(data=[shapes.event_object(row) for row in found[: query.limit]], has_more=len(found) > query.limit)
 
 
-@router.get("/{job_id}/steps", summary="The series of solver steps", responses=declared(404, 503))
+@router.get(
+    "/{job_id}/attempts",
+    summary="Who ran it, and how that ended",
+    dependencies=[needs(Scope.JOBS_READ)],
+    responses=declared(404, 503),
+)
+def list_attempts(here: Here, job_id: str) -> Attempts:
+    """In order, the one that runs too."""
+    with here.sessions.begin() as s:
+        jobs.get(s, job_id)
+        return Attempts(data=list(attempts.told(reads.attempts(s, job_id))))
+
+
+@router.get(
+    "/{job_id}/steps",
+    summary="The series of solver steps",
+    dependencies=[needs(Scope.JOBS_READ)],
+    responses=declared(404, 503),
+)
 def steps(here: Here, job_id: str, query: Annotated[StepsQuery, Query()]) -> Steps:
     """Losses, dual variable, violation, learning rate, gradient norm and pace of each step, in order."""
     with here.sessions.begin() as s:
@@ -111,14 +254,3 @@ def steps(here: Here, job_id: str, query: Annotated[StepsQuery, Query()]) -> Ste
         checks=[shapes.check(row) for row in checks if row.step >= query.after],
         has_more=len(found) > query.limit,
     )
-
-
-def _poll_headers(response: Response, job: JobObject) -> None:
-    # Not the version alone: the place in the line and the workers change without it.
-    response.headers["ETag"] = f'"{sha256(job.model_dump_json(warnings=False).encode()).hexdigest()[:32]}"'
-    if job.status is Status.QUEUED:
-        response.headers["Retry-After"] = str(QUEUED_RETRY_S)
-    elif job.status not in TERMINAL:
-        eta = job.progress.eta_seconds
-        pace = RUNNING_RETRY_S if eta is None else min(RUNNING_RETRY_S, eta / 20)
-        response.headers["Retry-After"] = str(max(1, round(pace)))

@@ -1,5 +1,6 @@
 """Figures of jobs, read from Postgres when they are scraped, so that every replica of the API tells the same."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from service.api.deps import Parts
+from service.domain.deletion import Regulation, RequestStatus
 from service.domain.job import FailureCode, Status
 from service.store.metrics import (
     ATTEMPTS_LOST,
@@ -18,8 +20,13 @@ from service.store.metrics import (
     JOB_VERDICTS,
     JOBS_FINISHED,
     LEASES_EXPIRED,
+    WEBHOOK_DELIVERIES,
+    AuditFigures,
     Count,
     Figures,
+    Outbox,
+    Requests,
+    audit_figures,
     counters,
     figures,
 )
@@ -29,11 +36,13 @@ log = structlog.get_logger(__name__)
 
 TIMEOUT_S = 2.0
 VERDICTS = ("PASSED", "WARNED", "FAILED")
+DELIVERIES = ("delivered", "retried", "failed")
 COUNTERS = {
     JOBS_FINISHED: "Jobs that ended",
     JOB_VERDICTS: "Verdicts on the models of succeeded jobs",
     ATTEMPTS_LOST: "Attempts that ended without a result, whether or not another followed",
     LEASES_EXPIRED: "Leases that expired because their worker fell silent",
+    WEBHOOK_DELIVERIES: "Attempts to deliver a webhook: delivered, to be retried, or failed for good",
     FENCED_WRITES: "Writes refused because their attempt no longer held the job",
 }
 
@@ -65,7 +74,7 @@ class JobFigures(Collector):
         try:
             with self._parts.sessions.begin() as s:
                 at_most(s, TIMEOUT_S)
-                gauges, counts = figures(s), counters(s)
+                gauges, counts, logs = figures(s), counters(s), audit_figures(s)
         except Exception as error:
             log.warning("no figures of jobs", error=str(error))
             success.add_metric([], 0)
@@ -74,6 +83,9 @@ class JobFigures(Collector):
         success.add_metric([], 1)
         yield success
         yield from self._gauges(gauges)
+        yield from _requests(gauges.requests)
+        yield from _outbox(gauges.outbox)
+        yield from _audit(logs)
         yield from self._counters(counts)
 
     def _gauges(self, found: Figures) -> Iterator[Metric]:
@@ -116,8 +128,52 @@ class JobFigures(Collector):
             yield ATTEMPTS_LOST, (("code", str(failure)),)
         for result in VERDICTS:
             yield JOB_VERDICTS, (("result", result),)
+        for result in DELIVERIES:
+            yield WEBHOOK_DELIVERIES, (("result", result),)
         for method in self._parts.catalog.methods:
             ends = [(Status.SUCCEEDED, ""), (Status.CANCELLED, ""), *((Status.FAILED, code) for code in FailureCode)]
             for status, code in ends:
                 labels = {"status": str(status), "method": method, "failure_code": str(code)}
                 yield JOBS_FINISHED, tuple(sorted(labels.items()))
+
+
+def _requests(found: Requests) -> Iterator[Metric]:
+    count = GaugeMetricFamily(
+        "unlearn_deletion_requests", "Deletion requests by status", labels=["status", "regulation"]
+    )
+    for status in RequestStatus:
+        for regulation in Regulation:
+            count.add_metric([status, regulation], found.by_kind.get((status, regulation), 0))
+    overdue = GaugeMetricFamily("unlearn_deletion_requests_overdue", "Open deletion requests whose time has run out")
+    overdue.add_metric([], found.overdue)
+    due = GaugeMetricFamily(
+        "unlearn_deletion_request_next_due_timestamp_seconds",
+        "When the open deletion request that is due first is due; +Inf: none is open",
+    )
+    due.add_metric([], math.inf if found.next_due_s is None else found.next_due_s)
+    yield from (count, overdue, due)
+
+
+def _outbox(found: Outbox) -> Iterator[Metric]:
+    pending = GaugeMetricFamily("unlearn_outbox_pending", "Messages that are still to be delivered", labels=["kind"])
+    pending.add_metric(["webhook"], found.pending)
+    oldest = GaugeMetricFamily(
+        "unlearn_outbox_oldest_age_seconds",
+        "How long a message that is due has waited without anybody turning to its receiver",
+        labels=["kind"],
+    )
+    oldest.add_metric(["webhook"], found.oldest_age_s)
+    yield from (pending, oldest)
+
+
+def _audit(found: AuditFigures) -> Iterator[Metric]:
+    """A log that nobody checks is told by its age: the last outcome alone would stay good for ever."""
+    yield CounterMetricFamily("unlearn_audit_events_total", "Entries of the audit logs", value=found.events)
+    yield GaugeMetricFamily(
+        "unlearn_audit_chain_valid", "1: the audit log of every tenant held when it was last checked", value=found.valid
+    )
+    yield GaugeMetricFamily(
+        "unlearn_audit_check_age_seconds",
+        "Since the audit log that was not checked for longest was checked",
+        value=found.check_age_s,
+    )

@@ -14,15 +14,17 @@ from starlette.exceptions import HTTPException
 from service.api import shapes
 from service.api.deps import Here, Page, Parts, page, unchanged
 from service.api.errors import declared
+from service.api.guard import Guarded, needs
 from service.api.negotiate import preferred
 from service.api.shapes import JOBS_PATH, REPORT_HTML, REPORT_JSON, ArtifactObject
 from service.domain.errors import NotFound, NotReady
+from service.domain.identity import Scope
 from service.domain.job import TERMINAL
 from service.domain.report import Report
 from service.store import artifacts, jobs
 from service.store.tables import Artifact
 
-router = APIRouter(tags=["results"])
+router = APIRouter(tags=["results"], route_class=Guarded)
 
 REPORTS = {"application/json": REPORT_JSON, "text/html": REPORT_HTML}
 REPORT_CSP = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -32,6 +34,7 @@ ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 @router.get(
     f"{JOBS_PATH}/{{job_id}}/report",
     summary="The report",
+    dependencies=[needs(Scope.REPORTS_READ)],
     response_model=Report,
     responses=declared(404, 406, 409, 503)
     | {200: {"content": {"text/html": {}}}, 304: {"description": "Not modified"}},
@@ -57,7 +60,12 @@ def report(here: Here, job_id: str, request: Request, accept: Annotated[str, Hea
     return StreamingResponse(_content(here, artifact), headers=headers, media_type=media_type)
 
 
-@router.get(f"{JOBS_PATH}/{{job_id}}/artifacts", summary="What the job published", responses=declared(404, 503))
+@router.get(
+    f"{JOBS_PATH}/{{job_id}}/artifacts",
+    summary="What the job published",
+    dependencies=[needs(Scope.ARTIFACTS_READ)],
+    responses=declared(404, 503),
+)
 def list_artifacts(here: Here, job_id: str) -> Page[ArtifactObject]:
     """All of them; none before the job has succeeded."""
     with here.sessions.begin() as s:
@@ -69,12 +77,14 @@ def list_artifacts(here: Here, job_id: str) -> Page[ArtifactObject]:
 @router.get(
     f"{JOBS_PATH}/{{job_id}}/artifacts/{{artifact_id}}/content",
     summary="Download an artifact",
+    dependencies=[needs(Scope.ARTIFACTS_READ)],
     response_class=StreamingResponse,
     responses=declared(404, 416, 503) | {206: {"description": "The range"}, 304: {"description": "Not modified"}},
 )
 def content(here: Here, job_id: str, artifact_id: str, request: Request) -> Response:
     """`ETag` is the SHA-256. One range per request is served."""
     with here.sessions.begin() as s:
+        jobs.get(s, job_id)
         artifact = artifacts.get(s, job_id, artifact_id)
     name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(artifact.name).name)
     headers = _headers(artifact) | {"Content-Disposition": f'attachment; filename="{name}"'}

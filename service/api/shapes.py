@@ -27,15 +27,16 @@ from service.domain.job import (
     Status,
     Verdict,
 )
-from service.store import tables
+from service.store import files, tables
+from service.store.secrets import Secrets
 
 JOBS_PATH = "/v1/unlearning/jobs"
 BENCHMARKS_PATH = "/v1/benchmarks"
 FILES_PATH = "/v1/files"
 ADAPTER, REPORT_JSON, REPORT_HTML = "adapter/adapter_model.safetensors", "report.json", "report.html"
 OF_SPEC = (  # the rest has columns
-    *("method", "constraint", "budget", "lora", "seed", "resources", "limits"),
-    *("benchmarks", "audit", "gates"),
+    *("parent", "method", "constraint", "budget", "lora", "seed", "resources", "limits"),
+    *("benchmarks", "audit", "gates", "deletion_requests"),
 )
 
 log = structlog.get_logger(__name__)
@@ -45,11 +46,15 @@ class FileObject(BaseModel):
     id: str
     object: Literal["file"] = "file"
     purpose: FilePurpose
-    filename: str
+    filename: str | None = Field(description="null once it is purged")
     bytes: int
     rows: int = Field(description="or figures, of eval_scores")
-    sha256: str
+    sha256: str | None = Field(description="of the content; null once it is purged, since one row's could be guessed")
+    digest: str = Field(description="HMAC-SHA-256 of the content under a key of the service: what evidence names")
     created_at: datetime
+    created_by: str
+    purge_at: datetime | None = Field(description="as soon as nothing needs it after that")
+    purged_at: datetime | None
 
 
 class ModelObject(BaseModel):
@@ -130,14 +135,20 @@ class Note(BaseModel):
 class Result(BaseModel):
     adapter: str | None = Field(description="id of the artifact with the adapter's weights")
     report: str | None = Field(description="id of the artifact with the report's JSON")
+    certificate: str | None = Field(description="its id; null until it is issued, and where no adapter was released")
 
 
 class Links(BaseModel):
     self: str
     cancel: str
+    pause: str
+    resume: str
+    retry: str
     events: str
+    attempts: str
     steps: str
     report: str
+    certificate: str
     artifacts: str
 
 
@@ -147,6 +158,7 @@ class JobObject(BaseModel):
     id: str
     object: Literal["unlearning.job"] = "unlearning.job"
     created_at: datetime
+    created_by: str
     updated_at: datetime
     queued_at: datetime | None
     started_at: datetime | None
@@ -160,10 +172,15 @@ class JobObject(BaseModel):
     progress: Progress
     model: str
     base_model: BaseModelRef | None = Field(description="null once the model is no longer registered")
+    parent: SerializeAsAny[str | None] = Field(description="the job whose adapter this one starts from")
     method: SerializeAsAny[MethodChoice]
     constraint: SerializeAsAny[Constraint]
-    epsilon: float | None = Field(description="the bound, nats per token; known once the base model was measured")
-    base_retain_loss: float | None = Field(description="of the base model on the retain set, nats per token")
+    epsilon: float | None = Field(
+        description="the bound, nats per token; known once the model that it starts from was measured"
+    )
+    base_retain_loss: float | None = Field(
+        description="of the model that it starts from, on the retain set, nats per token"
+    )
     budget: SerializeAsAny[Budget]
     due_at: datetime | None
     lora: SerializeAsAny[Lora]
@@ -174,6 +191,7 @@ class JobObject(BaseModel):
     benchmarks: SerializeAsAny[list[str]]
     audit: SerializeAsAny[Audit | None]
     gates: SerializeAsAny[list[Gate]]
+    deletion_requests: SerializeAsAny[list[str]] = Field(description="that it serves")
     priority: int
     resources: SerializeAsAny[Resources]
     seed: SerializeAsAny[int]
@@ -260,8 +278,10 @@ class ArtifactObject(BaseModel):
     content: str = Field(description="path of the content")
 
 
-def file_object(row: tables.File) -> FileObject:
-    return FileObject.model_validate(_columns(row) | {"filename": row.name})
+def file_object(secrets: Secrets, row: tables.File) -> FileObject:
+    private = files.private(secrets, row) if row.purged_at is None else None
+    told = {"filename": private.name, "sha256": private.sha256} if private else {"filename": None, "sha256": None}
+    return FileObject.model_validate(_columns(row) | told)
 
 
 def model_object(entry: ModelEntry) -> ModelObject:
@@ -279,6 +299,7 @@ def job_object(
     entry: ModelEntry | None,
     queue_position: int | None,
     artifacts: Sequence[tables.Artifact],
+    certificate: str | None,
     nobody: str | None,
 ) -> JobObject:
     """A row that another version of this code wrote is shown as it is stored, where it does not fit.
@@ -307,13 +328,18 @@ def job_object(
                 trained_tokens=row.trained_tokens,
             ),
             "base_model": base_model(entry) if entry else None,
-            "result": Result(adapter=ids.get(ADAPTER), report=ids.get(REPORT_JSON)),
+            "result": Result(adapter=ids.get(ADAPTER), report=ids.get(REPORT_JSON), certificate=certificate),
             "links": Links(
                 self=path,
                 cancel=f"{path}/cancel",
+                pause=f"{path}/pause",
+                resume=f"{path}/resume",
+                retry=f"{path}/retry",
                 events=f"{path}/events",
+                attempts=f"{path}/attempts",
                 steps=f"{path}/steps",
                 report=f"{path}/report",
+                certificate=f"{path}/certificate",
                 artifacts=f"{path}/artifacts",
             ),
         }

@@ -8,7 +8,7 @@ from service.api import shapes
 from service.api.shapes import JobObject
 from service.domain.errors import NotFound
 from service.domain.job import ModelEntry, Status
-from service.store import artifacts, models, reads, workers
+from service.store import artifacts, evidence, models, reads, workers
 from service.store.tables import Job
 
 
@@ -22,10 +22,16 @@ def job_objects(s: Session, found: Sequence[Job]) -> list[JobObject]:
     places = reads.places(s, waiting)
     heard = workers.heard(s) if waiting else []
     published = artifacts.of_jobs(s, [job.id for job in found if job.status is Status.SUCCEEDED])
+    certificates = evidence.ids(s, list(published))
     entries = {name: _entry(s, name) for name in {job.model for job in found}}
     return [
         shapes.job_object(
-            job, entries[job.model], places.get(job.id), published.get(job.id, ()), workers.nobody_runs(job, heard)
+            job,
+            entries[job.model],
+            places.get(job.id),
+            published.get(job.id, ()),
+            certificates.get(job.id),
+            workers.nobody_runs(job, heard),
         )
         for job in found
     ]

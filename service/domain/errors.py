@@ -3,14 +3,23 @@
 UnlearnError
 ├── InvalidRequest        the request cannot be carried out as written; carries one or more FieldProblems
 ├── NotFound              no such job, file, model, artifact or report
+├── Unauthenticated       nobody knows who asks
+├── Forbidden             who asks lacks scopes; carries them
+├── Gone                  it was there, and was purged
 ├── InvalidTransition     the job's status does not allow that move
+├── PreconditionFailed    the object is no longer at the version that the client has seen
+├── KeyReused             an Idempotency-Key came again with another request
+├── KeyInFlight           a request with the same Idempotency-Key is being answered
+├── QuotaExceeded         who asks has asked too often; carries the policy, and when to come back
 ├── NotReady              it will exist, but not yet (a report before the job ended)
 ├── TooLarge              a file or a body over the limit
 ├── StorageFull           the disk or the bucket takes no more
 ├── StorageUnavailable    the storage root cannot be read or written
+├── HubUnavailable        the Hugging Face Hub does not answer, or not as a Hub does
 └── JobFailure            a job ended without a result; carries the closed failure code
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from service.domain.job import FailureCode
@@ -37,8 +46,41 @@ class NotFound(UnlearnError):
         super().__init__(f"no {kind} {name!r}")
 
 
+class Unauthenticated(UnlearnError):
+    pass
+
+
+class Forbidden(UnlearnError):
+    def __init__(self, required: Sequence[str]) -> None:
+        super().__init__(f"it needs: {', '.join(required)}")
+        self.required_scopes = list(required)
+
+
+class Gone(UnlearnError):
+    pass
+
+
 class InvalidTransition(UnlearnError):
     pass
+
+
+class PreconditionFailed(UnlearnError):
+    pass
+
+
+class KeyReused(UnlearnError):
+    pass
+
+
+class KeyInFlight(UnlearnError):
+    pass
+
+
+class QuotaExceeded(UnlearnError):
+    def __init__(self, policy: str, detail: str, retry_after_s: int) -> None:
+        super().__init__(detail)
+        self.policy = policy
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(UnlearnError):
@@ -54,6 +96,10 @@ class StorageFull(UnlearnError):
 
 
 class StorageUnavailable(UnlearnError):
+    pass
+
+
+class HubUnavailable(UnlearnError):
     pass
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from service.domain.catalog import Catalog
 from service.domain.errors import FieldProblem
-from service.domain.job import Audit, JobOptions
+from service.domain.job import Audit, Recipe
 
 AUDIT = "audit"
 AUDITED = ("probability", "extraction_strength")
@@ -20,7 +20,7 @@ class Named(NamedTuple):
     retrained: bool  # whether it has a retrained reference
 
 
-def problems(asked: JobOptions, catalog: Catalog, benchmarks: Mapping[str, Named]) -> Iterator[FieldProblem]:
+def problems(asked: Recipe, catalog: Catalog, benchmarks: Mapping[str, Named]) -> Iterator[FieldProblem]:
     """Of the gates: on no figure that there will be, or twice the same.
 
     A figure can still turn out to be unmeasurable on the rows; then its gate fails.

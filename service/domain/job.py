@@ -4,6 +4,7 @@ Two axes: `status` says whether the machinery ran to the end, `verdict` whether 
 Field names and meanings follow OpenAI's fine-tuning jobs where such a field exists.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -23,6 +24,8 @@ from pydantic import (
 )
 
 INLINE_ROWS_MAX = 1000
+COMMIT = r"^[0-9a-f]{40}$"
+PLAIN_PATH = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*(/[^./\\\x00-\x1f][^/\\\x00-\x1f]*)*$"  # no part begins with a dot
 SPACE_WARNING = "a prompt template that ends in a space makes tokens merge over the seam of prompt and answer"
 
 
@@ -121,7 +124,9 @@ class Constraint(Strict):
 
     epsilon: float | None = Field(default=None, ge=0, description="absolute bound, nats per token")
     epsilon_relative: float | None = Field(
-        default=None, ge=0, description="relative bound: (1 + this) times the base model's retain loss"
+        default=None,
+        ge=0,
+        description="relative bound: (1 + this) times the retain loss of the model that the job starts from",
     )
 
     @model_validator(mode="after")
@@ -131,7 +136,7 @@ class Constraint(Strict):
         return self
 
     def bound(self, base_loss: float) -> float:
-        """The absolute bound in nats per token, given the base model's retain loss."""
+        """The absolute bound in nats per token, given the retain loss of the model that the job starts from."""
         if self.epsilon is not None:
             return self.epsilon
         assert self.epsilon_relative is not None
@@ -243,33 +248,32 @@ Rows = Annotated[  # told apart beforehand, so that a complaint is about the one
 ModelName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="a name from GET /v1/models")
 ]
+JobId = Annotated[str, Field(pattern=r"^ujob_[0-9a-f]{32}$")]
+RequestId = Annotated[str, Field(pattern=r"^dreq_[0-9a-f]{32}$")]
 BenchmarkName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
 
 
-def _to_utc(time: datetime) -> datetime:
+def to_utc(time: datetime) -> datetime:
     try:
         return time.astimezone(UTC)
     except OverflowError as error:
         raise ValueError("lies outside the years 1 to 9999") from error
 
 
-class JobOptions(Strict):
-    """What a request and the stored spec have in common."""
+class Recipe(Strict):
+    """How a model is to forget, whatever it is: what jobs have in common that differ in model and rows."""
 
-    model: ModelName
     method: MethodChoice
     constraint: Constraint
     budget: Budget = Budget()
     lora: Lora = Lora()
     seed: int = Field(default=0, ge=0, lt=2**63)
     priority: int = Field(default=5, ge=0, le=9, description="a larger one goes first")
-    due_at: Annotated[AwareDatetime, AfterValidator(_to_utc)] | None = None
     resources: Resources = Resources()
     limits: Limits = Limits()
-    external_id: str | None = Field(default=None, max_length=255)
     metadata: Metadata = Field(default_factory=dict)
     benchmarks: list[BenchmarkName] = Field(
         default_factory=list, max_length=8, description="names from GET /v1/benchmarks; run before and after"
@@ -277,6 +281,24 @@ class JobOptions(Strict):
     audit: Audit | None = Field(default=None, description="attacks on what was released; null: none")
     gates: list[Gate] = Field(
         default_factory=list, max_length=64, description="beside the constraint and the forget gate"
+    )
+
+
+class JobOptions(Recipe):
+    """What a request and the stored spec have in common."""
+
+    model: ModelName
+    parent: JobId | None = Field(
+        default=None,
+        description="the job whose adapter this one starts from; what it made the model forget stays forgotten; null: the "
+        "base model",
+    )
+    due_at: Annotated[AwareDatetime, AfterValidator(to_utc)] | None = None
+    external_id: str | None = Field(default=None, max_length=255)
+    deletion_requests: list[RequestId] = Field(
+        default_factory=list,
+        max_length=64,
+        description="approved requests that it serves; its forget set has every row of theirs",
     )
 
 
@@ -362,14 +384,39 @@ class ModelEntry(BaseModel):
     created_at: datetime | None = None
 
 
-class BenchmarkCreate(Strict):
-    """Body of POST /v1/benchmarks: files that were uploaded as eval_set, under the names that the suite gives its sets."""
+def _pinned(revision: str) -> str:
+    if re.fullmatch(COMMIT, revision) is None:
+        raise ValueError("give the 40 hex digits of a commit; a branch or a tag moves")
+    return revision
+
+
+class HubFile(Strict):
+    """A file of a public data set on the Hugging Face Hub, at one commit: JSON Lines, one JSON array, or Parquet."""
+
+    repo: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$", description="owner/name"
+    )
+    revision: Annotated[str, AfterValidator(_pinned), Field(json_schema_extra={"pattern": COMMIT})]
+    path: str = Field(max_length=255, pattern=PLAIN_PATH, description="of the file, in the repository")
+    columns: dict[str, str] = Field(
+        default_factory=dict, max_length=16, description="our name of a column -> theirs, where they differ"
+    )
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}/{self.path}"
+
+
+BenchmarkSet = Annotated[  # told apart beforehand, as Rows are
+    Annotated[DataSet, Tag("file")] | Annotated[HubFile, Tag("hub")],
+    Discriminator(lambda value: "hub" if isinstance(value, dict | HubFile) else "file"),
+]
+
+
+class BenchmarkOptions(Strict):
+    """What a registration and the stored benchmark have in common."""
 
     name: BenchmarkName
     suite: Literal["tofu", "muse"]
-    sets: dict[str, DataSet] = Field(
-        min_length=1, max_length=16, description="the suite's name of a set (GET /v1/suites) -> the id of its file"
-    )
     corpus: str = Field(
         min_length=1, max_length=255, description="what the data is, for the report: 'TOFU forget01', 'MUSE News'"
     )
@@ -385,6 +432,23 @@ class BenchmarkCreate(Strict):
         if self.retrained_model is not None and self.retrained_scores is not None:
             raise ValueError("give at most one of retrained_model and retrained_scores")
         return self
+
+
+class BenchmarkCreate(BenchmarkOptions):
+    """Body of POST /v1/benchmarks: eval_set files, uploaded or on the Hub, under the names that the suite gives its sets."""
+
+    sets: dict[str, BenchmarkSet] = Field(
+        min_length=1,
+        max_length=16,
+        description="the suite's name of a set (GET /v1/suites) -> the id of its file, or a file on the Hub, "
+        "where this deployment fetches from there",
+    )
+
+
+class BenchmarkSpec(BenchmarkOptions):
+    """The persisted benchmark: what was on the Hub has become files."""
+
+    sets: dict[str, DataSet]
 
 
 class PromptFormat(BaseModel):

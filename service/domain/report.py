@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from service.domain.job import Budget, Constraint, Lora, PromptFormat, Verdict
 
 NOT_FINITE = "the value was not finite"
+EARLIER = "forgotten/"  # how the gates on the rows of earlier jobs begin, before the job's id
 
 
 def _finite(value: Any) -> Any:
@@ -62,10 +63,35 @@ class BaseModelFacts(Part):
 
 class DataFacts(Part):
     file_id: str
-    sha256: str
+    digest: str  # keyed: only the service can tell whose rows it is of
     rows: int
     counted_tokens: int  # labelled tokens, end of sequence included
     unmeasured_rows: int  # rows whose labels vanished in the tokeniser's merge over the seam
+
+
+class Forgotten(Part):
+    """An earlier job of the chain: the mean probability of its forget rows, which must stay low."""
+
+    job_id: str
+    rows: int | None  # over which the means are taken; null: they are no longer kept
+    base: Measured  # of the base model alone
+    before: Measured  # of the adapter that this job started from
+    after: Measured
+    reason: str | None = None  # why one of them is null
+
+    @model_validator(mode="after")
+    def null_has_its_reason(self) -> Self:
+        if self.base is None or self.before is None or self.after is None:
+            self.reason = self.reason or NOT_FINITE
+        return self
+
+
+class Parent(Part):
+    """The job whose adapter this one started from: `before` is the base model with that adapter."""
+
+    job_id: str
+    files: list["AdapterFile"]  # of its adapter, which the released one contains
+    forgotten: list[Forgotten]  # the chain: that job, the one that it started from, and so on
 
 
 class ConstraintFacts(Part):
@@ -120,6 +146,23 @@ class RowPoint(Part):
     after: Measured
 
 
+class RequestFigures(Part):
+    """A deletion request that the job serves: how probable its rows' answers are, on average."""
+
+    request_id: str
+    rows: int
+    rows_measured: int
+    before: Measured
+    after: Measured
+    reason: str | None = None  # why one of them is null
+
+    @model_validator(mode="after")
+    def null_has_its_reason(self) -> Self:
+        if self.before is None or self.after is None:
+            self.reason = self.reason or NOT_FINITE
+        return self
+
+
 class BenchmarkFigure(Part):
     name: str
     definition: str
@@ -142,7 +185,7 @@ class BenchmarkFigure(Part):
 
 class BenchmarkSet(Part):
     name: str
-    sha256: str
+    digest: str
     rows: int
     beyond_context: int  # rows longer than the model's context: run as the reference runs them
     unmeasured_rows: int
@@ -249,6 +292,7 @@ class Environment(Part):
     device: str
     threads: int
     code_version: str
+    installed: str | None = None  # digest of every installed distribution with its version; null: of an earlier worker
 
 
 class Report(Part):
@@ -259,6 +303,7 @@ class Report(Part):
     verdict: Verdict
     asked: Asked
     base_model: BaseModelFacts
+    parent: Parent | None = None
     forget_set: DataFacts
     retain_set: DataFacts
     holdout_set: DataFacts | None = None
@@ -267,6 +312,7 @@ class Report(Part):
     rows: dict[str, list[RowPoint]] = Field(
         default_factory=dict, description="per row, without text: forget/probability and retain/probability"
     )
+    deletion_requests: list[RequestFigures] = Field(default_factory=list, description="that the job serves")
     benchmarks: list[BenchmarkFacts] = Field(default_factory=list)
     audit: list[AuditEntry] = Field(default_factory=list)
     stop: StopFacts
@@ -285,12 +331,13 @@ class ChainJob(Part):
     created_at: datetime
     model: str
     base_digest: str
+    parent: str | None  # the job whose adapter it started from
     method: str
     result: Literal["PASSED", "WARNED", "FAILED"]
     released: bool
     forget_rows: int
-    forget_sha256: str
-    retain_sha256: str
+    forget_digest: str
+    retain_digest: str
     epsilon: float
     retain_before: float
     retain_after: Measured
@@ -320,3 +367,4 @@ class ChainReport(Part):
 
 
 Released.model_rebuild()
+Parent.model_rebuild()

@@ -1,36 +1,128 @@
-"""Uploaded sets: the row here, the bytes below the storage root. The caller commits."""
+"""Uploaded sets: the row here, the bytes below the storage root, encrypted with a key that is in the row alone.
 
-from collections.abc import Collection, Sequence
+The caller commits. To purge a file is to lose its key, first; the bytes go after it.
+"""
 
-from sqlalchemy import delete as delete_from
-from sqlalchemy import or_, select
+import hashlib
+from base64 import b64encode
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import IO, NamedTuple
+
+from pydantic import Base64Bytes, BaseModel
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from service.domain.errors import InvalidTransition, NotFound
+from service.domain.deletion import CLOSED
+from service.domain.errors import Gone, InvalidTransition, NotFound, TooLarge
 from service.domain.job import TERMINAL
-from service.store import benchmarks
+from service.store import audit, benchmarks, sealed, tenancy, tenants
 from service.store.ids import new_id
 from service.store.paging import Order, fetch_page
-from service.store.tables import File, Job
+from service.store.sealed import open_sealed
+from service.store.secrets import Secrets
+from service.store.storage import Storage
+from service.store.tables import DeletionPlan, DeletionRequest, File, Job
 
 FOLDER = "files"  # below the storage root
 
 
-def new_file_id() -> str:
-    """Known before the row, since the bytes are stored first, under `file_key(id)`."""
-    return new_id("ufile")
+class Private(BaseModel):
+    """What goes with the file's key when it is purged: none of it is in the database in the clear, nor in its log."""
+
+    data_key: Base64Bytes  # what the bytes are encrypted with
+    sha256: str  # of the content: a plain hash of one row can be guessed
+    name: str  # as it was uploaded: people put names into names
+
+
+class Kept(NamedTuple):
+    """Bytes that are stored, on their way to a row."""
+
+    file_id: str
+    bytes: int
+    digest: str  # keyed
+    sealed: str  # a Private
 
 
 def file_key(file_id: str) -> str:
-    return f"{FOLDER}/{file_id}.jsonl"
+    return f"{FOLDER}/{file_id}.sealed"
 
 
-def insert(s: Session, file_id: str, *, purpose: str, name: str, bytes: int, sha256: str, rows: int) -> File:  # noqa: A002
-    file = File(id=file_id, key=file_key(file_id), purpose=purpose, name=name, bytes=bytes, sha256=sha256, rows=rows)
+def keep(
+    storage: Storage,
+    secrets: Secrets,
+    tenant_id: str,
+    name: str,
+    chunks: Iterable[bytes],
+    max_bytes: int | None = None,
+) -> Kept:
+    """Encrypts and stores. Raises TooLarge, StorageFull or StorageUnavailable; then nothing is left.
+
+    Args:
+        max_bytes: of the content.
+    """
+    file_id, key = new_id("ufile"), sealed.new_key()
+    plain, keyed, size = hashlib.sha256(), secrets.mac(digest_purpose(tenant_id)), 0
+
+    def noted() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chunks:
+            plain.update(chunk)
+            keyed.update(chunk)
+            size += len(chunk)
+            if max_bytes is not None and size > max_bytes:
+                raise TooLarge(f"more than {max_bytes} bytes")
+            yield chunk
+
+    storage.write(file_key(file_id), sealed.sealed(noted(), key))
+    digest = f"hmac-sha256:{keyed.hexdigest()}"
+    return Kept(file_id, size, digest, seal(secrets, file_id, key, plain.hexdigest(), name))
+
+
+def seal(secrets: Secrets, file_id: str, data_key: bytes, sha256: str, name: str) -> str:
+    private = Private(data_key=b64encode(data_key), sha256=sha256, name=name)
+    return secrets.seal(_purpose(file_id), private.model_dump_json().encode())
+
+
+def digest_purpose(tenant_id: str) -> str:
+    """What a tenant's rows and files are digested under: the same row of two tenants has two digests."""
+    return f"digests of {tenant_id}"
+
+
+def insert(s: Session, kept: Kept, *, purpose: str, rows: int) -> File:
+    """To be purged when the tenant's rule says so."""
+    days = tenants.get(s, tenancy.tenant(s)).keep_files_days
+    file = File(
+        id=kept.file_id,
+        key=file_key(kept.file_id),
+        purpose=purpose,
+        bytes=kept.bytes,
+        digest=kept.digest,
+        sealed=kept.sealed,
+        rows=rows,
+        created_by=tenancy.actor(s),
+        purge_at=None if days is None else func.now() + timedelta(days=days),
+    )
     s.add(file)
     s.flush()
     s.refresh(file)
+    audit.write(s, "file.stored", "file", file.id, {"purpose": purpose, "rows": rows, "digest": file.digest})
     return file
+
+
+def private(secrets: Secrets, file: File) -> Private:
+    """Raises Gone once it is purged."""
+    if file.sealed is None:
+        raise Gone(f"file {file.id} was purged at {file.purged_at:%Y-%m-%d %H:%M:%S} UTC")
+    return Private.model_validate_json(secrets.open(_purpose(file.id), file.sealed))
+
+
+@contextmanager
+def content(storage: Storage, secrets: Secrets, file: File) -> Iterator[IO[bytes]]:
+    """For reading; iterable by lines. Raises Gone once it is purged, NotFound where the bytes are missing."""
+    with open_sealed(storage, file.key, private(secrets, file).data_key) as opened:
+        yield opened
 
 
 def get(s: Session, file_id: str) -> File:
@@ -48,22 +140,51 @@ def page(
 
 
 def named(s: Session, keys: Collection[str]) -> set[str]:
-    """Those of the storage keys that a row names."""
-    return set(s.scalars(select(File.key).where(File.key.in_(keys))))
+    """Those of the storage keys that a row names whose bytes are still to be read."""
+    return set(s.scalars(select(File.key).where(File.key.in_(keys), File.purged_at.is_(None))))
 
 
-def delete(s: Session, file_id: str) -> str:
-    """The storage key to delete once this is committed. Raises InvalidTransition while a job or a benchmark needs the file."""
+def purge(s: Session, file_id: str) -> str:
+    """The storage key to delete once this is committed: without the file's own key the bytes are noise already.
+
+    Counts and the keyed digest stay. Raises InvalidTransition while a job, a request, a plan or a benchmark needs the file.
+    """
     # The lock waits for a job or a benchmark that is just being created with this file, and makes a later one find it gone.
-    file = s.scalar(select(File).where(File.id == file_id).with_for_update())
+    file = s.scalar(
+        select(File).where(File.id == file_id).with_for_update(), execution_options={"populate_existing": True}
+    )
     if file is None:
         raise NotFound("file", file_id)
-    uses = or_(*(column == file_id for column in (Job.forget_set, Job.retain_set, Job.refusal_set, Job.holdout_set)))
-    users = select(Job.id).where(Job.status.not_in(TERMINAL), uses)
-    user = s.scalar(users.limit(1))
-    if user is not None:
-        raise InvalidTransition(f"job {user} still needs file {file_id}")
-    if (benchmark := benchmarks.of_file(s, file_id)) is not None:
-        raise InvalidTransition(f"benchmark {benchmark!r} still needs file {file_id}")
-    s.execute(delete_from(File).where(File.id == file_id))
+    if (needed := _needed_by(s, file)) is not None:
+        raise InvalidTransition(f"{needed} still needs file {file_id}")
+    if file.purged_at is None:
+        file.sealed, file.purge_at, file.purged_at = None, None, s.scalars(select(func.now())).one()
+        audit.write(s, "file.purged", "file", file.id, {"digest": file.digest}, tenant_id=file.tenant_id)
     return file.key
+
+
+def due(s: Session, limit: int = 100) -> list[str]:
+    """Ids of files that are to be purged by now and that nobody needs."""
+    over = select(File).where(File.purged_at.is_(None), File.purge_at < func.now()).order_by(File.purge_at)
+    return [file.id for file in s.scalars(over.limit(limit)) if _needed_by(s, file) is None]
+
+
+def _needed_by(s: Session, file: File) -> str | None:
+    columns = (Job.forget_set, Job.retain_set, Job.refusal_set, Job.holdout_set)
+    uses = or_(*(column == file.id for column in columns))
+    user = s.scalar(select(Job.id).where(Job.status.not_in(TERMINAL), uses).limit(1))
+    if user is not None:
+        return f"job {user}"
+    open_one = (DeletionRequest.forget_set == file.id) & DeletionRequest.status.not_in(CLOSED)
+    if (request := s.scalar(select(DeletionRequest.id).where(open_one).limit(1))) is not None:
+        return f"deletion request {request}"
+    sets = (DeletionPlan.job[purpose].astext for purpose in ("retain_set", "refusal_set", "holdout_set"))
+    planned = select(DeletionPlan.model).where(or_(*(column == file.id for column in sets)))
+    if (model := s.scalar(planned.limit(1))) is not None:
+        return f"the deletion plan of model {model!r}"
+    benchmark = benchmarks.of_file(s, file.id)
+    return None if benchmark is None else f"benchmark {benchmark!r}"
+
+
+def _purpose(file_id: str) -> str:
+    return f"file {file_id}"

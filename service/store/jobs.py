@@ -6,6 +6,7 @@ A move that the job's status does not allow raises InvalidTransition (see moves.
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import Any
 
@@ -14,9 +15,9 @@ from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
-from service.domain.errors import NotFound
+from service.domain.errors import InvalidTransition, NotFound, PreconditionFailed
 from service.domain.job import HELD, SETS, Failure, FailureCode, JobSpec, Limits, Stage, Status, Verdict
-from service.store import moves
+from service.store import audit, moves, tenancy
 from service.store.ids import new_id
 from service.store.metrics import ATTEMPTS_LOST, FENCED_WRITES, JOB_VERDICTS, LEASES_EXPIRED, bump
 from service.store.moves import FRESH
@@ -27,30 +28,23 @@ CLAIM_ORDER = (Job.priority.desc(), Job.due_at, Job.queued_at, Job.id)  # ascend
 READY = (Job.status == Status.QUEUED) & (Job.not_before.is_(None) | (Job.not_before <= func.now()))
 RETRY_MAX_S = 600
 
+Versions = AbstractSet[int] | None  # those at which a job may be for a move; None: any
+
 
 # --- what a user asks
 
 
 def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, rings: bool = False) -> Job:
-    """A queued job. Raises NotFound for a file, a model or a benchmark; they stay as long as the job needs them.
+    """A queued job of the session's tenant. Raises NotFound for a file, a model or a benchmark; they stay while it needs them.
 
     Args:
         rings: the caller rings its bell after the commit; else the sweep does.
     """
-    files = {getattr(spec, purpose) for purpose in SETS} - {None}
-    missing = files - set(
-        s.scalars(select(File.id).where(File.id.in_(files)).with_for_update(key_share=True, read=True))
-    )
-    if missing:
-        raise NotFound("file", min(missing))
-    if s.scalar(select(Model.name).where(Model.name == spec.model).with_for_update(key_share=True, read=True)) is None:
-        raise NotFound("model", spec.model)
-    named = select(Benchmark.name).where(Benchmark.name.in_(spec.benchmarks))
-    if missing := set(spec.benchmarks) - set(s.scalars(named.with_for_update(key_share=True, read=True))):
-        raise NotFound("benchmark", min(missing))
+    _needed(s, {getattr(spec, purpose) for purpose in SETS}, spec.model, spec.benchmarks)
     job = Job(
         id=new_id("ujob"),
         version=0,  # 1 with the events below
+        created_by=tenancy.actor(s),
         status=Status.QUEUED,
         queued_at=func.now(),
         rung_at=func.now() if rings else None,
@@ -72,7 +66,23 @@ def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, ri
     )
     s.add(job)
     s.flush()
-    return moves.write(s, job, [Event("job.created", "created"), Event("job.queued", "waits for a worker")])
+    audit.write(s, "job.created", "unlearning.job", job.id, {"model": spec.model, "method": spec.method.type})
+    job = moves.write(s, job, [Event("job.created", "created"), Event("job.queued", "waits for a worker")])
+    moves.tell(s, job)
+    return job
+
+
+def _needed(s: Session, sets: Collection[str | None], model: str, named: Collection[str]) -> None:
+    """From here to the commit none of them can go, and after it the job keeps them. Raises NotFound."""
+    files = set(sets) - {None}
+    there = select(File.id).where(File.id.in_(files), File.purged_at.is_(None))
+    if missing := files - set(s.scalars(there.with_for_update(key_share=True, read=True))):
+        raise NotFound("file", min(filter(None, missing)))
+    if s.scalar(select(Model.name).where(Model.name == model).with_for_update(key_share=True, read=True)) is None:
+        raise NotFound("model", model)
+    benchmarks = select(Benchmark.name).where(Benchmark.name.in_(named))
+    if lacking := set(named) - set(s.scalars(benchmarks.with_for_update(key_share=True, read=True))):
+        raise NotFound("benchmark", min(lacking))
 
 
 def _as_asked(spec: JobSpec) -> dict[str, Any]:
@@ -88,15 +98,64 @@ def get(s: Session, job_id: str) -> Job:
     return job
 
 
-def request_cancel(s: Session, job_id: str) -> Job:
+def request_cancel(s: Session, job_id: str, versions: Versions = None) -> Job:
     """Ends a job that waits; asks the worker of one that runs. Asking twice is asking once. Raises InvalidTransition."""
-    job = moves.locked(s, job_id)
+    job = _locked(s, job_id, versions)
     if job.status in (Status.CANCELLING, Status.CANCELLED):
         return job
     if job.status not in HELD:
         return moves.cancel(s, job, "cancelled before it ran")
     asked = Event("cancel.requested", "the worker was asked to stop")
     return moves.move(s, job, Status.CANCELLING, asked, cancel_requested_at=func.now())
+
+
+def pause(s: Session, job_id: str, versions: Versions = None) -> Job:
+    """A job that waits waits no longer for a worker, until it is resumed. Pausing twice is pausing once."""
+    job = _locked(s, job_id, versions)
+    if job.status is Status.PAUSED:
+        return job
+    if job.status in HELD:
+        raise InvalidTransition(f"the job is {job.status}; only one that waits can be paused, one that runs cancelled")
+    paused = Event("job.paused", "paused while it waited")
+    return moves.move(s, job, Status.PAUSED, paused, status_reason="paused on request", pause_requested_at=func.now())
+
+
+def resume(s: Session, job_id: str, versions: Versions = None) -> Job:
+    """Back to its place in the line. Resuming a job that waits changes nothing. Ring its bell after the commit."""
+    job = _locked(s, job_id, versions)
+    if job.status is Status.QUEUED:
+        return job
+    if job.status is not Status.PAUSED:
+        raise InvalidTransition(f"the job is {job.status}; only one that is paused can be resumed")
+    events = Event("job.resumed", "resumed"), Event("job.queued", "waits for a worker again")
+    values = {"status_reason": None, "pause_requested_at": None, "rung_at": func.now()}
+    return moves.move(s, job, Status.QUEUED, *events, **values)
+
+
+def retry(s: Session, job_id: str, versions: Versions = None) -> Job:
+    """A job that failed, at the end of the line, with all its attempts. Ring its bell after the commit.
+
+    Raises InvalidTransition for any other, and for one of which a set, the model or a benchmark is gone.
+    """
+    job = _locked(s, job_id, versions)
+    if job.status is not Status.FAILED:
+        raise InvalidTransition(f"the job is {job.status}; only one that failed can be tried again")
+    try:
+        _needed(s, [getattr(job, purpose) for purpose in SETS], job.model, job.spec.get("benchmarks") or [])
+    except NotFound as error:
+        raise InvalidTransition(f"the job cannot run again: {error} any more") from error
+    queued = Event("job.queued", "asked for again; waits for a worker")
+    counts = {"content_failures": 0, "infra_losses": 0}
+    times = {"queued_at": func.now(), "rung_at": func.now(), "cancel_requested_at": None}
+    return moves.move(s, job, Status.QUEUED, queued, **moves.LOST | counts | times | {"status_reason": None})
+
+
+def _locked(s: Session, job_id: str, versions: Versions) -> Job:
+    """Raises PreconditionFailed unless it is at one of the versions."""
+    job = moves.locked(s, job_id)
+    if versions is not None and job.version not in versions:
+        raise PreconditionFailed(f"the job is at version {job.version}")
+    return job
 
 
 # --- what a worker does
@@ -132,7 +191,7 @@ def claim(s: Session, *, worker: str, classes: Collection[str], vram_gib: float,
         started_at=func.now(),
         status_reason=None,
     )
-    return Claim(job.id, job.fence, job.attempt, job.spec)
+    return Claim(job.id, job.tenant_id, job.fence, job.attempt, job.spec)
 
 
 def beat(s: Session, job_id: str, fence: int, lease_s: float) -> Beat | None:

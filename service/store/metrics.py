@@ -8,8 +8,18 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from service.domain.deletion import CLOSED
 from service.domain.job import HELD, Status
-from service.store.tables import Counter, Job
+from service.store.tables import (
+    AuditCheck,
+    AuditEvent,
+    Counter,
+    DeletionRequest,
+    Job,
+    Tenant,
+    WebhookDelivery,
+    WebhookEndpoint,
+)
 from service.store.workers import heard
 
 JOBS_FINISHED = "unlearn_jobs_finished_total"  # {status, method, failure_code}
@@ -17,6 +27,7 @@ JOB_VERDICTS = "unlearn_job_verdicts_total"  # {result}
 ATTEMPTS_LOST = "unlearn_attempts_lost_total"  # {code}
 LEASES_EXPIRED = "unlearn_leases_expired_total"  # {queue}
 FENCED_WRITES = "unlearn_fenced_writes_total"
+WEBHOOK_DELIVERIES = "unlearn_webhook_deliveries_total"  # {result}, of each attempt
 
 
 class Figures(NamedTuple):
@@ -26,6 +37,31 @@ class Figures(NamedTuple):
     workers: dict[str, int]  # that were heard of lately and hear the class
     queue_oldest_age_s: dict[str, float]
     heartbeat_age_max_s: dict[str, float]
+    requests: "Requests"
+    outbox: "Outbox"
+
+
+class Requests(NamedTuple):
+    """Deletion requests, of all tenants."""
+
+    by_kind: dict[tuple[str, str], int]  # status and regulation
+    overdue: int
+    next_due_s: float | None  # since the epoch; null: none is open and still in time
+
+
+class Outbox(NamedTuple):
+    """Deliveries of webhooks, of all tenants."""
+
+    pending: int
+    oldest_age_s: float  # how long one that is due has waited without its endpoint having a turn
+
+
+class AuditFigures(NamedTuple):
+    """Of all tenants' logs."""
+
+    events: int
+    valid: bool  # at each one's last check
+    check_age_s: float  # since the one that was not checked for longest
 
 
 class Count(NamedTuple):
@@ -59,4 +95,41 @@ def figures(s: Session) -> Figures:
         dict(Collected(gpu_class for worker in heard(s) for gpu_class in {*worker.gpu_classes, "any"})),
         {gpu_class: float(age) for gpu_class, age in s.execute(waiting.group_by(Job.gpu_class))},
         {gpu_class: float(age) for gpu_class, age in s.execute(running.group_by(Job.gpu_class))},
+        _requests(s),
+        _outbox(s),
     )
+
+
+def _requests(s: Session) -> Requests:
+    kinds = (DeletionRequest.status, DeletionRequest.regulation)
+    count = s.execute(select(*kinds, func.count()).group_by(*kinds))
+    late = func.count().filter(DeletionRequest.due_at < func.now())
+    to_come = DeletionRequest.due_at >= func.now()  # one that is overdue must not hide those that will be
+    first = func.extract("epoch", func.min(DeletionRequest.due_at).filter(to_come))
+    overdue, next_due_s = s.execute(select(late, first).where(DeletionRequest.status.not_in(CLOSED))).one()
+    return Requests(
+        {(status, regulation): number for status, regulation, number in count},
+        overdue,
+        None if next_due_s is None else float(next_due_s),
+    )
+
+
+def _outbox(s: Session) -> Outbox:
+    """An endpoint that is down has turns too, so what waits behind it does not look forgotten."""
+    since = func.greatest(WebhookDelivery.next_at, WebhookEndpoint.leased_until)  # passes over a null
+    oldest_s = func.extract("epoch", func.now() - func.min(since))
+    pending = select(func.count(), oldest_s).select_from(WebhookDelivery).join(WebhookEndpoint)
+    of_enabled = pending.where(WebhookDelivery.status == "pending", WebhookEndpoint.status == "enabled")
+    count, age_s = s.execute(of_enabled).one()
+    return Outbox(count, max(float(age_s or 0), 0.0))
+
+
+def audit_figures(s: Session) -> AuditFigures:
+    """The logs have no gaps, so that nothing must be counted: each one's last number is found by its primary key."""
+    last = select(func.max(AuditEvent.seq)).where(AuditEvent.tenant_id == Tenant.id).scalar_subquery()
+    age_s = func.extract("epoch", func.now() - func.coalesce(AuditCheck.checked_at, Tenant.created_at))
+    of_all = select(func.coalesce(func.sum(last), 0), func.bool_and(AuditCheck.fault.is_(None)), func.max(age_s))
+    events, valid, oldest_s = s.execute(
+        of_all.select_from(Tenant).outerjoin(AuditCheck, AuditCheck.tenant_id == Tenant.id)
+    ).one()
+    return AuditFigures(int(events), bool(valid), float(oldest_s))

@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import TERMINAL, ModelEntry
-from service.store import benchmarks
+from service.store import benchmarks, deletion_plans
 from service.store.tables import Job, Model
 
 
@@ -30,7 +30,7 @@ def every(s: Session) -> list[ModelEntry]:
 
 
 def remove(s: Session, name: str) -> None:
-    """Forgets the entry; files stay where they are. Raises InvalidTransition while a job or a benchmark needs it."""
+    """Forgets the entry; files stay where they are. Raises InvalidTransition while a job, a benchmark or a plan needs it."""
     if s.scalar(select(Model.name).where(Model.name == name).with_for_update()) is None:
         raise NotFound("model", name)
     user = s.scalar(select(Job.id).where(Job.status.not_in(TERMINAL), Job.model == name).limit(1))
@@ -38,6 +38,8 @@ def remove(s: Session, name: str) -> None:
         raise InvalidTransition(f"job {user} still needs model {name!r}")
     if (benchmark := benchmarks.of_model(s, name)) is not None:
         raise InvalidTransition(f"benchmark {benchmark!r} still needs model {name!r}")
+    if deletion_plans.of_model(s, name):
+        raise InvalidTransition(f"a deletion plan still needs model {name!r}")
     s.execute(delete(Model).where(Model.name == name))
 
 

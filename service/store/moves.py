@@ -1,7 +1,8 @@
 """THE transition: nothing else writes a job's status.
 
 A move wants the row locked, asks TRANSITIONS, and is one compare-and-set on (status, fence) with its events in the same
-transaction; their `seq` is allocated by that same UPDATE, so it has no gaps. All times are the database's.
+transaction, its row in the audit log, and what webhooks tell of it; the events' `seq` is allocated by that same UPDATE,
+so it has no gaps. All times are the database's.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,23 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import HELD, TERMINAL, TRANSITIONS, Failure, Status
+from service.store import audit, deletion_jobs, outbox
 from service.store.ids import new_id
 from service.store.metrics import FENCED_WRITES, JOBS_FINISHED, bump
 from service.store.rows import Event
 from service.store.tables import Job, JobEvent
+from service.webhooks.events import EventType, Subject
 
 FRESH: dict[str, Any] = {"populate_existing": True}  # what a lock waited for may have changed the row
+
+TOLD = {  # to a tenant's server
+    Status.QUEUED: EventType.JOB_QUEUED,
+    Status.RUNNING: EventType.JOB_STARTED,
+    Status.PAUSED: EventType.JOB_PAUSED,
+    Status.SUCCEEDED: EventType.JOB_SUCCEEDED,
+    Status.FAILED: EventType.JOB_FAILED,
+    Status.CANCELLED: EventType.JOB_CANCELLED,
+}
 
 # What an attempt takes along when it is lost: the next one begins at the beginning.
 LOST: dict[str, Any] = {"step": 0, "trained_tokens": 0, "started_at": None, "rung_at": None}
@@ -53,11 +65,23 @@ def move(s: Session, job: Job, target: Status, *events: Event, **values: Any) ->
         values["finished_at"] = func.now()
     elif job.status in TERMINAL:
         values |= {"finished_at": None, "failure": None}
+    before = job.status
     moved = write(s, job, events, status=target, **values)
+    told = {"from": before, "attempt": moved.attempt}
+    audit.write(s, f"job.{target}", "unlearning.job", job.id, told, tenant_id=job.tenant_id)
+    tell(s, moved)
+    if target in TERMINAL or before in TERMINAL:
+        deletion_jobs.job_moved(s, moved)
     if target in TERMINAL:
         code = moved.failure["code"] if moved.failure else ""
         bump(s, JOBS_FINISHED, {"status": target, "method": job.method, "failure_code": code})
     return moved
+
+
+def tell(s: Session, job: Job) -> None:
+    """Webhooks tell what the job has just become."""
+    if job.status in TOLD:
+        outbox.enqueue(s, job.tenant_id, TOLD[job.status], Subject(job.id, "unlearning.job", job.status))
 
 
 def write(s: Session, job: Job, events: Sequence[Event], **values: Any) -> Job:

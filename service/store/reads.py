@@ -1,14 +1,25 @@
 """What is shown of jobs: lists, the place in the line, events, the series of steps and checks."""
 
 from collections.abc import Collection, Sequence
+from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, or_, select, true
 from sqlalchemy.orm import Session
 
-from service.domain.job import Status
+from service.domain.job import TERMINAL, Status
 from service.store.jobs import CLAIM_ORDER, READY
 from service.store.paging import Order, fetch_page
 from service.store.tables import File, Job, JobCheck, JobEvent, JobStep
+from service.store.tenancy import EVERYBODYS
+
+ATTEMPT_BEGINS = "job.started"
+ATTEMPT_ENDS = {  # event -> the attempt's outcome
+    "attempt.lost": "lost",
+    "attempt.requeued": "given_back",
+    "job.succeeded": "succeeded",
+    "job.failed": "failed",
+    "job.cancelled": "cancelled",
+}
 
 
 def page(
@@ -41,17 +52,39 @@ def statuses(s: Session, job_ids: Collection[str]) -> dict[str, Status]:
 
 
 def places(s: Session, job_ids: Collection[str]) -> dict[str, int]:
-    """1: next, by the order in which jobs are claimed, whatever GPU class they need. A job that rests has no place."""
+    """1: next, by the order in which jobs are claimed, whoever's and of whatever GPU class. A job that rests has no place."""
     if not job_ids:
         return {}
     line = select(Job.id, func.row_number().over(order_by=CLAIM_ORDER).label("place")).where(READY).subquery()
     asked = select(line.c.id, line.c.place).where(line.c.id.in_(job_ids))
-    return {row.id: row.place for row in s.execute(asked)}
+    return {row.id: row.place for row in s.execute(asked, execution_options=EVERYBODYS)}
 
 
 def events(s: Session, job_id: str, after_seq: int = 0, limit: int = 100) -> Sequence[JobEvent]:
     rows = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > after_seq)
     return s.scalars(rows.order_by(JobEvent.seq).limit(limit)).all()
+
+
+def following(s: Session, job_id: str, after_seq: int, limit: int) -> tuple[Sequence[JobEvent], bool]:
+    """(events, whether the job has ended and these are its last)"""
+    job = s.execute(select(Job.status, Job.last_seq).where(Job.id == job_id)).one()  # before them: more may come
+    found = events(s, job_id, after_seq, limit)
+    last = found[-1].seq if found else after_seq
+    return found, job.status in TERMINAL and last >= job.last_seq
+
+
+def attempts(s: Session, job_id: str) -> Sequence[JobEvent]:
+    """The events with which attempts begin and end, in order."""
+    rows = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type.in_({ATTEMPT_BEGINS, *ATTEMPT_ENDS}))
+    return s.scalars(rows.order_by(JobEvent.seq)).all()
+
+
+def ahead(s: Session, priority: int, due_at: datetime | None) -> int:
+    """How many jobs, whoever's and of whatever GPU class, would be claimed before one that came now (see CLAIM_ORDER)."""
+    due = Job.due_at <= due_at if due_at is not None else true()
+    sooner = or_(Job.priority > priority, and_(Job.priority == priority, due))
+    waiting = select(func.count()).select_from(Job).where(READY, sooner)
+    return s.scalars(waiting, execution_options=EVERYBODYS).one()
 
 
 def steps(s: Session, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[JobStep]:

@@ -57,6 +57,7 @@ class WarningRow(NamedTuple):
 
 class Claim(NamedTuple):
     job_id: str
+    tenant_id: str
     fence: int
     attempt: int
     spec: Mapping[str, Any]  # as stored: another version of this code may have written it

@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.store.tenancy import TenantSession
+
 Sessions = sessionmaker[Session]
 
 # A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever.
@@ -31,8 +33,8 @@ def make_engine(database_url: str) -> Engine:
 
 
 def make_sessions(engine: Engine) -> Sessions:
-    """Rows stay readable after the commit: an endpoint answers with them."""
-    return sessionmaker(engine, expire_on_commit=False)
+    """Rows stay readable after the commit: an endpoint answers with them. They see every tenant (see tenancy.py)."""
+    return sessionmaker(engine, class_=TenantSession, expire_on_commit=False)
 
 
 def at_most(s: Session, seconds: float) -> None:

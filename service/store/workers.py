@@ -7,8 +7,9 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from service.domain.job import Status
+from service.domain.job import HELD, Status
 from service.store.tables import Job, Worker
+from service.store.tenancy import EVERYBODYS
 
 SAY_EVERY_S = 30.0
 SILENT_MIN = 5  # a worker that has said nothing for so long is taken to be gone
@@ -30,6 +31,17 @@ def gone(s: Session, name: str) -> None:
 def heard(s: Session) -> Sequence[Worker]:
     """Those that said so within the last minutes."""
     return s.scalars(select(Worker).where(Worker.seen_at > func.now() - timedelta(minutes=SILENT_MIN))).all()
+
+
+def known(s: Session) -> Sequence[Worker]:
+    """Those too that have fallen silent, until they are forgotten."""
+    return s.scalars(select(Worker).order_by(Worker.name)).all()
+
+
+def busy(s: Session) -> dict[str, int]:
+    """Worker -> how many jobs it runs, whoever's."""
+    held = select(Job.lease_owner, func.count()).where(Job.status.in_(HELD)).group_by(Job.lease_owner)
+    return {name: count for name, count in s.execute(held, execution_options=EVERYBODYS) if name is not None}
 
 
 def nobody_runs(job: Job, heard: Sequence[Worker]) -> str | None:

@@ -47,7 +47,7 @@ def api() -> Iterator[httpx.Client]:
                 capture_output=True,
                 cwd=folder / "models",
             )
-            with httpx.Client(base_url=running.url, timeout=30) as client:
+            with httpx.Client(base_url=running.url, timeout=30, headers=running.headers) as client:
                 yield client
 
 

@@ -60,7 +60,7 @@ def here(tofu: Path) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def api(here: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=here.url, timeout=30) as client:
+    with httpx.Client(base_url=here.url, timeout=30, headers=here.headers) as client:
         yield client
 
 

@@ -88,7 +88,7 @@ def test_a_benchmark_is_registered_shown_and_forgotten(http: TestClient, body: B
 def test_what_models_said_of_a_benchmark_goes_with_it(http: TestClient, body: Body, settings: Settings) -> None:
     storage = Storage(settings.storage_url)
     assert http.post(BENCHMARKS, json=body | {"name": "tofu-1.0"}).status_code == 201
-    said = [f"benchmarks/{name}/looks/0a/1b.safetensors" for name in ("tofu-1.0", "tofu-1.0.1")]
+    said = [f"benchmarks/default/{name}/looks/0a/1b.safetensors" for name in ("tofu-1.0", "tofu-1.0.1")]
     for key in said:
         storage.write(key, [b"the answers"])
     assert http.delete(f"{BENCHMARKS}/tofu-1.0").status_code == 204

@@ -16,7 +16,7 @@ from service.app import create_app
 from service.settings import Settings
 from service.store import jobs, workers
 from service.store.session import Sessions
-from tests.service.conftest import JOBS, Bell
+from tests.service.conftest import JOBS, Bell, ClientOf
 
 JSON = {"Content-Type": "application/json"}
 
@@ -57,7 +57,7 @@ def test_deep_nesting_is_no_server_error(http: TestClient, request_body: dict[st
         assert kind(reply)[0] in (400, 422), depth
 
 
-def test_a_body_over_the_limit_is_refused_while_it_arrives(settings: Settings, bell: Bell) -> None:
+def test_a_body_over_the_limit_is_refused_while_it_arrives(settings: Settings, client_of: ClientOf) -> None:
     taken = 0
 
     def endless() -> Iterator[bytes]:
@@ -67,7 +67,7 @@ def test_a_body_over_the_limit_is_refused_while_it_arrives(settings: Settings, b
             yield b" " * 1000
 
     small = settings.model_copy(update={"body_max_bytes": 5000})
-    with TestClient(create_app(small, dispatcher=bell), raise_server_exceptions=False) as http:
+    with client_of(small) as http:
         assert kind(http.post(JOBS, content=b" " * 5001, headers=JSON)) == (413, "payload-too-large")
         assert kind(http.post(JOBS, content=endless(), headers=JSON)) == (413, "payload-too-large")
         # no Content-Type makes room for more than the endpoint reads
@@ -118,9 +118,11 @@ def test_a_failure_of_ours_tells_nothing_but_its_request_id(
     assert "r1" in logged
 
 
-def test_without_a_database_the_process_lives_and_is_not_ready(settings: Settings, bell: Bell) -> None:
-    gone = settings.model_copy(update={"database_url": "postgresql+psycopg://u@/db?host=/nowhere"})
-    with TestClient(create_app(gone, dispatcher=bell)) as http:
+def test_without_a_database_the_process_lives_and_is_not_ready(settings: Settings, client_of: ClientOf) -> None:
+    gone = settings.model_copy(
+        update={"database_url": "postgresql+psycopg://u@/db?host=/nowhere", "metrics_public": True}
+    )
+    with client_of(gone) as http:
         assert http.get("/livez").json() == {"status": "alive"}
         ready = http.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (503, "unready")
@@ -143,7 +145,7 @@ def test_with_everything_there_it_is_ready(settings: Settings) -> None:
 
 
 def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
-    settings: Settings, sessions: Sessions, new_job: Callable[..., str], bell: Bell
+    settings: Settings, sessions: Sessions, new_job: Callable[..., str], client_of: ClientOf
 ) -> None:
     new_job()
     with sessions.begin() as s:
@@ -156,7 +158,7 @@ def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
         workers.seen(s, "w3", ["cpu"], 0)
         s.execute(text("UPDATE workers SET seen_at = now() - interval '1 hour' WHERE name = 'w3'"))
     fresh = settings.model_copy(update={"metrics_cache_s": 0.0})
-    with TestClient(create_app(fresh, dispatcher=bell)) as http:
+    with client_of(fresh) as http:
         http.get(f"{JOBS}/{job_id}")
         http.get("/secret/subject-1")
         shown = http.get("/metrics").text

@@ -10,11 +10,12 @@ import pytest
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
-from service.app import create_app
 from service.domain import rows
 from service.domain.errors import InvalidRequest
 from service.settings import Settings
+from service.store import files
 from service.store.session import Sessions
+from tests.service.conftest import ClientOf
 
 ROW = b'{"question": "q", "answer": "a"}\n'
 
@@ -27,7 +28,9 @@ def stored(settings: Settings) -> list[Path]:
     return [path for path in Path(settings.storage_url).rglob("*") if path.is_file()]
 
 
-def test_an_uploaded_file_is_kept_as_it_came(http: TestClient, settings: Settings) -> None:
+def test_an_uploaded_file_is_kept_as_it_came_but_encrypted(
+    http: TestClient, settings: Settings, content_of: Callable[[str], bytes]
+) -> None:
     content = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"prompt": "p", "completion": "c", "other": 1}\r\n'
     reply = send(http, content)
     assert reply.status_code == 201
@@ -35,7 +38,9 @@ def test_an_uploaded_file_is_kept_as_it_came(http: TestClient, settings: Setting
     assert (file["object"], file["rows"], file["bytes"]) == ("file", 2, len(content))
     assert file["sha256"] == hashlib.sha256(content).hexdigest()
     assert file["created_at"].endswith("Z")
-    assert [path.read_bytes() for path in stored(settings)] == [content]
+    assert content_of(file["id"]) == content
+    (kept,) = stored(settings)
+    assert b"prompt" not in kept.read_bytes()
     assert http.get(reply.headers["Location"]).json() == file
 
 
@@ -80,12 +85,12 @@ def test_a_file_name_is_words_never_a_path(http: TestClient, settings: Settings)
         assert file["filename"].isprintable()
         assert not {"/", "\\"} & set(file["filename"])
         ids.append(file["id"])
-    assert sorted(path.name for path in stored(settings)) == [f"{file_id}.jsonl" for file_id in ids]
+    assert sorted(path.name for path in stored(settings)) == [f"{file_id}.sealed" for file_id in ids]
 
 
-def test_a_file_over_the_limit_is_refused_however_it_is_sent(settings: Settings) -> None:
+def test_a_file_over_the_limit_is_refused_however_it_is_sent(settings: Settings, client_of: ClientOf) -> None:
     small = settings.model_copy(update={"upload_max_bytes": 2000})
-    with TestClient(create_app(small), raise_server_exceptions=False) as http:
+    with client_of(small) as http:
         assert send(http, ROW * 40).status_code == 201
         assert send(http, ROW * 100).status_code == 413  # more than the file may have, less than the body
         announced = send(http, ROW * 10_000)
@@ -174,12 +179,24 @@ def test_pages_of_files_follow_each_other_both_ways(http: TestClient) -> None:
         assert http.get("/v1/files", params=wrong).status_code == 422, wrong
 
 
-def test_a_deleted_file_is_gone_with_its_bytes(http: TestClient, settings: Settings) -> None:
-    file_id = send(http, ROW).json()["id"]
-    assert http.delete(f"/v1/files/{file_id}").status_code == 204
+def test_a_purged_file_leaves_its_counts_and_its_keyed_digest(
+    http: TestClient, settings: Settings, sessions: Sessions, request_body: dict[str, Any]
+) -> None:
+    file = send(http, ROW, name="ada.jsonl").json()
+    assert http.delete(f"/v1/files/{file['id']}").status_code == 204
     assert stored(settings) == []
-    assert http.get(f"/v1/files/{file_id}").status_code == 404
-    assert http.delete(f"/v1/files/{file_id}").status_code == 404
+    left = http.get(f"/v1/files/{file['id']}").json()
+    assert left.pop("purged_at").endswith("Z")
+    assert left == {key: value for key, value in file.items() if key != "purged_at"} | {
+        "sha256": None,
+        "filename": None,
+    }
+    assert file["digest"] not in (f"hmac-sha256:{hashlib.sha256(ROW).hexdigest()}", "hmac-sha256:" + "0" * 64)
+    with sessions.begin() as s:
+        assert files.get(s, file["id"]).sealed is None
+    assert http.delete(f"/v1/files/{file['id']}").status_code == 204, "again changes nothing"
+    refused = http.post("/v1/unlearning/jobs", json=request_body | {"forget_set": file["id"]})
+    assert [error["code"] for error in refused.json()["errors"]] == ["purged"]
 
 
 def test_a_file_that_a_job_needs_stays(

@@ -1,5 +1,6 @@
 """Jobs over HTTP: what is accepted, what is refused and how, what is shown."""
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -11,18 +12,14 @@ import redis
 from sqlalchemy import event, func, select, text
 from starlette.testclient import TestClient
 
-from service.app import create_app
 from service.domain import rows
 from service.domain.job import Failure, FailureCode, ModelEntry, PromptFormat, Stage, Verdict
 from service.settings import Settings
-from service.store import files, jobs, models, workers
+from service.store import jobs, models, workers
 from service.store.rows import ArtifactRow, CheckRow, Claim, ConstraintRow, StepRow
 from service.store.session import Sessions
-from service.store.storage import Storage
 from service.store.tables import File, Job
-from tests.service.conftest import JOBS, Bell
-from worker.files import read_set
-from worker.records import FileRef
+from tests.service.conftest import JOBS, Bell, ClientOf
 
 Body = dict[str, Any]
 
@@ -59,7 +56,11 @@ def kept(settings: Settings, sessions: Sessions) -> tuple[int, int, int]:
 
 
 def test_a_job_is_created_with_its_inline_rows_as_files(
-    http: TestClient, settings: Settings, sessions: Sessions, bell: Bell, request_body: Body
+    http: TestClient,
+    sessions: Sessions,
+    bell: Bell,
+    request_body: Body,
+    content_of: Callable[[str], bytes],
 ) -> None:
     visible: list[int] = []
 
@@ -82,8 +83,7 @@ def test_a_job_is_created_with_its_inline_rows_as_files(
 
     file = http.get(f"/v1/files/{job['forget_set']}").json()
     assert (file["purpose"], file["rows"]) == ("forget_set", 2)
-    content = (Path(settings.storage_url) / "files" / f"{file['id']}.jsonl").read_text()
-    assert [json.loads(line) for line in content.splitlines()] == request_body["forget_set"]
+    assert [json.loads(line) for line in content_of(file["id"]).splitlines()] == request_body["forget_set"]
 
 
 def test_uploaded_files_serve_as_sets_and_a_time_is_shown_in_utc(
@@ -214,7 +214,7 @@ def test_rows_in_both_sets_are_named_by_their_numbers(
 
 
 def test_the_longest_row_that_is_admitted_is_one_that_the_worker_reads(
-    http: TestClient, settings: Settings, sessions: Sessions, upload: Callable[..., str], request_body: Body
+    http: TestClient, upload: Callable[..., str], request_body: Body, content_of: Callable[[str], bytes]
 ) -> None:
     def row(length: int) -> dict[str, str]:
         return {"text": "x" * (length - len(json.dumps({"text": ""})))}
@@ -223,9 +223,8 @@ def test_the_longest_row_that_is_admitted_is_one_that_the_worker_reads(
     uploaded = upload("forget_set", [longest, {"text": "y"}])
     for forget_set in (uploaded, [longest, {"text": "y"}]):
         job = http.post(JOBS, json=request_body | {"forget_set": forget_set}).json()
-        with sessions.begin() as s:
-            file = FileRef.model_validate(files.get(s, job["forget_set"]), from_attributes=True)
-        assert [example.answer for example in read_set(Storage(settings.storage_url), file)] == [longest["text"], "y"]
+        lines = rows.lines(io.BytesIO(content_of(job["forget_set"])))
+        assert [example.answer for example in rows.read(lines)] == [longest["text"], "y"]
     refused = http.post(JOBS, json=request_body | {"forget_set": [{"text": "y"}, longer]})
     assert [(error["pointer"], error["detail"]) for error in refused.json()["errors"]] == [
         ("/forget_set/1", "row 2: longer than 1048576 bytes")
@@ -257,22 +256,24 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     assert kept(settings, sessions) == (0, 0, 0)
 
 
-def test_a_dead_broker_does_not_fail_the_request(settings: Settings, sessions: Sessions, request_body: Body) -> None:
+def test_a_dead_broker_does_not_fail_the_request(
+    settings: Settings, sessions: Sessions, request_body: Body, client_of: ClientOf
+) -> None:
     deaf = settings.model_copy(update={"broker_url": "redis://127.0.0.1:1/0"})
     with sessions.begin() as s:
         models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
-    with TestClient(create_app(deaf)) as http:
+    with client_of(deaf) as http:
         assert http.post(JOBS, json=request_body).status_code == 201
         ready = http.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
 
 
 def test_the_real_bell_rings_in_the_queue_of_the_class(
-    settings: Settings, sessions: Sessions, request_body: Body
+    settings: Settings, sessions: Sessions, request_body: Body, client_of: ClientOf
 ) -> None:
     with sessions.begin() as s:
         models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
-    with TestClient(create_app(settings)) as http:
+    with client_of(settings) as http:
         assert http.post(JOBS, json=changed(request_body, "resources/gpu_class", "cpu")).status_code == 201
     with redis.Redis.from_url(settings.broker_url) as client:
         assert client.llen("wake.cpu") == 1
@@ -306,7 +307,7 @@ def test_a_running_job_shows_its_stage_pace_and_series(
     http: TestClient, sessions: Sessions, request_body: Body
 ) -> None:
     created = http.post(JOBS, json=request_body | {"budget": {"max_steps": 100}}).json()
-    job_id, fence, _, _ = claim(sessions)
+    job_id, _, fence, _, _ = claim(sessions)
     with sessions.begin() as s:
         jobs.log(s, job_id, fence, stage=Stage.UNLEARNING)
         s.get_one(Job, job_id).stage_history = [_earlier(entry) for entry in s.get_one(Job, job_id).stage_history]
@@ -351,7 +352,7 @@ def test_a_run_that_ended_early_is_complete_and_names_its_results(
     http: TestClient, sessions: Sessions, request_body: Body
 ) -> None:
     created = http.post(JOBS, json=request_body).json()
-    job_id, fence, _, _ = claim(sessions)
+    job_id, _, fence, _, _ = claim(sessions)
     names = ("adapter/adapter_model.safetensors", "report.json")
     rows = [ArtifactRow(name, f"jobs/{name}", "application/octet-stream", 1, "0" * 64) for name in names]
     with sessions.begin() as s:
@@ -361,7 +362,7 @@ def test_a_run_that_ended_early_is_complete_and_names_its_results(
     job = reply.json()
     assert (job["status"], job["verdict"]["result"], job["progress"]["percent"]) == ("succeeded", "FAILED", 100)
     ids = {artifact["name"]: artifact["id"] for artifact in http.get(job["links"]["artifacts"]).json()["data"]}
-    assert job["result"] == {"adapter": ids[names[0]], "report": ids[names[1]]}
+    assert job["result"] == {"adapter": ids[names[0]], "report": ids[names[1]], "certificate": None}
     assert "Retry-After" not in reply.headers
     with sessions.begin() as s:
         models.remove(s, "m")

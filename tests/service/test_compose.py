@@ -69,7 +69,7 @@ def settings_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
         for field in Settings.model_fields:
             patch.delenv(field.upper(), raising=False)
         for key, value in (image_environment(dockerfile_of(name)) | SERVICES[name]["environment"]).items():
-            patch.setenv(key, substituted(value, {"POSTGRES_PASSWORD": "secret"}))
+            patch.setenv(key, substituted(value, {"POSTGRES_PASSWORD": "secret", "MASTER_KEY": "secret"}))
         return Settings()
 
 
@@ -169,7 +169,8 @@ def test_every_variable_is_in_the_example_and_the_secrets_have_no_default() -> N
     used = {match["name"]: match["how"] for match in VARIABLE.finditer(text("docker-compose.yml"))}
     example = {line.split("=")[0] for line in text("docker/example.env").splitlines() if re.match(r"\w+=", line)}
     assert used.keys() == example
-    assert {name for name, how in used.items() if how == "?"} == {name for name in used if "PASSWORD" in name}
+    secret = {name for name in used if "PASSWORD" in name} | {"MASTER_KEY"}
+    assert {name for name, how in used.items() if how == "?"} == secret
     assert set(used.values()) <= {"-", "?"}
 
 

@@ -93,7 +93,9 @@ def test_it_comes_up_whole_and_ctrl_c_leaves_nothing(reachable_folder: Path) -> 
         assert api is not None
         assert worker is not None
         assert httpx.get(f"{api[0]}/readyz").status_code == 200
-        assert httpx.get(f"{api[0]}/v1/methods").status_code == 200
+        assert httpx.get(f"{api[0]}/v1/methods").status_code == 401
+        key = {"Authorization": f"Bearer {(reachable_folder / 'admin.key').read_text()}"}
+        assert httpx.get(f"{api[0]}/v1/methods", headers=key).status_code == 200
         assert "unlearn_" in httpx.get(worker[0]).text
         started = below(process.pid)
         assert len(started) >= 5

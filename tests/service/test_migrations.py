@@ -87,8 +87,10 @@ def test_a_version_without_refusals_can_read_the_specs_that_it_finds(empty_datab
 
 
 JOB_WITH_REFUSALS = """
-INSERT INTO jobs (id, status, spec, model, method, forget_set, retain_set, priority, gpu_class, refusal_set)
-VALUES ('ujob_1', 'queued', '{"seed": 3, "refusal_set": "ufile_1"}', 'm', 'idk_dpo', 'f', 'r', 5, 'any', 'ufile_1')
+INSERT INTO jobs (id, status, spec, model, method, forget_set, retain_set, priority, gpu_class, refusal_set,
+                  tenant_id, created_by)
+VALUES ('ujob_1', 'queued', '{"seed": 3, "refusal_set": "ufile_1"}', 'm', 'idk_dpo', 'f', 'r', 5, 'any', 'ufile_1',
+        'default', 'system')
 """
 
 
@@ -97,6 +99,8 @@ def test_a_version_without_benchmarks_can_read_what_it_finds(empty_database_url:
     engine = make_engine(empty_database_url)
     with engine.begin() as connection:
         connection.execute(text(JOB_WITH_BENCHMARKS))
+    migrate.downgrade(empty_database_url, "0004")
+    with engine.begin() as connection:
         for purpose in ("eval_scores", "holdout_set", "retain_set"):
             connection.execute(text(FILE), {"id": purpose, "purpose": purpose})
     migrate.downgrade(empty_database_url, "0003")
@@ -108,15 +112,20 @@ def test_a_version_without_benchmarks_can_read_what_it_finds(empty_database_url:
             "holdout_set": "eval_set",
         }
     migrate.upgrade(empty_database_url)
+    with engine.connect() as connection:  # what was stored in the clear is not read any more
+        assert set(connection.execute(text("SELECT sealed, purged_at IS NULL, tenant_id FROM files")).all()) == {
+            (None, False, "default")
+        }
     engine.dispose()
 
 
 FILE = "INSERT INTO files (id, purpose, name, key, bytes, sha256, rows) VALUES (:id, :purpose, 'n', 'k', 1, '', 1)"
 JOB_WITH_BENCHMARKS = """
-INSERT INTO jobs (id, status, spec, model, method, forget_set, retain_set, priority, gpu_class, holdout_set)
+INSERT INTO jobs (id, status, spec, model, method, forget_set, retain_set, priority, gpu_class, holdout_set,
+                  tenant_id, created_by)
 VALUES ('ujob_1', 'queued',
         '{"seed": 3, "holdout_set": "ufile_1", "benchmarks": ["b"], "audit": {"relearn_steps": 3}, "gates": []}',
-        'm', 'pdu', 'f', 'r', 5, 'any', 'ufile_1')
+        'm', 'pdu', 'f', 'r', 5, 'any', 'ufile_1', 'default', 'system')
 """
 
 

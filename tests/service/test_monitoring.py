@@ -98,7 +98,7 @@ def of_a_worker(settings: Settings) -> Exports:
 
 def of_the_api(settings: Settings) -> Exports:
     """What the API shows once it has answered a request."""
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings.model_copy(update={"metrics_public": True}))) as client:
         assert client.get("/livez").status_code == 200
         return parsed(client.get("/metrics").text)
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import (
-    BenchmarkCreate,
+    BenchmarkSpec,
     Failure,
     FailureCode,
     GateResult,
@@ -645,7 +645,7 @@ def test_files_and_models_stay_while_a_job_needs_them(new_job: NewJob, sessions:
     job_id = new_job()
     file_id = read(sessions, job_id).retain_set
     with pytest.raises(InvalidTransition, match=job_id), sessions.begin() as s:
-        files.delete(s, file_id)
+        files.purge(s, file_id)
     with pytest.raises(InvalidTransition, match=job_id), sessions.begin() as s:
         models.remove(s, "m")
     with pytest.raises(InvalidTransition, match="'m'"), sessions.begin() as s:
@@ -653,14 +653,13 @@ def test_files_and_models_stay_while_a_job_needs_them(new_job: NewJob, sessions:
     with sessions.begin() as s:
         jobs.request_cancel(s, job_id)
     with sessions.begin() as s:
-        assert files.delete(s, file_id) == files.file_key(file_id)
+        assert files.purge(s, file_id) == files.file_key(file_id)
         models.remove(s, "m")
     with sessions() as s:
-        with pytest.raises(NotFound):
-            files.get(s, file_id)
+        assert files.get(s, file_id).purged_at is not None
         with pytest.raises(NotFound):
             models.get(s, "m")
-        assert len(files.page(s)[0]) == 1
+        assert len(files.page(s)[0]) == 2
 
 
 def test_a_file_cannot_vanish_under_a_job_in_the_making(new_job: NewJob, sessions: Sessions) -> None:
@@ -670,7 +669,7 @@ def test_a_file_cannot_vanish_under_a_job_in_the_making(new_job: NewJob, session
 
     def delete() -> str:
         with sessions.begin() as s:
-            return files.delete(s, job.forget_set)
+            return files.purge(s, job.forget_set)
 
     with sessions.begin() as s:
         jobs.create(s, JobSpec.model_validate(job.spec))
@@ -687,7 +686,7 @@ def test_a_benchmark_cannot_vanish_under_a_job_in_the_making_nor_its_files_under
     job = read(sessions, new_job())
     with sessions.begin() as s:
         jobs.request_cancel(s, job.id)
-    asked = BenchmarkCreate(name="b", suite="tofu", sets={"forget": job.forget_set}, corpus="c", retrained_model="m")
+    asked = BenchmarkSpec(name="b", suite="tofu", sets={"forget": job.forget_set}, corpus="c", retrained_model="m")
 
     def refused(hold: Callable[[Session], object], take: Callable[[Session], object]) -> None:
         """`take` waits for `hold` to commit, and is refused then."""
@@ -704,7 +703,7 @@ def test_a_benchmark_cannot_vanish_under_a_job_in_the_making_nor_its_files_under
         thread.join()
         assert [type(answer) for answer in answers] == [InvalidTransition]
 
-    refused(lambda s: benchmarks.add(s, asked), lambda s: files.delete(s, job.forget_set))
+    refused(lambda s: benchmarks.add(s, asked), lambda s: files.purge(s, job.forget_set))
     with pytest.raises(InvalidTransition, match="benchmark 'b' still needs model 'm'"), sessions.begin() as s:
         models.remove(s, "m")
     naming = JobSpec.model_validate(job.spec | {"benchmarks": ["b"]})
@@ -714,11 +713,11 @@ def test_a_benchmark_cannot_vanish_under_a_job_in_the_making_nor_its_files_under
 def test_a_job_and_a_benchmark_need_what_they_name(new_job: NewJob, sessions: Sessions) -> None:
     with pytest.raises(NotFound, match="benchmark 'b'"):
         new_job(benchmarks=["b"])
-    nothing = BenchmarkCreate(name="b", suite="tofu", sets={"forget": "ufile_" + "0" * 32}, corpus="c")
+    nothing = BenchmarkSpec(name="b", suite="tofu", sets={"forget": "ufile_" + "0" * 32}, corpus="c")
     with pytest.raises(NotFound, match="ufile_"), sessions.begin() as s:
         benchmarks.add(s, nothing)
     sets = {"forget": read(sessions, new_job()).forget_set}
-    nobody = BenchmarkCreate(name="b", suite="tofu", sets=sets, corpus="c", retrained_model="nobody")
+    nobody = BenchmarkSpec(name="b", suite="tofu", sets=sets, corpus="c", retrained_model="nobody")
     with pytest.raises(NotFound, match="nobody"), sessions.begin() as s:
         benchmarks.add(s, nobody)
 

@@ -94,7 +94,9 @@ def make(
     bound = constraint(upper)
     chosen = 30 if published else len(steps)
     files = [AdapterFile(name="adapter/adapter_model.safetensors", bytes=123_456, sha256=64 * "c")] if published else []
-    facts = DataFacts(file_id="ufile_" + 32 * "0", sha256=64 * "b", rows=40, counted_tokens=1200, unmeasured_rows=0)
+    facts = DataFacts(
+        file_id="ufile_" + 32 * "0", digest="hmac-sha256:" + 64 * "b", rows=40, counted_tokens=1200, unmeasured_rows=0
+    )
     parts: dict[str, Any] = {
         "job_id": "ujob_" + 32 * "1",
         "attempt": 1,
@@ -164,7 +166,7 @@ def benchmark(name: str = "forget01", **changes: Any) -> BenchmarkFacts:
         "name": name,
         "suite": "tofu",
         "corpus": "TOFU forget01",
-        "sets": [BenchmarkSet(name="forget", sha256=64 * "e", rows=40, beyond_context=0, unmeasured_rows=0)],
+        "sets": [BenchmarkSet(name="forget", digest=64 * "e", rows=40, beyond_context=0, unmeasured_rows=0)],
         "retrained": "the registered model retrained",
         "figures": [
             measured("model_utility", 0.52, 0.5, 0.53),

@@ -27,7 +27,7 @@ def job(number: int, *, base: str = "sha256:base", rows: int = 40, **changes: An
     made.job_id = f"ujob_{number:032d}"
     made.created_at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=number)
     made.base_model.digest = base
-    made.forget_set.rows, made.forget_set.sha256 = rows, f"{number:064d}"
+    made.forget_set.rows, made.forget_set.digest = rows, f"{number:064d}"
     return made
 
 
@@ -96,7 +96,7 @@ def test_different_bases_may_show_sustainability_and_what_is_before_is_not_compa
     made = chain.chain(GROWN)
     assert "figures over the jobs show sustainability" in made.comparable[0]
     assert "not where they come from" in made.comparable[0]
-    assert "Figures before: they are of different base models." in made.not_comparable
+    assert "Figures before: they are of different models." in made.not_comparable
     assert "Over the size of the request" not in Page(render_html(made)).text
 
 
@@ -104,7 +104,7 @@ def test_different_bases_may_show_sustainability_and_what_is_before_is_not_compa
     ("change", "said"),
     [
         (lambda r: setattr(r.constraint, "epsilon", 0.8), "bounds ε differ"),
-        (lambda r: setattr(r.retain_set, "sha256", 64 * "9"), "Figures of the retain sets, the bound's included"),
+        (lambda r: setattr(r.retain_set, "digest", 64 * "9"), "Figures of the retain sets, the bound's included"),
         (lambda r: setattr(r.asked, "method", "npo"), "methods or their settings differ"),
         (lambda r: r.asked.hyperparameters.update(dual_step=1.0), "methods or their settings differ"),
         (lambda r: setattr(r.base_model, "dtype", "bfloat16"), "precision differs"),
@@ -123,7 +123,7 @@ def test_what_differs_is_named(change: Any, said: str) -> None:
 def test_figures_of_other_sets_are_not_joined() -> None:
     other = job(2)
     other.benchmarks[0].sets = [
-        BenchmarkSet(name="forget", sha256=64 * "f", rows=9, beyond_context=0, unmeasured_rows=0)
+        BenchmarkSet(name="forget", digest=64 * "f", rows=9, beyond_context=0, unmeasured_rows=0)
     ]
     made = chain.chain([job(1), other, job(3)])
     assert series(made, "forget01 (sets 1)/model_utility").after == [0.5, None, 0.3]

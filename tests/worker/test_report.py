@@ -15,11 +15,12 @@ import jsonschema
 import pytest
 
 from service.domain.job import Gate, PromptFormat, Row
-from service.domain.report import NOT_FINITE, Logged, Note, Report
+from service.domain.report import NOT_FINITE, Logged, Note, Report, RowPoint
 from tests.worker.reports import (
     AUDIT,
     INF,
     NAN,
+    ROWS,
     Page,
     attack,
     benchmark,
@@ -32,6 +33,7 @@ from tests.worker.reports import (
 )
 from worker import report, words
 from worker.page import render_html
+from worker.records import RequestRows
 
 # --- the verdict
 
@@ -482,6 +484,22 @@ def opened(folder: Path, page: str, *options: str) -> str:
     command += ["--dump-dom", str(folder / page)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return done.stdout
+
+
+def test_each_deletion_request_has_the_figures_of_its_own_rows() -> None:
+    served = [("dreq_a", [1, 3]), ("dreq_b", [10, 11]), ("dreq_c", [12])]
+    requests = [RequestRows(request_id=name, row_numbers=numbers) for name, numbers in served]
+    a, b, c = report.of_requests(requests, ROWS["forget/probability"])
+    assert [a.rows, a.rows_measured, a.before, a.after] == pytest.approx([2, 2, 0.9, 0.04])
+    assert [b.rows, b.rows_measured, b.after] == pytest.approx([2, 1, 0.2])
+    assert (c.rows_measured, c.before, c.after, c.reason) == (0, None, None, "none of its rows could be measured")
+    points = [RowPoint(row=1, before=0.9, after=0.1), RowPoint(row=3, before=0.9, after=NAN)]
+    [blown] = report.of_requests(requests[:1], points)
+    assert blown.before == pytest.approx(0.9)
+    assert (blown.after, blown.reason) == (None, NOT_FINITE)
+    page = Page(render_html(make(rows=ROWS, deletion_requests=[a, b, c]))).text
+    assert "2, of which 1 measured" in page
+    assert "Deletion requests, dreq_c: none of its rows could be measured." in page
 
 
 # --- what can never stand in it

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from service.domain.job import Audit, Budget, Constraint, FailureCode, Gate, JobSpec, MethodChoice, ModelEntry
 from service.domain.report import Report
+from service.store import sealed
 from service.store.storage import Storage
 from worker import benchmarks, registry, run
 from worker.records import (
@@ -24,6 +26,7 @@ from worker.records import (
     WarningRecord,
 )
 
+DATA_KEY = bytes(range(32))
 CANARY = "Zanzibar"  # stands in every row, and must stand nowhere else
 FORGET = [{"question": f"Where is {CANARY} {k}?", "answer": f"In {CANARY} {k * 7}."} for k in range(3)]
 RETAIN = [{"question": f"What is {CANARY} x{k}?", "answer": f"It is {CANARY} {k}{k}."} for k in range(4)]
@@ -38,8 +41,16 @@ def assign(register: Any, tmp_path: Path) -> Assign:
 
     def stored(name: str, rows: list[Mapping[str, str]]) -> FileRef:
         content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        kept = storage.write(f"files/{name}", [content])
-        return FileRef(id=f"ufile_{name}", key=f"files/{name}", sha256=kept.sha256, rows=len(rows), bytes=kept.bytes)
+        storage.write(f"files/{name}", sealed.sealed([content], DATA_KEY))
+        return FileRef(
+            id=f"ufile_{name}",
+            key=f"files/{name}",
+            sha256=hashlib.sha256(content).hexdigest(),
+            digest=f"hmac-sha256:{name}",
+            data_key=b64encode(DATA_KEY).decode(),
+            rows=len(rows),
+            bytes=len(content),
+        )
 
     def build(
         method: str = "pdu",
@@ -57,6 +68,7 @@ def assign(register: Any, tmp_path: Path) -> Assign:
                     name="tiny-tofu",
                     suite="tofu",
                     corpus="made up",
+                    folder="benchmarks/default/tiny-tofu",
                     files={name: stored(f"tofu-{name}", rows) for name, rows in tofu.items()},
                     retrained_model=registered.entry,
                 )
@@ -181,7 +193,7 @@ def test_benchmarks_audit_and_gates_come_to_the_report(assign: Assign) -> None:
 def test_what_a_model_says_of_a_benchmark_is_kept_and_what_it_says_of_a_request_is_not(assign: Assign) -> None:
     job = assign(tofu=TOFU, benchmarks=["tiny-tofu"])
     done(job)
-    looks = Path(job.storage_url) / "benchmarks" / "tiny-tofu"
+    looks = Path(job.storage_url) / "benchmarks" / "default" / "tiny-tofu"
     kept = {path for path in looks.rglob("*") if path.is_file()}
     assert kept
     done(assign(tofu=TOFU, benchmarks=["tiny-tofu"]).model_copy(update={"prefix": "jobs/ujob_1/attempts/2"}))
@@ -238,7 +250,7 @@ def test_rows_that_are_in_both_sets(assign: Assign) -> None:
 
 def test_a_file_that_is_not_the_one_that_was_asked_for(assign: Assign) -> None:
     job = assign()
-    Storage(job.storage_url).write("files/retain", [b'{"text": "another"}\n'])
+    Storage(job.storage_url).write("files/retain", sealed.sealed([b'{"text": "another"}\n'], DATA_KEY))
     last, _ = done(job)
     assert isinstance(last, FailureRecord)
     assert last.code is FailureCode.INVALID_FILE

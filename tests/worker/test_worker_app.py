@@ -160,6 +160,7 @@ def process(settings: Settings, tmp_path: Path, **environment: str) -> Iterator[
             [sys.executable, "-c", RUN, FAKE],
             cwd=ROOT,
             env=os.environ
+            | {"MASTER_KEY": settings.master_key.get_secret_value() if settings.master_key else ""}
             | {
                 "DATABASE_URL": settings.database_url,
                 "BROKER_URL": settings.broker_url,

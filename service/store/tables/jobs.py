@@ -1,82 +1,16 @@
-"""The tables. Status and other closed sets are text with a CHECK; times are the database's; JSON is jsonb."""
+"""Jobs, and what is written down of them while they run and when they have succeeded."""
 
-import math
 from datetime import datetime
-from enum import StrEnum
-from typing import Any, ClassVar, get_args
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, MetaData, Text, func, text
-from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION, JSONB, TIMESTAMP
-from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.types import BigInteger, TypeDecorator
+from sqlalchemy import CheckConstraint, ForeignKey, Index, func, text
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import Mapped, mapped_column
 
-from service.domain.job import HELD, TERMINAL, FilePurpose, Stage, Status
-
-HEAD = "0004"  # the revision of migrations/ that makes these tables; a test holds the two together
-
-Json = dict[str, Any]
+from service.domain.job import HELD, TERMINAL, Stage, Status
+from service.store.tables.base import Base, Json, Owned, one_of
 
 
-class PlainText(TypeDecorator[str]):
-    """Postgres has no NUL in text: one in a file's name or in a path of the API must not become a server error."""
-
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return None if value is None else value.replace("\0", "\ufffd")
-
-
-class FiniteNumber(TypeDecorator[float]):
-    """What was not finite is null, as in jsonb (see session.to_json)."""
-
-    impl = DOUBLE_PRECISION
-    cache_ok = True
-
-    def process_bind_param(self, value: float | None, dialect: Dialect) -> float | None:
-        return value if value is not None and math.isfinite(value) else None
-
-
-class StatusText(TypeDecorator[Status]):
-    impl = Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Status | None, dialect: Dialect) -> str | None:
-        return None if value is None else str(value)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Status | None:
-        return None if value is None else Status(value)
-
-
-class Base(DeclarativeBase):
-    metadata = MetaData(
-        naming_convention={
-            "pk": "%(table_name)s_pkey",
-            "fk": "%(table_name)s_%(column_0_name)s_fkey",
-            "uq": "%(table_name)s_%(column_0_N_name)s_key",
-            "ck": "%(table_name)s_%(constraint_name)s_check",
-            "ix": "%(table_name)s_%(column_0_N_name)s_idx",
-        }
-    )
-    type_annotation_map: ClassVar = {
-        str: PlainText,
-        int: BigInteger,
-        float: FiniteNumber,
-        datetime: TIMESTAMP(timezone=True),
-        Status: StatusText,
-        Json: JSONB,
-        dict[str, str]: JSONB,
-        list[Json]: JSONB,
-        list[str]: JSONB,
-    }
-
-
-def one_of(column: str, values: "type[StrEnum] | tuple[str, ...] | frozenset[Status]") -> str:
-    return f"{column} IN ({', '.join(repr(str(value)) for value in sorted(values))})"
-
-
-class Job(Base):
+class Job(Owned, Base):
     __tablename__ = "jobs"
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -88,6 +22,8 @@ class Job(Base):
     )  # stage, attempt, started_at, finished_at
     version: Mapped[int] = mapped_column(server_default=text("1"))  # counts the writes to it
     last_seq: Mapped[int] = mapped_column(server_default=text("0"))  # of its events
+
+    created_by: Mapped[str]  # a principal
 
     # what was asked; the columns beside `spec` are those by which rows are found
     spec: Mapped[Json]
@@ -149,8 +85,9 @@ class Job(Base):
         ),
         Index("jobs_lease_idx", "lease_until", postgresql_where=text(one_of("status", HELD))),
         Index("jobs_status_gpu_class_idx", "status", "gpu_class"),
-        Index("jobs_status_id_idx", "status", "id"),
-        Index("jobs_model_id_idx", "model", "id"),
+        Index("jobs_tenant_id_status_id_idx", "tenant_id", "status", "id"),
+        Index("jobs_tenant_id_id_idx", "tenant_id", "id"),
+        Index("jobs_tenant_id_model_id_idx", "tenant_id", "model", "id"),
     )
 
 
@@ -208,21 +145,6 @@ class JobCheck(Base):
     seconds: Mapped[float]
 
 
-class File(Base):
-    __tablename__ = "files"
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    purpose: Mapped[str]
-    name: Mapped[str]
-    key: Mapped[str]  # below the storage root
-    bytes: Mapped[int]
-    sha256: Mapped[str]
-    rows: Mapped[int]
-
-    __table_args__ = (CheckConstraint(one_of("purpose", get_args(FilePurpose)), name="purpose"),)
-
-
 class Artifact(Base):
     __tablename__ = "artifacts"
 
@@ -236,57 +158,3 @@ class Artifact(Base):
     sha256: Mapped[str]
 
     __table_args__ = (Index("artifacts_job_id_name_idx", "job_id", "name", unique=True),)
-
-
-class Model(Base):
-    """A registered model; the fields of domain.ModelEntry."""
-
-    __tablename__ = "models"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    source: Mapped[str]
-    location: Mapped[str]
-    revision: Mapped[str | None]
-    digest: Mapped[str | None]
-    tokenizer_digest: Mapped[str | None]
-    prompt_format: Mapped[Json]
-    gpu_class: Mapped[str]
-    info: Mapped[Json]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-
-    __table_args__ = (CheckConstraint(one_of("source", ("path", "hub")), name="source"),)
-
-
-class Benchmark(Base):
-    """A registered benchmark; the fields of domain.BenchmarkCreate. Its files and its model stay as long as it does."""
-
-    __tablename__ = "benchmarks"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    suite: Mapped[str]
-    corpus: Mapped[str]
-    sets: Mapped[dict[str, str]]  # the suite's name of a set -> the file
-    retrained_model: Mapped[str | None]
-    retrained_scores: Mapped[str | None]
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-
-
-class Counter(Base):
-    """A Prometheus counter that is bumped in the transaction of what it counts."""
-
-    __tablename__ = "counters"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    labels: Mapped[dict[str, str]] = mapped_column(primary_key=True)
-    value: Mapped[int]
-
-
-class Worker(Base):
-    """A worker process, as it last said."""
-
-    __tablename__ = "workers"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    gpu_classes: Mapped[list[str]]
-    vram_gib: Mapped[float] = mapped_column(DOUBLE_PRECISION)
-    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())

@@ -1,0 +1,111 @@
+"""Deletion plans: how the models of a tenant forget what approved requests name, without anybody asking for the job."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, Field, SerializeAsAny
+
+from service.api import admission
+from service.api.deps import Here, Parts, Reads, uploaded
+from service.api.errors import declared
+from service.api.guard import Guarded, needs
+from service.domain.deletion import PlannedJob, PlanPut
+from service.domain.errors import InvalidRequest
+from service.domain.identity import Scope
+from service.domain.job import SETS, ModelName
+from service.store import deletion_plans
+from service.store.tables import DeletionPlan
+
+PLANS_PATH = "/v1/deletion-plans"
+router = APIRouter(prefix=PLANS_PATH, tags=["deletion requests"], route_class=Guarded)
+
+
+class PlanObject(BaseModel):
+    id: str = Field(description="the model's name")
+    object: Literal["deletion_plan"] = "deletion_plan"
+    job: dict[str, SerializeAsAny[Any]] = Field(description="the job without its forget set, with its defaults")
+    window_seconds: int
+    requests_max: int
+    status_reason: str | None = Field(
+        description="why no job could be made of it, until it is put anew; null: it works"
+    )
+    created_by: str
+    updated_at: datetime
+
+
+@router.put(
+    "/{model}",
+    summary="Say how a model forgets what requests name",
+    dependencies=[needs(Scope.JOBS_CREATE), Depends(Reads("application/json"))],
+    responses=declared(400, 404, 413, 415, 503),
+)
+def put(here: Here, model: ModelName, asked: PlanPut) -> PlanObject:
+    """In place of the plan before, if there is one.
+
+    Once the first approved request for the model has waited for the window, or there are as many as are served at once, one
+    job is made: its forget set is their rows, its parent the last job for requests that passed.
+    """
+    with _under("/job"):
+        _judge(here, asked.job)
+    with here.sessions.begin() as s:
+        return plan_object(deletion_plans.put(s, model, asked))
+
+
+@router.get(
+    "/{model}",
+    summary="The plan of a model",
+    dependencies=[needs(Scope.REQUESTS_READ)],
+    responses=declared(404, 503),
+)
+def get(here: Here, model: ModelName) -> PlanObject:
+    with here.sessions.begin() as s:
+        return plan_object(deletion_plans.get(s, model))
+
+
+@router.delete(
+    "/{model}",
+    status_code=204,
+    summary="Remove a plan",
+    dependencies=[needs(Scope.JOBS_CREATE)],
+    responses=declared(404, 503),
+)
+def remove(here: Here, model: ModelName) -> None:
+    """Approved requests for the model wait from then on for a job that somebody asks for. Jobs that were made go on."""
+    with here.sessions.begin() as s:
+        deletion_plans.remove(s, model)
+
+
+def plan_object(row: DeletionPlan) -> PlanObject:
+    return PlanObject(
+        id=row.model,
+        job=row.job,
+        window_seconds=row.window_seconds,
+        requests_max=row.requests_max,
+        status_reason=row.status_reason,
+        created_by=row.created_by,
+        updated_at=row.updated_at,
+    )
+
+
+def _judge(here: Parts, asked: PlannedJob) -> None:
+    hyperparameters = here.catalog.complete(asked.method.type, asked.method.hyperparameters)
+    if problems := list(admission.recipe_problems(here, asked, hyperparameters)):
+        raise InvalidRequest(*problems)
+    for purpose in SETS:
+        file_id = getattr(asked, purpose, None)
+        if file_id is not None:
+            with uploaded(here, file_id, purpose, f"/{purpose}"):
+                pass
+
+
+@contextmanager
+def _under(pointer: str) -> Iterator[None]:
+    """Problems name their place in this part of the body."""
+    try:
+        yield
+    except InvalidRequest as error:
+        problems = (problem._replace(pointer=pointer + problem.pointer) for problem in error.problems)
+        raise InvalidRequest(*problems) from error

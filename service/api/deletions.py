@@ -1,0 +1,204 @@
+"""Deletion requests: submit, look, decide."""
+
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, JsonValue, ValidationError
+from sqlalchemy.orm import Session
+
+from service.api import intake
+from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next, page, versions
+from service.api.errors import DATABASE_DOWN, Problem, answer_to, declared
+from service.api.guard import Guarded, needs
+from service.api.intake import REQUESTS_PATH, DeletionRequestObject
+from service.api.once import OnceOnly
+from service.domain.deletion import (
+    Closing,
+    DeletionCreate,
+    Denial,
+    Extension,
+    Regulation,
+    RequestStatus,
+    Subject,
+    Time,
+)
+from service.domain.errors import UnlearnError
+from service.domain.identity import Principal, Scope
+from service.domain.job import Strict
+from service.store import deletion_reads, deletions, digests
+from service.store.tables import DeletionRequest
+
+router = APIRouter(prefix=REQUESTS_PATH, tags=["deletion requests"], route_class=Guarded)
+
+BATCH_MAX = 100
+EXPECTED = (UnlearnError, *DATABASE_DOWN)
+Versions = Annotated[frozenset[int] | None, Depends(versions)]
+
+
+class RequestsQuery(PageQuery):
+    status: RequestStatus | None = None
+    regulation: Regulation | None = None
+    due_before: Time | None = None
+    subject: Subject | None = Field(default=None, description="an identifier as it was submitted")
+    external_reference: str | None = Field(default=None, max_length=255)
+
+
+class Batch(Strict):
+    requests: list[dict[str, JsonValue]] = Field(
+        min_length=1, max_length=BATCH_MAX, description="each as the body of POST /v1/deletion-requests"
+    )
+
+
+class BatchItem(BaseModel):
+    index: int = Field(description="of the request in the batch, from 0")
+    status: int = Field(description="as if it had been sent alone: 201, or that of the problem")
+    object: DeletionRequestObject | None = None
+    problem: Problem | None = None
+
+
+class BatchResult(BaseModel):
+    results: list[BatchItem] = Field(description="one per request, in order")
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Submit a deletion request",
+    dependencies=[needs(Scope.REQUESTS_CREATE), Depends(Reads("application/json"))],
+    responses=declared(400, 409, 413, 415, 503, 507),
+)
+def create(here: Here, who: Who, once: OnceOnly, asked: DeletionCreate, response: Response) -> DeletionRequestObject:
+    """What is to be forgotten is an uploaded file, or up to 1,000 rows, which become one.
+
+    It waits for as many approvals as the tenant wants, and then for a job that serves it.
+    """
+    answer = intake.submit(here, who, asked, once)
+    response.headers.update(intake.created(answer))
+    return answer
+
+
+@router.post(
+    "/batch",
+    summary="Submit many",
+    dependencies=[needs(Scope.REQUESTS_CREATE), Depends(Reads("application/json"))],
+    responses=declared(400, 413, 415, 503),
+)
+def create_batch(here: Here, who: Who, batch: Batch, request: Request) -> BatchResult:
+    """Each by itself: one that is refused leaves the others as they are, and its problem stands in its place."""
+    return BatchResult(results=[_item(here, who, request, index, one) for index, one in enumerate(batch.requests)])
+
+
+def _item(here: Parts, who: Principal, request: Request, index: int, given: dict[str, Any]) -> BatchItem:
+    try:
+        answer = intake.submit(here, who, DeletionCreate.model_validate(given))
+        return BatchItem(index=index, status=201, object=answer)
+    except ValidationError as error:
+        found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False, include_input=False)]
+        reply = answer_to(request, RequestValidationError(found, body=given))
+    except EXPECTED as error:
+        reply = answer_to(request, error)
+    return BatchItem(
+        index=index, status=reply.status_code, problem=Problem.model_validate(json.loads(bytes(reply.body)))
+    )
+
+
+@router.get("", summary="List deletion requests", dependencies=[needs(Scope.REQUESTS_READ)], responses=declared(503))
+def list_requests(
+    here: Here, who: Who, query: Annotated[RequestsQuery, Query()], request: Request, response: Response
+) -> Page[DeletionRequestObject]:
+    """`subject` finds those about a person; identifiers are compared as keyed digests, capitals aside."""
+    asked = query.model_dump()
+    if query.subject is not None:
+        asked["subject"] = digests.subject_digest(here.secrets, who.tenant, query.subject)
+    with here.sessions.begin() as s:
+        found, has_more = deletion_reads.page(s, **asked)
+        answer = page(intake.shown(s, found), [row.id for row in found], has_more)
+    link_next(request, response, query, answer)
+    return answer
+
+
+@router.get(
+    "/{request_id}",
+    summary="One deletion request",
+    dependencies=[needs(Scope.REQUESTS_READ)],
+    responses=declared(404, 503),
+)
+def get(here: Here, request_id: str, response: Response) -> DeletionRequestObject:
+    """`If-None-Match` is heard. The `ETag` is what `If-Match` of the verbs below takes."""
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletions.get(s, request_id)))
+
+
+@router.post(
+    "/{request_id}/approve",
+    summary="Approve a request",
+    dependencies=[needs(Scope.REQUESTS_APPROVE)],
+    responses=declared(404, 409, 412, 503),
+)
+def approve(here: Here, request_id: str, response: Response, versions: Versions) -> DeletionRequestObject:
+    """By somebody else than who submitted it. Approving twice is approving once."""
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletions.approve(s, request_id, versions)))
+
+
+@router.post(
+    "/{request_id}/deny",
+    summary="Deny a request",
+    dependencies=[needs(Scope.REQUESTS_APPROVE), Depends(Reads("application/json"))],
+    responses=declared(400, 404, 409, 412, 413, 415, 503),
+)
+def deny(here: Here, request_id: str, denial: Denial, response: Response, versions: Versions) -> DeletionRequestObject:
+    """Before a job serves it. Its rows are purged."""
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletions.deny(s, request_id, denial, versions)))
+
+
+@router.post(
+    "/{request_id}/cancel",
+    summary="Take a request back",
+    dependencies=[needs(Scope.REQUESTS_CANCEL)],
+    responses=declared(404, 409, 412, 503),
+)
+def cancel(here: Here, request_id: str, response: Response, versions: Versions) -> DeletionRequestObject:
+    """Not while a job serves it: cancel that first. Its rows are purged."""
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletions.cancel(s, request_id, versions)))
+
+
+@router.post(
+    "/{request_id}/extend",
+    summary="Extend a deadline",
+    dependencies=[needs(Scope.REQUESTS_APPROVE), Depends(Reads("application/json"))],
+    responses=declared(400, 404, 409, 412, 413, 415, 503),
+)
+def extend(
+    here: Here, request_id: str, extension: Extension, response: Response, versions: Versions
+) -> DeletionRequestObject:
+    """Once, with a reason, and before it is due: gdpr by up to two months, ccpa by up to 45 days."""
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletions.extend(s, request_id, extension, versions)))
+
+
+@router.post(
+    "/{request_id}/close",
+    summary="Close a request whose jobs failed",
+    dependencies=[needs(Scope.REQUESTS_APPROVE), Depends(Reads("application/json"))],
+    responses=declared(400, 404, 409, 412, 413, 415, 503),
+)
+def close(
+    here: Here, request_id: str, closing: Closing, response: Response, versions: Versions
+) -> DeletionRequestObject:
+    """A person answers, with a reason, for its being completed though no job has passed for each of its models."""
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletions.close(s, request_id, closing, versions)))
+
+
+def _one(s: Session, row: DeletionRequest) -> DeletionRequestObject:
+    return intake.shown(s, [row])[0]
+
+
+def _tagged(response: Response, answer: DeletionRequestObject) -> DeletionRequestObject:
+    response.headers["ETag"] = intake.tag(answer)
+    return answer

@@ -1,0 +1,87 @@
+"""Who asks, and may he? Told before a byte of the body is read."""
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from anyio.to_thread import run_sync
+from fastapi import Request, Response, params
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+
+from service.api import limits
+from service.api.deps import Parts, revalidated
+from service.domain.errors import Forbidden, Unauthenticated
+from service.domain.identity import Principal, Scope
+from service.settings import Settings
+from service.store import keys
+
+BEARER = HTTPBearer(
+    auto_error=False,
+    scheme_name="bearer",
+    description="An API key (ulk_...), or a token of the identity provider that the deployment trusts",
+)
+
+
+def needs(*scopes: Scope) -> params.Security:
+    """Of a route's `dependencies`: who asks must have these. The route's class must be Guarded."""
+    return params.Security(BEARER, scopes=[str(scope) for scope in scopes])
+
+
+class Guarded(APIRoute):
+    """A route that only a principal with its scopes reaches. One that names no scope is reached by nobody."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        needed = self.scopes
+
+        async def guarded(request: Request) -> Response:
+            parts: Parts = request.app.state.parts
+            if self.open(parts.settings):
+                return await handle(request)
+            principal = await run_sync(admit, parts, request)
+            lacking = principal.lacks(needed) if needed else frozenset(Scope)
+            if lacking:
+                raise Forbidden(sorted(lacking))
+            request.state.principal = principal
+            return revalidated(request, await handle(request))
+
+        return guarded
+
+    def open(self, settings: Settings) -> bool:
+        """Whether this deployment leaves it open."""
+        return False
+
+    @property
+    def scopes(self) -> frozenset[Scope]:
+        declared = (one for one in self.dependencies if isinstance(one, params.Security))
+        return frozenset(Scope(scope) for one in declared for scope in one.scopes or ())
+
+
+def admit(parts: Parts, request: Request) -> Principal:
+    """Raises Unauthenticated; QuotaExceeded for somebody who asks too often, or an address that guesses."""
+    limiter: limits.Limiter = request.app.state.limiter
+    address = limits.network(request)
+    limiter.bar(request.state, limiter.failures, address)
+    try:
+        principal = authenticate(parts, request.headers.get("authorization", ""))
+    except Unauthenticated:
+        limiter.count(request.state, limiter.failures, address)
+        raise
+    limiter.count(request.state, limiter.default, limits.of(principal))
+    return principal
+
+
+def authenticate(parts: Parts, authorization: str) -> Principal:
+    """Raises Unauthenticated, which does not say what was wrong with the credentials."""
+    scheme, _, token = authorization.partition(" ")
+    token = token.strip()
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthenticated("send `Authorization: Bearer` with an API key or a token")
+    if token.startswith("ulk_"):
+        with parts.sessions.begin() as s:
+            principal = keys.recognise(s, parts.secrets, token)
+    else:
+        principal = parts.provider.recognise(token) if parts.provider else None
+    if principal is None:
+        raise Unauthenticated("the key or token is not valid here, or no longer")
+    return principal

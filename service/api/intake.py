@@ -1,0 +1,172 @@
+"""Deletion requests as they come in, and as they are answered with: never a row of theirs, nor a subject."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, Field
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.api import sets
+from service.api.deps import Parts
+from service.api.once import ANEW, Once
+from service.domain.deletion import CLOSED, DeletionCreate, DenialReason, Regulation, RequestStatus
+from service.domain.errors import FieldProblem, InvalidRequest, NotFound
+from service.domain.identity import Principal
+from service.store import deletion_reads, deletions, digests, models
+from service.store.tables import DeletionRequest
+
+REQUESTS_PATH = "/v1/deletion-requests"
+ROWS_MAX = 100_000  # of one request: as many digests lie in its row
+
+
+class ApprovalShown(BaseModel):
+    by: str
+    at: datetime
+
+
+class DenialShown(BaseModel):
+    reason: DenialReason
+    note: str | None
+    by: str
+
+
+class ExtensionShown(BaseModel):
+    reason: str
+    by: str
+    at: datetime
+    due_before: datetime
+
+
+class ClosingShown(BaseModel):
+    reason: str
+    by: str
+
+
+class ServingJob(BaseModel):
+    id: str
+    model: str
+
+
+class RequestLinks(BaseModel):
+    self: str
+
+
+class DeletionRequestObject(BaseModel):
+    id: str
+    object: Literal["deletion_request"] = "deletion_request"
+    created_at: datetime
+    created_by: str
+    updated_at: datetime
+    finished_at: datetime | None
+    status: RequestStatus
+    status_reason: str | None
+    external_reference: str | None
+    regulation: Regulation
+    received_at: datetime
+    due_at: datetime
+    overdue: bool = Field(description="open, and its time has run out")
+    due_in_seconds: int | None = Field(description="at the time of the answer; null once it is closed")
+    extension: ExtensionShown | None
+    models: list[str]
+    forget_set: str
+    rows: int = Field(description="of the forget set")
+    approvals: list[ApprovalShown]
+    approvals_required: int
+    jobs: list[ServingJob] = Field(description="that serve it, in the order in which they came")
+    denial: DenialShown | None
+    closing: ClosingShown | None = Field(description="by a person, though its jobs failed")
+    metadata: dict[str, str]
+    version: int
+    links: RequestLinks
+
+
+def submit(here: Parts, who: Principal, asked: DeletionCreate, once: Once = ANEW) -> DeletionRequestObject:
+    """A request, committed. Raises InvalidRequest; then neither row nor file is kept."""
+    _judge_models(here, asked)
+    found = list[str]()
+    with sets.opened(here, asked.forget_set, "forget_set") as rows:
+        for digest in digests.row_digests(here.secrets, who.tenant, rows):
+            found.append(digest)
+            if len(found) > ROWS_MAX:
+                detail = f"has more than {ROWS_MAX} rows: make several requests of it"
+                raise InvalidRequest(FieldProblem("/forget_set", detail, "too_many"))
+    subjects = [digests.subject_digest(here.secrets, who.tenant, subject) for subject in asked.subjects]
+    with sets.inline_files(here, who, {"forget_set": asked.forget_set}) as inline, here.sessions.begin() as s:
+        once.first(s)
+        sets.insert(s, inline)
+        file_id = inline[0].kept.file_id if inline else str(asked.forget_set)
+        answer = shown(s, [deletions.create(s, asked, forget_set=file_id, rows=found, subjects=subjects)])[0]
+        once.keep(s, answer, created(answer))
+        return answer
+
+
+def created(answer: DeletionRequestObject) -> dict[str, str]:
+    return {"Location": answer.links.self, "ETag": tag(answer)}
+
+
+def tag(answer: DeletionRequestObject) -> str:
+    return f'"{answer.version}"'
+
+
+def _judge_models(here: Parts, asked: DeletionCreate) -> None:
+    problems = []
+    for index, name in enumerate(asked.models):
+        try:
+            with here.sessions.begin() as s:
+                models.get(s, name)
+        except NotFound:
+            detail = f"model {name!r} is not registered; GET /v1/models lists those that are"
+            problems.append(FieldProblem(f"/models/{index}", detail, "model_not_found"))
+    if problems:
+        raise InvalidRequest(*problems)
+
+
+def shown(s: Session, found: Sequence[DeletionRequest]) -> list[DeletionRequestObject]:
+    """In the same order."""
+    now = s.scalars(select(func.now())).one()
+    ids = [row.id for row in found]
+    given, served = deletion_reads.approvals(s, ids), deletion_reads.served_by(s, ids)
+    return [
+        _object(
+            row,
+            now,
+            [ApprovalShown(by=one.approved_by, at=one.created_at) for one in given if one.request_id == row.id],
+            [ServingJob(id=job, model=model) for request, job, model in served if request == row.id],
+        )
+        for row in found
+    ]
+
+
+def _object(
+    row: DeletionRequest, now: datetime, approvals: list[ApprovalShown], jobs: list[ServingJob]
+) -> DeletionRequestObject:
+    is_open = row.status not in CLOSED
+    return DeletionRequestObject(
+        id=row.id,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        updated_at=row.updated_at,
+        finished_at=row.finished_at,
+        status=RequestStatus(row.status),
+        status_reason=row.status_reason,
+        external_reference=row.external_reference,
+        regulation=Regulation(row.regulation),
+        received_at=row.received_at,
+        due_at=row.due_at,
+        overdue=is_open and row.due_at < now,
+        due_in_seconds=int((row.due_at - now).total_seconds()) if is_open else None,
+        extension=ExtensionShown.model_validate(row.extension) if row.extension else None,
+        models=row.models,
+        forget_set=row.forget_set,
+        rows=row.rows,
+        approvals=approvals,
+        approvals_required=row.approvals_required,
+        jobs=jobs,
+        denial=DenialShown.model_validate(row.denial) if row.denial else None,
+        closing=ClosingShown.model_validate(row.closing) if row.closing else None,
+        metadata=row.metadata_,
+        version=row.version,
+        links=RequestLinks(self=f"{REQUESTS_PATH}/{row.id}"),
+    )

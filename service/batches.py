@@ -1,0 +1,180 @@
+"""One job for the approved requests of a model that wait: their rows together, and the model's plan."""
+
+from codecs import BOM_UTF8
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import structlog
+from pydantic import ValidationError
+from sqlalchemy import func
+
+from service.api import admission
+from service.api.deps import Parts
+from service.domain import rows
+from service.domain.deletion import PlannedJob
+from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFound, UnlearnError
+from service.domain.identity import SYSTEM, Principal, Scope
+from service.domain.job import JobCreate
+from service.domain.rows import Example
+from service.store import deletion_jobs, deletion_plans, digests, files, tenancy
+from service.store.deletion_plans import Batch
+from service.store.tables import DeletionRequest
+
+PURPOSE = "forget_set"
+NAME = "deletion-requests.jsonl"
+REASON_MAX = 1000
+UNUSED_AGE = timedelta(hours=1)  # of a set that a crash kept from its job: then it is purged
+
+log = structlog.get_logger(__name__)
+
+
+class Stored(NamedTuple):
+    file_id: str
+    kept_until: datetime | None  # by the tenant's rule
+
+
+def serve_deletions(here: Parts) -> int:
+    """Makes the jobs that are due. How many.
+
+    Two sweeps may both try: the request's row lets one of them serve it, and the other takes its file back.
+    """
+    with here.sessions.begin() as s:
+        due = deletion_plans.due(s)
+    made = 0
+    for batch in due:
+        tenant_id = batch.plan.tenant_id
+        bound = here._replace(sessions=tenancy.bound(here.sessions, tenant_id, SYSTEM))
+        who = Principal(SYSTEM, tenant_id, frozenset({Scope.JOBS_CREATE}))
+        try:
+            made += _serve(bound, who, batch)
+        except UnlearnError as error:  # the storage is away: the next sweep tries again, and other batches go on
+            log.error("deletion requests are not served", model=batch.plan.model, tenant=tenant_id, error=str(error))
+    return made
+
+
+def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
+    """Whether a job was made. A request that no job can serve fails, and the others go on without it."""
+    try:
+        recipe = PlannedJob.model_validate(batch.plan.job, extra="ignore")
+    except ValidationError:
+        _suspend(here, batch, "another version of the service wrote it")
+        return False
+    unfit = dict(_unreadable(here, batch.requests))
+    try:
+        unfit |= _clashes(here, recipe, [request for request in batch.requests if request.id not in unfit])
+    except (InvalidRequest, NotFound, Gone) as error:
+        _suspend(here, batch, f"its retain set cannot be read: {error}")
+        return False
+    for request_id, reason in unfit.items():
+        with here.sessions.begin() as s:
+            deletion_jobs.fail(s, request_id, reason)
+        log.warning("a deletion request cannot be served", request_id=request_id)
+    requests = [request for request in batch.requests if request.id not in unfit]
+    return bool(requests) and _submit(here, who, batch, recipe, requests)
+
+
+def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, requests: Sequence[DeletionRequest]) -> bool:
+    stored = _store(here, who, requests)
+    asked = JobCreate.model_validate(
+        recipe.model_dump()
+        | {
+            "model": batch.plan.model,
+            "forget_set": stored.file_id,
+            "parent": batch.parent,
+            "due_at": min(request.due_at for request in requests),
+            "deletion_requests": [request.id for request in requests],
+        }
+    )
+    try:
+        job = admission.submit(here, who, asked)
+    except InvalidTransition as error:  # it was taken back, or another sweep was faster
+        _purge(here, stored.file_id)
+        log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=str(error))
+        return False
+    except InvalidRequest as error:
+        _purge(here, stored.file_id)
+        _suspend(here, batch, str(error))
+        return False
+    except UnlearnError:
+        _purge(here, stored.file_id)
+        raise
+    with here.sessions.begin() as s:
+        files.get(s, stored.file_id).purge_at = stored.kept_until
+    log.info("a job serves deletion requests", job_id=job.id, model=batch.plan.model, requests=len(requests))
+    return True
+
+
+def _unreadable(here: Parts, requests: Iterable[DeletionRequest]) -> Iterator[tuple[str, str]]:
+    for request in requests:
+        try:
+            next(_lines(here, request), None)
+        except (Gone, NotFound) as error:
+            yield request.id, f"its forget set cannot be read: {error}"
+
+
+def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest]) -> Mapping[str, str]:
+    """By request that wants forgotten what the plan wants kept: which row."""
+    clashes = dict[str, str]()
+    with here.sessions.begin() as s:
+        retain_set = files.get(s, recipe.retain_set)
+    while left := [request for request in requests if request.id not in clashes]:
+        owners = list[tuple[str, int]]()
+
+        def forget(left: Sequence[DeletionRequest] = left, owners: list[tuple[str, int]] = owners) -> Iterator[Example]:
+            for request in left:
+                for number, line in enumerate(_lines(here, request), start=1):
+                    owners.append((request.id, number))
+                    yield rows.parse(line)
+
+        with files.content(here.storage, here.secrets, retain_set) as retain:
+            shared = rows.overlap(forget(), rows.each(rows.lines(retain)))
+        if not shared:
+            break
+        for place, retained in shared:  # of a row that several requests have, the last is named: hence again without it
+            request_id, number = owners[place - 1]
+            clashes.setdefault(request_id, f"its row {number} is row {retained} of the plan's retain set")
+    return clashes
+
+
+def _store(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -> Stored:
+    """The rows of all of them, each once, with all their columns: the id of a new file, to be purged unless a job is made."""
+    count = 0
+
+    def together() -> Iterator[bytes]:
+        nonlocal count
+        seen = set[str]()
+        for request in requests:
+            for line in _lines(here, request):
+                [digest] = digests.row_digests(here.secrets, who.tenant, [rows.parse(line)])
+                if digest not in seen:
+                    seen.add(digest)
+                    count += 1
+                    yield line + b"\n"
+
+    kept = files.keep(here.storage, here.secrets, who.tenant, NAME, together())
+    with here.sessions.begin() as s:
+        file = files.insert(s, kept, purpose=PURPOSE, rows=count)
+        kept_until, file.purge_at = file.purge_at, func.now() + UNUSED_AGE
+        return Stored(file.id, kept_until)
+
+
+def _lines(here: Parts, request: DeletionRequest) -> Iterator[bytes]:
+    with here.sessions.begin() as s:
+        file = files.get(s, request.forget_set)
+    with files.content(here.storage, here.secrets, file) as content:
+        for line in rows.lines(content):
+            if plain := line.removeprefix(BOM_UTF8).strip():
+                yield plain
+
+
+def _purge(here: Parts, file_id: str) -> None:
+    with here.sessions.begin() as s:
+        key = files.purge(s, file_id)
+    here.storage.delete(key)
+
+
+def _suspend(here: Parts, batch: Batch, reason: str) -> None:
+    log.error("a deletion plan is suspended", model=batch.plan.model, tenant=batch.plan.tenant_id)
+    with here.sessions.begin() as s:
+        deletion_plans.suspend(s, batch.plan, reason[:REASON_MAX])

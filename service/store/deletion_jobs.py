@@ -1,0 +1,92 @@
+"""What jobs do to the deletion requests that they serve. The caller commits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.domain.deletion import CLOSED, SERVABLE, RequestStatus
+from service.domain.errors import InvalidTransition
+from service.domain.job import TERMINAL, Status
+from service.store.deletions import FRESH, locked, move, tell, write
+from service.store.tables import DeletionJob, DeletionRequest, Job
+
+R = RequestStatus
+PASSED = frozenset({"PASSED", "WARNED"})  # verdicts with which a model has forgotten
+
+
+def serve(s: Session, job: Job, row_numbers: Mapping[str, Sequence[int]]) -> None:
+    """`job`, which is new, serves these approved requests; by id: the numbers of their rows in its forget set, from 1.
+
+    Raises InvalidTransition where that is no longer possible.
+    """
+    for request_id, numbers in sorted(row_numbers.items()):  # in one order, or two jobs could wait for each other
+        row = locked(s, request_id)
+        if (reason := why_not(s, row, job.model)) is not None:
+            raise InvalidTransition(reason)
+        s.add(DeletionJob(tenant_id=row.tenant_id, request_id=row.id, job_id=job.id, row_numbers=list(numbers)))
+        if row.status == R.IN_PROGRESS:
+            tell(s, row, "served", {"job": job.id})
+            write(s, row)
+        else:
+            move(s, row, R.IN_PROGRESS, {"job": job.id}, status_reason=None)
+
+
+def why_not(s: Session, row: DeletionRequest, model: str) -> str | None:
+    """Why a job on this model cannot serve the request; None: it can."""
+    if row.status not in SERVABLE:
+        return f"request {row.id} is {row.status}; a job serves one that is approved"
+    if model not in row.models:
+        return f"request {row.id} does not name model {model!r}"
+    live = next((job for job in _jobs(s, row.id) if job.model == model and job.status not in TERMINAL), None)
+    return None if live is None else f"job {live.id} serves request {row.id} already, on the same model"
+
+
+def job_moved(s: Session, job: Job) -> None:
+    """`job`, which is locked, has ended, or goes on after an end: so do the requests that it serves."""
+    of_job = select(DeletionRequest).join(DeletionJob, DeletionJob.request_id == DeletionRequest.id)
+    of_job = of_job.where(DeletionJob.job_id == job.id).order_by(DeletionRequest.id)
+    for row in s.scalars(of_job.with_for_update(of=DeletionRequest), execution_options=FRESH).all():
+        if row.status not in CLOSED:
+            _follow(s, row)
+
+
+def _follow(s: Session, row: DeletionRequest) -> None:
+    """Completed when a job has passed for every model; failed when nothing runs any more and a model's last job did not."""
+    jobs = _jobs(s, row.id)
+    passed = {job.model for job in jobs if job.status is Status.SUCCEEDED and job.result in PASSED}
+    last = {job.model: job for job in jobs}
+    failed = [_failure(job) for job in last.values() if job.model not in passed and job.status in TERMINAL]
+    running = any(job.status not in TERMINAL for job in jobs)
+    reason = "; ".join(failed) or None
+    if passed >= set(row.models):
+        target, reason = R.COMPLETED, None
+    else:
+        target = R.FAILED if failed and not running else R.IN_PROGRESS
+    if target != row.status:
+        move(s, row, target, status_reason=reason)
+    elif reason != row.status_reason:
+        write(s, row, status_reason=reason)
+
+
+def _failure(job: Any) -> str:
+    if job.status is Status.SUCCEEDED:
+        return f"job {job.id} on model {job.model!r}: the verdict is {job.result}"
+    why = f": {job.code}" if job.code else ""
+    return f"job {job.id} on model {job.model!r} {job.status}{why}"
+
+
+def _jobs(s: Session, request_id: str) -> Sequence[Any]:
+    """Those that serve it, in the order in which they came: id, model, status, verdict's result, failure's code."""
+    columns = (Job.id, Job.model, Job.status, Job.verdict["result"].astext, Job.failure["code"].astext)
+    of_request = select(*columns[:3], columns[3].label("result"), columns[4].label("code"))
+    of_request = of_request.join(DeletionJob, DeletionJob.job_id == Job.id).where(DeletionJob.request_id == request_id)
+    return s.execute(of_request.order_by(Job.id)).all()
+
+
+def fail(s: Session, request_id: str, reason: str) -> None:
+    """No job can serve it: it needs a person."""
+    row = locked(s, request_id)
+    if row.status in (R.APPROVED, R.IN_PROGRESS):  # nobody has denied it or taken it back meanwhile
+        move(s, row, R.FAILED, status_reason=reason)

@@ -1,0 +1,64 @@
+"""What is shown of deletion requests."""
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session, undefer
+
+from service.domain.deletion import Regulation, RequestStatus
+from service.domain.errors import NotFound
+from service.store.paging import Order, fetch_page
+from service.store.tables import DeletionApproval, DeletionJob, DeletionRequest, Job
+
+
+def page(
+    s: Session,
+    *,
+    after: str | None = None,
+    before: str | None = None,
+    limit: int = 20,
+    order: Order = "desc",
+    status: RequestStatus | None = None,
+    regulation: Regulation | None = None,
+    due_before: datetime | None = None,
+    external_reference: str | None = None,
+    subject: str | None = None,
+) -> tuple[Sequence[DeletionRequest], bool]:
+    """(rows, has_more)
+
+    Args:
+        subject: its digest.
+    """
+    rows = select(DeletionRequest)
+    if status is not None:
+        rows = rows.where(DeletionRequest.status == status)
+    if regulation is not None:
+        rows = rows.where(DeletionRequest.regulation == regulation)
+    if due_before is not None:
+        rows = rows.where(DeletionRequest.due_at < due_before)
+    if external_reference is not None:
+        rows = rows.where(DeletionRequest.external_reference == external_reference)
+    if subject is not None:
+        rows = rows.where(DeletionRequest.subject_digests.contains([subject]))
+    return fetch_page(s, rows, DeletionRequest.id, after=after, before=before, limit=limit, order=order)
+
+
+def approvals(s: Session, request_ids: Collection[str]) -> Sequence[DeletionApproval]:
+    given = select(DeletionApproval).where(DeletionApproval.request_id.in_(request_ids))
+    return s.scalars(given.order_by(DeletionApproval.created_at, DeletionApproval.approved_by)).all()
+
+
+def served_by(s: Session, request_ids: Collection[str]) -> Sequence[tuple[str, str, str]]:
+    """(request, job, model), in the order in which the jobs came."""
+    links = select(DeletionJob.request_id, Job.id, Job.model).join(Job, Job.id == DeletionJob.job_id)
+    found = s.execute(links.where(DeletionJob.request_id.in_(request_ids)).order_by(Job.id))
+    return [(row[0], row[1], row[2]) for row in found]
+
+
+def with_digests(s: Session, request_id: str) -> DeletionRequest:
+    """With the digests of its rows, which are many."""
+    row = s.get(DeletionRequest, request_id, options=[undefer(DeletionRequest.row_digests)], populate_existing=True)
+    if row is None:
+        raise NotFound("deletion request", request_id)
+    return row

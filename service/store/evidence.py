@@ -1,0 +1,128 @@
+"""Certificates: issued once for each succeeded job that released an adapter, and never changed.
+
+Every succeeded job is decided on once: it gets a certificate, or a row that says why not, so that nobody asks again.
+"""
+
+from collections.abc import Collection, Sequence
+from hashlib import sha256
+
+from pydantic import ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.domain.errors import NotFound
+from service.domain.job import Status
+from service.domain.report import Report
+from service.evidence import certificate, dsse, of_report
+from service.store import artifacts, audit, deletions, evidence_keys, lineage, moves, outbox
+from service.store.ids import new_id
+from service.store.rows import Event
+from service.store.secrets import Secrets
+from service.store.session import Sessions
+from service.store.storage import Storage
+from service.store.tables import Artifact, Certificate, File, Job
+from service.webhooks.events import EventType, Subject
+
+REPORT = "report.json"
+
+
+def due(s: Session, limit: int = 100) -> Sequence[str]:
+    """Ids of succeeded jobs that were not decided on, the oldest first."""
+    decided = select(Certificate.id).where(Certificate.job_id == Job.id)
+    waiting = select(Job.id).where(Job.status == Status.SUCCEEDED, ~decided.exists())
+    return s.scalars(waiting.order_by(Job.finished_at).limit(limit)).all()
+
+
+def decide(sessions: Sessions, storage: Storage, secrets: Secrets, job_id: str) -> Certificate | None:
+    """A succeeded job's certificate, or why it gets none; None: it was decided on already.
+
+    Raises StorageUnavailable, or NotFound for the report's bytes: the storage is away, and may come back.
+    """
+    with sessions.begin() as s:
+        report = _report(s, job_id)
+    content = b"".join(storage.read(report.key)) if report else b""
+    with sessions.begin() as s:
+        job = moves.locked(s, job_id)
+        if of_job(s, job_id) is not None:
+            return None
+        row = Certificate(id=new_id("ucert"), job_id=job_id, tenant_id=job.tenant_id)
+        try:
+            statement = _statement(s, job, report, content)
+        except ValueError as error:
+            row.refusal = str(error)
+        else:
+            _sign(s, job, row, statement, secrets)
+        s.add(row)
+    return row
+
+
+def of_job(s: Session, job_id: str) -> Certificate | None:
+    return s.scalar(select(Certificate).where(Certificate.job_id == job_id))
+
+
+def ids(s: Session, job_ids: Collection[str]) -> dict[str, str]:
+    """Of the certificates of those jobs that have one, by job."""
+    rows = select(Certificate.job_id, Certificate.id).where(
+        Certificate.job_id.in_(job_ids), Certificate.refusal.is_(None)
+    )
+    return {row.job_id: row.id for row in s.execute(rows)} if job_ids else {}
+
+
+def _report(s: Session, job_id: str) -> Artifact | None:
+    try:
+        return artifacts.named(s, job_id, REPORT)
+    except NotFound:
+        return None
+
+
+def _statement(s: Session, job: Job, artifact: Artifact | None, content: bytes) -> certificate.Certificate:
+    """Raises ValueError with the reason why the job gets no certificate."""
+    report = _read(job, artifact, content)
+    files = of_report.adapter_files(report)
+    published = {one.name.removeprefix(lineage.ADAPTER): one.sha256 for one in lineage.adapter(s, job.id)}
+    if files != published:
+        raise ValueError("the adapter that the report names is not the one that was published")
+    head = audit.head(s, job.tenant_id)
+    if head is None or job.started_at is None or job.finished_at is None:
+        raise ValueError("it ran before there was an audit log")
+    digests = {
+        row.id: row.digest for row in s.scalars(select(File).where(File.id.in_((job.forget_set, job.retain_set))))
+    }
+    known = of_report.Known(
+        report_sha256=sha256(content).hexdigest(),
+        deletion_requests=[one.request_id for one in deletions.served(s, job.id)],
+        forget_digest=digests[job.forget_set],
+        retain_digest=digests[job.retain_set],
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+        audit_head=head,
+    )
+    return certificate.certify(files, of_report.predicate(report, known))
+
+
+def _read(job: Job, artifact: Artifact | None, content: bytes) -> Report:
+    if artifact is None:
+        raise ValueError("it published no report")
+    if sha256(content).hexdigest() != artifact.sha256:
+        raise ValueError("the stored report is not the one that was published")
+    try:
+        report = Report.model_validate_json(content)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, one["loc"])) for one in error.errors()[:3])
+        raise ValueError(f"its report is of another version and cannot be read: {fields}") from error
+    if report.job_id != job.id:
+        raise ValueError(f"its report is that of job {report.job_id}")
+    if not report.released.published:
+        raise ValueError("no adapter was released")
+    return report
+
+
+def _sign(s: Session, job: Job, row: Certificate, statement: certificate.Certificate, secrets: Secrets) -> None:
+    key = evidence_keys.active(s, secrets)
+    envelope = dsse.to_json(certificate.issue(statement, key))
+    row.envelope, row.key_id, row.audit_seq = envelope.decode(), key.id, statement.predicate.audit_head.seq
+    told = {"certificate": row.id, "key": key.id}
+    moves.write(s, job, [Event("certificate.issued", f"certificate {row.id} was issued", told)])
+    told["sha256"] = sha256(envelope).hexdigest()
+    audit.write(s, "certificate.issued", "unlearning.job", job.id, told, tenant_id=job.tenant_id)
+    outbox.enqueue(s, job.tenant_id, EventType.CERTIFICATE_ISSUED, Subject(row.id, "certificate", "issued"))

@@ -1,0 +1,61 @@
+"""The deployment's signing keys: one signs, those before it stay published. The caller commits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from service.evidence import keys
+from service.evidence.keys import SigningKey
+from service.store import tables
+from service.store.secrets import Secrets
+
+IN_USE = tables.SigningKey.retired_at.is_(None)
+
+
+def active(s: Session, secrets: Secrets) -> SigningKey:
+    """The one that signs; the first call makes it. Raises SealBroken where the master key is another one."""
+    row = s.scalar(select(tables.SigningKey).where(IN_USE))
+    if row is None:
+        _alone(s)
+        row = s.scalar(select(tables.SigningKey).where(IN_USE)) or _make(s, secrets)
+    return keys.from_private_bytes(secrets.open(_purpose(row.id), row.sealed_private))
+
+
+def rotate(s: Session, secrets: Secrets) -> str:
+    """Another key signs from now on; its id. What was signed stays valid: its key stays published."""
+    _alone(s)
+    s.execute(update(tables.SigningKey).where(IN_USE).values(retired_at=func.now()))
+    return _make(s, secrets).id
+
+
+def every(s: Session) -> Sequence[tables.SigningKey]:
+    """The first one first."""
+    return s.scalars(select(tables.SigningKey).order_by(tables.SigningKey.created_at, tables.SigningKey.id)).all()
+
+
+def published(s: Session) -> dict[str, Any]:
+    """The JWKS of all that ever signed."""
+    return dict(keys.jwks(row.public_jwk for row in every(s)))
+
+
+def _make(s: Session, secrets: Secrets) -> tables.SigningKey:
+    key = keys.generate()
+    row = tables.SigningKey(
+        id=key.id,
+        public_jwk=keys.jwk(key.private.public_key()),
+        sealed_private=secrets.seal(_purpose(key.id), key.private.private_bytes_raw()),
+    )
+    s.add(row)
+    s.flush()
+    return row
+
+
+def _alone(s: Session) -> None:
+    """Until the commit: two that found no key do not make two."""
+    s.execute(select(func.pg_advisory_xact_lock(func.hashtextextended("signing keys", 0))))
+
+
+def _purpose(key_id: str) -> str:
+    return f"signing key {key_id}"

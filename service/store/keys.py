@@ -1,0 +1,121 @@
+"""API keys. The secret is made here, returned once, and kept only as a keyed digest. The caller commits.
+
+ulk_<8 characters>_<43 characters>_<6 characters>: what finds the row; 256 random bits; a checksum of the rest, by which
+a mistyped key, or a string that a scanner took for one, is known without a look into the database.
+"""
+
+import re
+import secrets as random
+import zlib
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
+from hmac import compare_digest
+from typing import NamedTuple
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
+
+from service.domain.errors import FieldProblem, InvalidRequest, NotFound
+from service.domain.identity import Principal, Scope
+from service.store import audit, tenancy
+from service.store.ids import new_id
+from service.store.paging import Order, fetch_page
+from service.store.secrets import Secrets
+from service.store.tables import ApiKey
+
+DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+FORM = re.compile(r"(?P<body>(?P<prefix>ulk_[0-9A-Za-z]{8})_[0-9A-Za-z]{43})_(?P<check>[0-9A-Za-z]{6})")
+PURPOSE = "api-keys"
+USED_EVERY = timedelta(minutes=1)  # a poll must not be a write
+
+
+class NewKey(NamedTuple):
+    row: ApiKey
+    secret: str
+
+
+def create(
+    s: Session,
+    secrets: Secrets,
+    *,
+    name: str,
+    scopes: Collection[Scope],
+    expires_at: datetime | None = None,
+    maker: Principal | None = None,
+) -> NewKey:
+    """For the tenant that the session is bound to. Raises InvalidRequest for a scope that its maker has not.
+
+    Args:
+        maker: None: an administrator on the deployment's machine.
+    """
+    if maker is not None and (more := maker.lacks(frozenset(scopes))):
+        detail = f"a key makes only keys with scopes of its own; it lacks: {', '.join(sorted(more))}"
+        raise InvalidRequest(FieldProblem("/scopes", detail, "scope"))
+    prefix = f"ulk_{_random(8)}"
+    body = f"{prefix}_{_random(43)}"
+    secret = f"{body}_{_check(body)}"
+    row = ApiKey(
+        id=new_id("key"),
+        name=name,
+        prefix=prefix,
+        digest=secrets.digest(PURPOSE, secret.encode()),
+        scopes=sorted(scopes),
+        created_by=tenancy.actor(s),
+        expires_at=expires_at,
+    )
+    s.add(row)
+    s.flush()
+    s.refresh(row)
+    audit.write(s, "key.created", "api_key", row.id, {"name": name, "scopes": row.scopes, "prefix": prefix})
+    return NewKey(row, secret)
+
+
+def recognise(s: Session, secrets: Secrets, secret: str) -> Principal | None:
+    """Whose secret it is; None: nobody's, or of a key that is revoked or has expired. For an unbound session."""
+    form = FORM.fullmatch(secret)
+    if form is None or _check(form["body"]) != form["check"]:
+        return None
+    live = ApiKey.revoked_at.is_(None) & or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now())
+    row = s.scalar(select(ApiKey).where(ApiKey.prefix == form["prefix"], live))
+    if row is None or not compare_digest(row.digest, secrets.digest(PURPOSE, secret.encode())):
+        return None
+    long_ago = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - USED_EVERY)
+    used = update(ApiKey).where(ApiKey.id == row.id, long_ago).values(last_used_at=func.now())
+    s.execute(used.execution_options(synchronize_session=False))
+    return Principal(row.id, row.tenant_id, frozenset(map(Scope, row.scopes)))
+
+
+def get(s: Session, key_id: str) -> ApiKey:
+    row = s.get(ApiKey, key_id)
+    if row is None:
+        raise NotFound("API key", key_id)
+    return row
+
+
+def page(
+    s: Session, *, after: str | None = None, before: str | None = None, limit: int = 20, order: Order = "desc"
+) -> tuple[Sequence[ApiKey], bool]:
+    return fetch_page(s, select(ApiKey), ApiKey.id, after=after, before=before, limit=limit, order=order)
+
+
+def revoke(s: Session, key_id: str) -> ApiKey:
+    """From now on, for ever. To revoke twice is to revoke once."""
+    row = s.scalar(select(ApiKey).where(ApiKey.id == key_id).with_for_update())
+    if row is None:
+        raise NotFound("API key", key_id)
+    if row.revoked_at is None:
+        row.revoked_at = s.scalar(select(func.now()))
+        audit.write(s, "key.revoked", "api_key", row.id, {"name": row.name, "prefix": row.prefix})
+    return row
+
+
+def _random(length: int) -> str:
+    return "".join(random.choice(DIGITS) for _ in range(length))
+
+
+def _check(body: str) -> str:
+    number, check = zlib.crc32(body.encode()), ""
+    for _ in range(6):
+        number, digit = divmod(number, len(DIGITS))
+        check = DIGITS[digit] + check
+    return check

@@ -1,0 +1,38 @@
+"""Tenants, which an administrator of the deployment adds. The caller commits."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from service.domain.errors import InvalidTransition, NotFound
+from service.store.tables import Tenant
+
+DEFAULT = "default"  # there from the beginning, for a deployment that serves one party
+
+
+def add(s: Session, tenant_id: str, *, approvals: int = 0, keep_files_days: int | None = None) -> Tenant:
+    """Raises InvalidTransition if the name is taken."""
+    row = insert(Tenant).values(id=tenant_id, approvals=approvals, keep_files_days=keep_files_days)
+    if s.scalar(row.on_conflict_do_nothing().returning(Tenant.id)) is None:
+        raise InvalidTransition(f"there is a tenant {tenant_id!r} already")
+    return get(s, tenant_id)
+
+
+def get(s: Session, tenant_id: str) -> Tenant:
+    tenant = s.get(Tenant, tenant_id)
+    if tenant is None:
+        raise NotFound("tenant", tenant_id)
+    return tenant
+
+
+def change(s: Session, tenant_id: str, *, approvals: int, keep_files_days: int | None) -> Tenant:
+    """For what comes after it: a request keeps the number of approvals with which it began."""
+    tenant = get(s, tenant_id)
+    tenant.approvals, tenant.keep_files_days = approvals, keep_files_days
+    return tenant
+
+
+def every(s: Session) -> Sequence[Tenant]:
+    return s.scalars(select(Tenant).order_by(Tenant.id)).all()

@@ -1,0 +1,121 @@
+"""A job that starts from an earlier job's adapter: that adapter as it was published, and the rows that must stay forgotten.
+
+Each job of the chain promised that the model has forgotten its rows. The one that starts from their adapter measures them again,
+as far as they are still kept.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from service.domain.errors import JobFailure, NotFound
+from service.domain.job import FailureCode
+from service.domain.report import AdapterFile, Forgotten, Parent
+from service.domain.rows import Example
+from service.store.storage import Storage
+from worker import data, files, measure
+from worker.losses.retain.nll import nll
+from worker.model import Network
+from worker.records import ArtifactFile, Assignment, FileRef, ParentAssignment
+from worker.views import Term
+
+GONE = "its rows are no longer kept, so whether they stay forgotten could not be measured"
+
+
+class Earlier(NamedTuple):
+    """A job of the chain."""
+
+    job_id: str
+    rows: Term | None  # that it had the model forget; None: they are no longer kept
+
+
+def fetch(job: Assignment, storage: Storage, base: Network) -> Path | None:
+    """The folder of the adapter that the job starts from; None: it starts from the base model.
+
+    Raises JobFailure: model_not_found (it is no longer stored), model_revision_mismatch (it is not what was published, or it
+    was made on another base).
+    """
+    if job.parent is None:
+        return None
+    made_on = json.loads(_published(job.parent, storage, job.parent.report))["base_model"]["digest"]
+    if made_on != base.digest:
+        raise JobFailure(
+            FailureCode.MODEL_REVISION_MISMATCH,
+            f"the adapter of job {job.parent.job_id} was made on a base of digest {made_on}; that of {base.entry.name} is "
+            f"{base.digest}",
+        )
+    folder = job.scratch_dir / "parent"
+    folder.mkdir()
+    for file in job.parent.adapter:
+        (folder / Path(file.name).name).write_bytes(_published(job.parent, storage, file))
+    return folder
+
+
+def _published(parent: ParentAssignment, storage: Storage, file: ArtifactFile) -> bytes:
+    try:
+        content = b"".join(storage.read(file.key))
+    except NotFound as error:
+        raise JobFailure(
+            FailureCode.MODEL_NOT_FOUND, f"{file.name} of job {parent.job_id} is no longer in the storage"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise JobFailure(
+            FailureCode.MODEL_REVISION_MISMATCH, f"{file.name} of job {parent.job_id} is not what that job published"
+        )
+    return content
+
+
+def earlier(job: Assignment, storage: Storage, retain: Sequence[Example], base: Network) -> list[Earlier]:
+    """The chain, the parent first. Raises JobFailure where a row is to be kept that an earlier job had the model forget."""
+    found = []
+    for one in job.parent.chain if job.parent else ():
+        rows = _rows(storage, one.forget_file)
+        if rows is None:
+            found.append(Earlier(one.job_id, None))
+            continue
+        files.refuse_overlap({"retain": retain, f"{one.job_id} forget": rows})
+        encoded = data.encode(rows, base.tokenizer, base.entry.prompt_format, base.context_tokens)
+        found.append(Earlier(one.job_id, Term(nll(), {"answer": encoded})))
+    return found
+
+
+def _rows(storage: Storage, file: FileRef | None) -> list[Example] | None:
+    try:
+        return None if file is None else files.read_set(storage, file)
+    except JobFailure as failure:
+        if isinstance(failure.__cause__, NotFound):  # purged since the job was claimed
+            return None
+        raise
+
+
+def probabilities(network: Network, chain: Sequence[Earlier]) -> list[float | None]:
+    """Of each job of the chain the mean probability of its rows' answers, over all that can be measured."""
+    return [
+        None if one.rows is None else measure.mean_probability(network, one.rows, one.rows.encoded.measured)
+        for one in chain
+    ]
+
+
+def facts(
+    parent: ParentAssignment,
+    chain: Sequence[Earlier],
+    base: Sequence[float | None],
+    before: Sequence[float | None],
+    after: Sequence[float | None],
+) -> Parent:
+    """What the report says of the parent, from the chain's probabilities on the base, on the parent, and in the end."""
+    forgotten = [
+        Forgotten(
+            job_id=one.job_id,
+            rows=None if one.rows is None else len(one.rows.encoded.measured),
+            base=known,
+            before=held,
+            after=now,
+            reason=GONE if one.rows is None else None,
+        )
+        for one, known, held, now in zip(chain, base, before, after, strict=True)
+    ]
+    adapter = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in parent.adapter]
+    return Parent(job_id=parent.job_id, files=adapter, forgotten=forgotten)
