@@ -1,7 +1,13 @@
-"""Greedy answers: batched by length of the prompt, each row ending where it ends, a common prefix read once."""
+"""Greedy answers: batched by length of the prompt, each row ending where it ends, a common prefix read once.
+
+A row that repeats itself, as those of an unlearned model often do, reads several tokens in one pass: what followed when it
+last said what it says now. Of these guesses stand those that the model, having read what is before them, says too; so every
+token is the model's own (Leviathan et al. 2023, arXiv 2211.17192; guesses from the text itself: Saxena 2023, prompt lookup).
+"""
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -12,8 +18,9 @@ from worker import data, decoder
 from worker.model import Network, own_logits
 from worker.trees import common_prefix
 
-GENERATION_TOKENS = 16_384  # positions of a batch, answers included: what its keys and values may take
+GENERATION_TOKENS = 32_768  # positions of a batch if every row takes all its room: what its keys and values may take
 PASS_TOKENS = 32  # what one more forward pass costs, in tokens
+GUESSING_TOKENS = 16  # of a pass, guesses included: so few take little longer than one
 
 
 class Generated(NamedTuple):
@@ -99,33 +106,82 @@ def _continue(
     Args:
         prefix: keys and values of the `shared` tokens that stand before every rest.
     """
-    ends = set(network.causal.generation_config.eos_token_id or [])
     said: list[list[int]] = [[] for _ in rests]
     going = list(range(len(rests)))
     kept = deepcopy(prefix)
     kept.batch_repeat_interleave(len(rests))
-    width = max(map(len, rests))
-    ids_BT = torch.tensor([[*rest, *[0] * (width - len(rest))] for rest in rests])
-    mask_BS = torch.tensor([[1] * (shared + len(rest)) + [0] * (width - len(rest)) for rest in rests])
-    last_B = torch.tensor([len(rest) - 1 for rest in rests], device=network.device)
+    mask_BS = torch.ones(len(rests), shared, dtype=torch.int64)
+    reads = [_Read(list(rest)) for rest in rests]
     while True:
-        states_BTD = decoder.step(network, kept, ids_BT, mask_BS)
-        last_BD = states_BTD[torch.arange(len(going), device=network.device), last_B]
-        chosen = _logits(network, last_BD).argmax(-1).tolist()
+        start, width = mask_BS.shape[1], max(len(read.ids) for read in reads)
+        new_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
+        mask_BS = torch.cat([mask_BS, new_BT], 1)
         stay = []
-        for b, (row, token) in enumerate(zip(going, chosen, strict=True)):
-            if token in ends:
-                continue
-            said[row].append(token)
-            if len(said[row]) < rooms[row] and not _stopped(network, said[row], stops):
+        for b, follow in enumerate(_follows(network, kept, reads, mask_BS)):
+            sure = len(reads[b].ids) - reads[b].guesses
+            right = common_prefix(reads[b].ids[sure:], follow)
+            mask_BS[b, start + sure + right :] = 0
+            if _says(network, said[going[b]], follow[: right + 1], rooms[going[b]], stops):
                 stay.append(b)
         if not stay:
             return said
         if len(stay) < len(going):
             kept.batch_select_indices(torch.tensor(stay, device=network.device))
             going, mask_BS = [going[b] for b in stay], mask_BS[stay]
-        ids_BT, last_B = torch.tensor([[chosen[b]] for b in stay]), last_B.new_zeros(len(stay))
-        mask_BS = torch.cat([mask_BS, torch.ones_like(ids_BT)], 1)
+        if unused := int(mask_BS.any(0).flip(0).int().argmax()):  # columns at the end in which no row has a token
+            kept.crop(-unused)
+            mask_BS = mask_BS[:, :-unused]
+        left = [rooms[row] - len(said[row]) for row in going]
+        spare = decoder.window(network) - 1 - mask_BS.shape[1] - max(left)  # for gaps, which count towards a window
+        most = int(min(GUESSING_TOKENS // len(going) - 1, spare))
+        reads = []
+        for row, room in zip(going, left, strict=True):
+            guesses = _guesses([*rests[row], *said[row]], min(most, room - 1))
+            reads.append(_Read([said[row][-1], *guesses], len(guesses)))
+
+
+class _Read(NamedTuple):
+    """What a row reads in a pass."""
+
+    ids: list[int]
+    guesses: int = 0  # so many of them, at the end
+
+
+def _follows(network: Network, kept: DynamicCache, reads: Sequence[_Read], mask_BS: Tensor) -> Iterator[list[int]]:
+    """Of each row the likeliest token behind the last that is sure, and behind each guess."""
+    width = max(len(read.ids) for read in reads)
+    states_BTD = decoder.step(
+        network, kept, torch.tensor([[*read.ids, *[0] * (width - len(read.ids))] for read in reads]), mask_BS
+    )
+    asked = [(b, t) for b, (ids, guesses) in enumerate(reads) for t in range(len(ids) - 1 - guesses, len(ids))]
+    b_N, t_N = torch.tensor(asked, device=network.device).T
+    chosen = iter(_logits(network, states_BTD[b_N, t_N]).argmax(-1).tolist())
+    return (list(islice(chosen, read.guesses + 1)) for read in reads)
+
+
+def _guesses(ids: Sequence[int], most: int) -> list[int]:
+    """What followed when the last two tokens last stood there, as if it went on like that.
+
+    >>> _guesses([5, 6, 7, 8, 5, 6], 3), _guesses([4, 9, 9, 9], 3), _guesses([1, 2, 3], 3)
+    ([7, 8, 5], [9, 9, 9], [])
+    """
+    for at in range(len(ids) - 1, 1, -1) if most > 0 else ():
+        if ids[at - 1] == ids[-1] and ids[at - 2] == ids[-2]:
+            period = len(ids) - at
+            return [ids[at + k % period] for k in range(most)]
+    return []
+
+
+def _says(network: Network, said: list[int], tokens: Sequence[int], room: int, stops: Sequence[str]) -> bool:
+    """Adds the tokens to what is said, as far as the row goes; whether it goes on behind them."""
+    ends = network.causal.generation_config.eos_token_id or []
+    for token in tokens:
+        if token in ends:
+            return False
+        said.append(token)
+        if len(said) == room or _stopped(network, said, stops):
+            return False
+    return True
 
 
 def _logits(network: Network, last_BD: Tensor) -> Tensor:

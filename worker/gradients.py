@@ -5,13 +5,14 @@ parameter tensors of the 2-norm of the gradient of the row's mean log p.
 
 No gradient outlives the norm that is taken of it. That of a linear layer, sum_t d_t x_t^T with the inputs x and the gradients
 d of the outputs, need not even be formed: its squared norm is sum_ts (x_t . x_s)(d_t . d_s), which is less work for a row that
-is short beside the layer's width (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679).
+is short beside the layer's width (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679). An embedding is a
+linear layer of one-hot inputs, and a weight that layers share has the sum of what each of them adds.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,14 @@ def gradient_norms(network: Network, rows: Sequence[TokenRow]) -> Tensor:
     that no gradient reaches left out. With an adapter in the network W stands for the merged W + s B A, and the gradient in it is
     the one in W; the adapter's factors are no parameters of the merged model.
     """
-    with _norms(network) as norms:
+    with _norms(network) as (norms, shared):
         means = []
         for row in rows:
             _mean_logp(network, row).backward()  # type: ignore[no-untyped-call]
+            norms += map(outer_norm, shared.values())
             means.append(torch.stack(norms).mean())
             norms.clear()
+            shared.clear()
     return torch.stack(means).cpu() if means else torch.zeros(0, dtype=torch.float64)
 
 
@@ -48,24 +51,45 @@ def _mean_logp(network: Network, row: TokenRow) -> Tensor:
     return logits_NV.log_softmax(-1).gather(1, label_N[:, None]).mean()
 
 
+class Outer(NamedTuple):
+    """sum_t left_t right_t^T: what a layer adds to the gradient of its weight [L, R]."""
+
+    left: Tensor  # [T, L]; or [T] int64: one-hot, by the places of the ones
+    right_TR: Tensor
+
+
 @contextmanager
-def _norms(network: Network) -> Iterator[list[Tensor]]:
-    """Within it a backward pass appends the 2-norm of the gradient of each of the base's parameters, and leaves no gradient."""
+def _norms(network: Network) -> Iterator[tuple[list[Tensor], dict[int, list[Outer]]]]:
+    """Within it a backward pass leaves no gradient. It appends to the first the 2-norms of those of the base's parameters.
+
+    What layers add to a weight that they share goes to the second instead, by the weight's id: the norm is that of the sum.
+    """
     norms: list[Tensor] = []
+    shared: dict[int, list[Outer]] = {}
 
     def take(p: Tensor) -> None:
         assert p.grad is not None
         norms.append(_norm(p.grad))
         p.grad = None
 
-    def watch(_: nn.Module, inputs: tuple[Tensor], output: Any) -> None:
-        x_TI = inputs[0].detach().flatten(0, -2)
+    def watch(layer: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        def add(d: Tensor) -> None:
+            outer = _outer(layer, inputs[0].detach(), d)
+            if uses[id(layer.weight)] == 1:
+                norms.append(outer_norm([outer]))
+            else:
+                shared.setdefault(id(layer.weight), []).append(outer)
+
+        if type(layer) is nn.Embedding:  # before it there is nothing that is learned
+            output = output.requires_grad_().clone()
         if output.requires_grad:
-            output.register_hook(lambda d: norms.append(outer_norm(x_TI, d.flatten(0, -2))))
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
 
     parameters: dict[str, nn.Parameter] = dict(network.causal.named_parameters())
     before = {name: p.requires_grad for name, p in parameters.items()}
-    watched: list[Any] = list(_linear_layers(network))
+    uses = Counter(id(p) for module in network.causal.modules() for p in module.parameters(recurse=False))
+    watched = _layers(network, uses)
     apart = {id(layer.weight) for layer in watched}
     for name, p in parameters.items():
         p.requires_grad_(".lora_" not in name and id(p) not in apart)
@@ -74,7 +98,7 @@ def _norms(network: Network) -> Iterator[list[Tensor]]:
     handles += [layer.register_forward_hook(watch) for layer in watched]
     try:
         with torch.enable_grad():
-            yield norms
+            yield norms, shared
     finally:
         for handle in handles:
             handle.remove()
@@ -82,29 +106,63 @@ def _norms(network: Network) -> Iterator[list[Tensor]]:
             p.requires_grad_(before[name])
 
 
-def _linear_layers(network: Network) -> Iterator[nn.Module]:
-    """Those of the decoder whose weight is theirs alone, the adapter's own left out."""
-    layers = [
+def _layers(network: Network, uses: Counter[int]) -> list[Any]:
+    """Linear layers and embeddings, the adapter's own left out; if they share a weight, with none but such layers."""
+    layers: list[Any] = [
         layer
-        for name, layer in network.causal.get_decoder().named_modules()
-        if type(layer) in (nn.Linear, Conv1D) and ".lora_" not in name
+        for name, layer in network.causal.named_modules()
+        if type(layer) in (nn.Linear, Conv1D, nn.Embedding) and ".lora_" not in name
     ]
-    uses = Counter(id(p) for module in network.causal.modules() for p in module.parameters(recurse=False))
-    yield from (layer for layer in layers if uses[id(layer.weight)] == 1)
+    known = Counter(id(layer.weight) for layer in layers)
+    return [layer for layer in layers if known[id(layer.weight)] == uses[id(layer.weight)]]
 
 
-def outer_norm(x_TI: Tensor, d_TO: Tensor) -> Tensor:
-    """The 2-norm of sum_t d_t x_t^T, float64.
+def _outer(layer: Any, x: Tensor, d: Tensor) -> Outer:
+    d_TO = d.flatten(0, -2)
+    if type(layer) is nn.Embedding:
+        counts_T = x.flatten() != (-1 if layer.padding_idx is None else layer.padding_idx)  # padding has no gradient
+        return Outer(x.flatten()[counts_T], d_TO[counts_T])
+    return Outer(d_TO, x.flatten(0, -2))
 
-    >>> round(float(outer_norm(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0], [4.0]]))) ** 2, 3)  # 7^2 + 4^2
+
+def outer_norm(sums: Sequence[Outer]) -> Tensor:
+    """The 2-norm of their sum, float64.
+
+    >>> linear = Outer(torch.tensor([[3.0, 0.0], [4.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    >>> round(float(outer_norm([linear])) ** 2, 3)  # 7^2 + 4^2
     65.0
+    >>> round(float(outer_norm([linear, Outer(torch.tensor([0]), torch.tensor([[1.0, -4.0]]))])) ** 2, 3)  # 8^2
+    64.0
     """
-    tokens, inputs, outputs = len(x_TI), x_TI.shape[1], d_TO.shape[1]
-    if tokens * (inputs + outputs) >= inputs * outputs:
-        return _norm(_wide(d_TO).T @ _wide(x_TI))
-    x_TI, d_TO = _wide(x_TI), _wide(d_TO)
-    squared = ((x_TI @ x_TI.T).double() * (d_TO @ d_TO.T).double()).sum()
+    dense = [outer for outer in sums if outer.left.is_floating_point()]
+    if dense:
+        tokens = sum(len(outer.left) for outer in dense)
+        rows, columns = dense[0].left.shape[1], dense[0].right_TR.shape[1]
+        if tokens * (rows + columns) >= rows * columns:
+            return _norm(_formed(dense, [outer for outer in sums if not outer.left.is_floating_point()]))
+    squared = torch.stack([_inner(a, b) for a in sums for b in sums]).sum()
     return squared.clamp(min=0.0).sqrt()
+
+
+def _formed(dense: Sequence[Outer], one_hot: Sequence[Outer]) -> Tensor:
+    left_TL, right_TR = (torch.cat([_wide(outer[k]) for outer in dense]) for k in (0, 1))
+    gradient_LR = left_TL.T @ right_TR
+    for outer in one_hot:
+        gradient_LR.index_add_(0, outer.left, _wide(outer.right_TR))
+    return gradient_LR
+
+
+def _inner(a: Outer, b: Outer) -> Tensor:
+    """The inner product of two sums, neither of which is formed."""
+    if a.left.is_floating_point() and b.left.is_floating_point():
+        lefts = _wide(a.left) @ _wide(b.left).T
+    elif a.left.is_floating_point():
+        lefts = _wide(a.left[:, b.left])
+    elif b.left.is_floating_point():
+        lefts = _wide(b.left[:, a.left]).T
+    else:
+        lefts = a.left[:, None] == b.left
+    return ((_wide(a.right_TR) @ _wide(b.right_TR).T).double() * lefts.double()).sum()
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from worker.data import Encoded, TokenRow
 from worker.generation import Generated
 from worker.gradients import gradient_norms
 from worker.model import Network
+from worker.oracle import overhead_tokens
 from worker.scores import Scores
 from worker.suite import Ask, Asks, Key, Seen
 
-SCORING_TOKENS = 4_096  # padded positions at once: as fast as it gets on a CPU, and enough to fill an accelerator
+SCORING_TOKENS = 4_096  # padded positions at once, at most: enough to fill an accelerator
 DISTRIBUTION = frozenset({"hits", "standardised"})  # those that need more than log p of the label
 MIN_VARIANCE = 1e-6  # of log p; the reference divides by no less
 
@@ -158,12 +159,12 @@ def _text(network: Network, ids: Sequence[int]) -> str:
 @torch.no_grad()
 def _likelihoods(network: Network, rows: Sequence[TokenRow], distribution: Sequence[bool]) -> list[_Said]:
     """Of each row log p of its counted tokens, and, where that is asked for, what needs the whole distribution."""
-    ids = [row.ids for row in rows]
+    ids = [row.ids[:-1] for row in rows]  # nothing is asked of the state at the last token
     grown = trees.grow(ids, decoder.pairs_per_token(network), SCORING_TOKENS)
     if len(grown) == len(rows) or not decoder.reads_trees(network, max(map(len, ids))):
         grown = trees.single(ids)
     found: dict[int, _Said] = {}
-    for part in data.by_length([len(tree.ids) for tree in grown], SCORING_TOKENS):
+    for part in data.microbatches([len(tree.ids) for tree in grown], overhead_tokens(network), SCORING_TOKENS):
         batch = [grown[k] for k in part]
         forest = trees.plant(batch)
         last_PD, length = decoder.read(network, forest), forest.input_ids_BT.shape[1]
@@ -195,7 +196,7 @@ def _at_counted(
         [
             (start + at, label)
             for i, start, path in chosen
-            for at, label in zip(path[rows[i].answer_start - 1 : -1], rows[i].ids[rows[i].answer_start :], strict=True)
+            for at, label in zip(path[rows[i].answer_start - 1 :], rows[i].ids[rows[i].answer_start :], strict=True)
         ],
         dtype=torch.int64,
     ).view(-1, 2)

@@ -87,11 +87,14 @@ def plant(trees: Sequence[Tree]) -> Forest:
         positions_BT[b, : len(tree.ids)] = torch.tensor(tree.positions)
     if not any(tree.branches for tree in trees):
         return Forest(ids_BT, positions_BT, None)
-    seen_BTT = torch.eye(length, dtype=torch.bool).repeat(
-        len(trees), 1, 1
-    )  # padding sees itself: a softmax needs something
+    seen_BTT = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding, too: a softmax needs something
     for b, tree in enumerate(trees):
+        start = 0  # of the row's own tokens, which follow those of the row before
         for path in tree.paths:
-            at_t = torch.tensor(path)
-            seen_BTT[b, at_t[:, None], at_t[None, :]] |= torch.ones(len(path), len(path), dtype=torch.bool).tril()
+            end = path[-1] + 1
+            own = seen_BTT[b, start:end]
+            own[:, start:end] |= torch.ones(end - start, end - start, dtype=torch.bool).tril()
+            if shared := len(path) - (end - start):
+                own |= seen_BTT[b, path[shared - 1]]  # what the last shared token sees, its descendants see
+            start = end
     return Forest(ids_BT, positions_BT, seen_BTT)

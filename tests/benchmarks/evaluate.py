@@ -262,7 +262,10 @@ def _numbers(a: Mapping[int, Any], b: Mapping[int, Any]) -> list[tuple[Any, Any]
 
 
 def least_seconds(network: Network, asks: Asks, seen: Seen, rate: float) -> dict[str, float]:
-    """Operations of every distinct token once, over the rate: 2 for a weight, 6 with the gradient of every weight."""
+    """Operations of every distinct token once, over the rate: 2 for a weight, 4 with the gradient of every state.
+
+    The norm of a weight's gradient needs few more (worker.gradients). Nothing is asked of the state at a row's last token.
+    """
     width = network.causal.config.get_text_config().hidden_size
     body = network.parameters - network.causal.get_input_embeddings().weight.numel()
     if network.causal.get_output_embeddings().weight is not network.causal.get_input_embeddings().weight:
@@ -270,7 +273,7 @@ def least_seconds(network: Network, asks: Asks, seen: Seen, rate: float) -> dict
     head = network.vocabulary * width
     encoded = {key: encode(network, ask) for key, ask in asks.items()}
     rows = [row for key in asks for row in encoded[key].rows]
-    (tree_tokens,) = [sum(len(t.ids) for t in trees.grow([row.ids for row in rows], float("inf"), 10**9))]
+    (tree_tokens,) = [sum(len(t.ids) for t in trees.grow([row.ids[:-1] for row in rows], float("inf"), 10**9))]
     counted = len({(tuple(row.ids[:t])) for row in rows for t in range(row.answer_start, len(row.ids))})
     attacked = [row for key, ask in asks.items() if "gradient_norm" in ask.views for row in encoded[key].rows]
     said = [(key, ids) for key in asks for ids in (seen[key].generated_ids or {}).values()]
@@ -279,7 +282,7 @@ def least_seconds(network: Network, asks: Asks, seen: Seen, rate: float) -> dict
     new = sum(len(ids) for _, ids in said)
     return {
         "scoring": 2 * (tree_tokens * body + counted * head) / rate,
-        "gradient norms": 6 * sum(len(row.ids) * body + row.counted * head for row in attacked) / rate,
+        "gradient norms": 4 * sum((len(row.ids) - 1) * body + row.counted * head for row in attacked) / rate,
         "generation": 2 * ((prompt_tokens + new) * body + (new + len(said)) * head) / rate,
     }
 

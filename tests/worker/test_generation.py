@@ -90,6 +90,7 @@ def test_each_row_ends_where_it_ends_and_leaves_the_batch(tiny: Network, monkeyp
     expected = ending_early(tiny, 3, 6)
     assert len({len(row) for row in expected}) > 2, "rows of several lengths"
     monkeypatch.setattr(decoder, "caches", lambda *_: True)  # without its probe
+    monkeypatch.setattr(generation, "GUESSING_TOKENS", 0)
     sizes = positions_of_passes(tiny, lambda: generate(tiny, PROMPTS + OTHERS, 12))
     assert ids(generate(tiny, PROMPTS + OTHERS, 12)) == expected
     # after the prompts, one position for each row that has said no end yet and has room
@@ -107,6 +108,51 @@ def positions_of_passes(network: Network, do: Callable[[], object]) -> list[int]
     finally:
         handle.remove()
     return sizes
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bloom"])
+@pytest.mark.parametrize(("falsified", "passes"), [(None, 2), (0, 12), (3, 4)], ids=["right", "wrong", "partly"])
+def test_of_what_is_guessed_as_much_stands_as_is_right(
+    architecture: str, falsified: int | None, passes: int, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row guesses its own answer, with one token falsified in every row but the last."""
+    network = load(register, architecture)
+    expected = [by_the_library(network, prompt, 12) for prompt in OTHERS]
+
+    def guesses(ids: list[int], most: int) -> list[int]:
+        (row,) = (row for row, prompt in enumerate(OTHERS) if ids[: len(prompt)] == prompt)
+        right = expected[row][len(ids) - len(OTHERS[row]) :][:most]
+        return [(t + 1) % 200 if k == falsified and row < 3 else t for k, t in enumerate(right)]
+
+    monkeypatch.setattr(decoder, "caches", lambda *_: True)
+    monkeypatch.setattr(generation, "GUESSING_TOKENS", 1000)
+    monkeypatch.setattr(generation, "_guesses", guesses)
+    assert ids(generate(network, OTHERS, 12)) == expected
+    assert len(positions_of_passes(network, lambda: generate(network, OTHERS, 12))) == passes
+
+
+def test_guesses_leave_room_in_a_window_and_end_with_the_positions(
+    register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one row guesses right leaves gaps in those that guess wrong."""
+    prompts = [[40, 41, 42, 43], [50, 51, 52], [60] * 8]
+    network = load(register, "gemma2", sliding_window=24)
+    expected = [by_the_library(network, prompt, 16) for prompt in prompts]
+    monkeypatch.setattr(
+        generation,
+        "_guesses",
+        lambda ids, most: (expected[0][len(ids) - 4 :] if ids[0] == 40 else [ids[-1]] * most)[:most],
+    )
+    columns: list[int] = []
+    own = decoder.step
+    monkeypatch.setattr(decoder, "caches", lambda *_: True)
+    monkeypatch.setattr(decoder, "step", lambda n, k, i, mask: columns.append(mask.shape[1]) or own(n, k, i, mask))  # type: ignore[func-returns-value]
+    assert ids(generate(network, prompts, 16)) == expected
+    assert max(columns) < 24, "of the cache"
+    learned = load(register, "gpt2")
+    monkeypatch.setattr(generation, "_guesses", lambda ids, most: [ids[-1]] * most)
+    long = list(range(2, 122))
+    assert ids(generate(learned, [long], 30)) == [by_the_library(learned, long, 8)], "of 128 positions"
 
 
 def test_a_common_prefix_is_read_once(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,8 +226,8 @@ def test_what_rows_share_is_read_once_and_each_state_and_label_meets_the_head_on
     monkeypatch.setattr(Network, "predictions", counted)
     rows = ROWS[:4]
     passes, positions = tokens_read(tiny, lambda: scoring.score(tiny, rows, frozenset({"hits"})))
-    assert (passes, positions) == (1, 12 + 5 + 2 + 7), (
-        "question, first answer, what is new in the second, and the third"
+    assert (passes, positions) == (1, 12 + 4 + 1 + 6), (
+        "question, first answer, what is new in the second, and the third, each without its last token"
     )
     assert seen == [len({(tuple(row.ids[:t]), row.ids[t]) for row in rows for t in range(12, len(row.ids))})]
 
@@ -267,6 +267,20 @@ def test_a_weight_that_two_layers_share_is_one_parameter(tiny: Network) -> None:
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
     found = scoring.gradient_norms(tiny, ROWS[:2])
     assert found.tolist() == pytest.approx([plain(tiny, row)["gradient_norm"] for row in ROWS[:2]], rel=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_embeddings_gradient_is_that_of_all_tokens_but_padding(
+    architecture: str, tied: bool, register: Any
+) -> None:
+    """In short rows, in one so long that the head's gradient is formed, and with tokens that stand there twice."""
+    network = register(architecture, **ARCHITECTURES[architecture], tie_word_embeddings=tied).load()
+    padding = network.causal.get_input_embeddings().padding_idx
+    assert (padding is None) is (architecture == "gpt2")
+    rows = [TokenRow([5, 1, 7, 7, 5, 1, 8, 1], 4), TokenRow([(7 * k) % 90 for k in range(120)], 2)]
+    expected = [plain(network, row)["gradient_norm"] for row in rows]
+    assert scoring.gradient_norms(network, rows).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 def test_rows_that_share_too_little_are_read_alone() -> None:
