@@ -111,7 +111,11 @@ def _measured(figure: Figure) -> bool:
 
 
 def _because(reasons: set[str]) -> str:
-    return f"{'; '.join(sorted(reasons)).capitalize()}." if reasons else "No figure of it was asked for."
+    return f"{_sentence('; '.join(sorted(reasons)))}." if reasons else "No figure of it was asked for."
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _brought_back(audit: Sequence[AuditEntry]) -> Fact:
@@ -208,6 +212,8 @@ def percents(*values: float | None) -> list[str]:
     ['97%', '0.03%', '0%', '100%']
     >>> percents(0.9712, 0.9708)
     ['97.12%', '97.08%']
+    >>> percents(0.9996)
+    ['99.96%']
     """
     return _apart(values, 2, _percent)
 
@@ -219,6 +225,8 @@ def _percent(value: float, digits: int) -> str:
         return f"{value * 100:.{digits - 1}e}%"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value) * 100)))
     shown = f"{value * 100:.{decimals}f}"
+    if float(shown) == 100 and value < 1 - 1e-6:  # nearly all is not all
+        return _percent(value, digits + 1)
     return (shown.rstrip("0").rstrip(".") if "." in shown else shown) + "%"
 
 
