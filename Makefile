@@ -1,6 +1,6 @@
 # make demo    the whole path, on this machine, from nothing
 # make test    the whole suite, against a real Postgres and a real Valkey
-.PHONY: setup demo test check nightly catalog clean
+.PHONY: setup demo test check nightly catalog openapi clean
 
 PYTHON ?= python3
 TORCH_INSTALL_ARGS ?= torch==2.13.0
@@ -31,9 +31,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m worker.registry --check service/catalog.json
+	$(BIN)/python -m service.openapi --check service/openapi.json
 
 catalog: setup
 	$(BIN)/python -m worker.registry > service/catalog.json.tmp && mv service/catalog.json.tmp service/catalog.json
+
+openapi: setup
+	$(BIN)/python -m service.openapi > service/openapi.json.tmp && mv service/openapi.json.tmp service/openapi.json
 
 clean:
 	rm -rf .unlearn .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -14,6 +14,7 @@ from service.api import (
     deletion_plans,
     deletions,
     docs,
+    document,
     errors,
     evidence,
     files,
@@ -112,9 +113,9 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with our problems where it would show its own errors."""
+    """FastAPI's document, and what it cannot know of us."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        errors.declare(schema)
+        document.complete(schema)
         app.openapi_schema = schema
     return app.openapi_schema

@@ -23,8 +23,9 @@ def issue_due(sessions: Sessions, storage: Storage, secrets: Secrets, limit: int
     for job_id in due:
         try:
             decided = evidence.decide(sessions, storage, secrets, job_id)
-        except UnlearnError as error:  # its report cannot be read now; that is no reason to keep the others waiting
-            log.error("a certificate waits", job_id=job_id, error=str(error))
+        except Exception as error:  # whatever is wrong with one is no reason to keep the others waiting
+            trace = not isinstance(error, UnlearnError)  # its report cannot be read now
+            log.error("a certificate waits", job_id=job_id, error=type(error).__name__, exc_info=trace)
             continue
         if decided and decided.envelope:
             log.info("certificate issued", job_id=job_id, certificate=decided.id, key=decided.key_id)

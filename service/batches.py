@@ -7,24 +7,28 @@ from typing import NamedTuple
 
 import structlog
 from pydantic import ValidationError
-from sqlalchemy import func
+from sqlalchemy import func, update
+from sqlalchemy.exc import SQLAlchemyError
 
 from service.api import admission
 from service.api.deps import Parts
 from service.domain import rows
 from service.domain.deletion import PlannedJob
-from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFound, UnlearnError
+from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFound, StorageDamaged, UnlearnError
 from service.domain.identity import SYSTEM, Principal, Scope
 from service.domain.job import JobCreate
 from service.domain.rows import Example
 from service.store import deletion_jobs, deletion_plans, digests, files, tenancy
 from service.store.deletion_plans import Batch
-from service.store.tables import DeletionRequest
+from service.store.tables import DeletionRequest, File
 
 PURPOSE = "forget_set"
 NAME = "deletion-requests.jsonl"
 REASON_MAX = 1000
 UNUSED_AGE = timedelta(hours=1)  # of a set that a crash kept from its job: then it is purged
+
+UNREADABLE = (Gone, NotFound, StorageDamaged, InvalidRequest)  # and it stays so
+CHANGED = frozenset({"deletion_request", "fork"})  # problems that another sweep, or a person, has just caused
 
 log = structlog.get_logger(__name__)
 
@@ -48,8 +52,10 @@ def serve_deletions(here: Parts) -> int:
         who = Principal(SYSTEM, tenant_id, frozenset({Scope.JOBS_CREATE}))
         try:
             made += _serve(bound, who, batch)
-        except UnlearnError as error:  # the storage is away: the next sweep tries again, and other batches go on
-            log.error("deletion requests are not served", model=batch.plan.model, tenant=tenant_id, error=str(error))
+        except Exception as error:  # the next sweep tries again, and other batches go on
+            trace = not isinstance(error, (UnlearnError, SQLAlchemyError))  # the storage or the database is away
+            told = {"model": batch.plan.model, "tenant": tenant_id, "error": str(error).partition("\n")[0]}
+            log.error("deletion requests are not served", **told, exc_info=trace)
     return made
 
 
@@ -60,15 +66,17 @@ def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
     except ValidationError:
         _suspend(here, batch, "another version of the service wrote it")
         return False
-    unfit = dict(_unreadable(here, batch.requests))
-    try:
-        unfit |= _clashes(here, recipe, [request for request in batch.requests if request.id not in unfit])
-    except (InvalidRequest, NotFound, Gone) as error:
+    try:  # before the requests' files: where the service has the wrong MASTER_KEY, none of them is to blame
+        for _ in _lines(here, recipe.retain_set):
+            pass
+    except UNREADABLE as error:
         _suspend(here, batch, f"its retain set cannot be read: {error}")
         return False
+    unfit = dict(_unreadable(here, batch.requests))
+    unfit |= _clashes(here, recipe, [request for request in batch.requests if request.id not in unfit])
     for request_id, reason in unfit.items():
         with here.sessions.begin() as s:
-            deletion_jobs.fail(s, request_id, reason)
+            deletion_jobs.fail(s, request_id, batch.plan.model, reason[:REASON_MAX])
         log.warning("a deletion request cannot be served", request_id=request_id)
     requests = [request for request in batch.requests if request.id not in unfit]
     return bool(requests) and _submit(here, who, batch, recipe, requests)
@@ -94,13 +102,18 @@ def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, reque
         return False
     except InvalidRequest as error:
         _purge(here, stored.file_id)
+        if CHANGED.issuperset(problem.code for problem in error.problems):
+            log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=str(error))
+            return False
         _suspend(here, batch, str(error))
         return False
     except UnlearnError:
         _purge(here, stored.file_id)
         raise
     with here.sessions.begin() as s:
-        files.get(s, stored.file_id).purge_at = stored.kept_until
+        # Unless the job has ended meanwhile, and its requests with it: then the file is due.
+        kept = update(File).where(File.id == stored.file_id, File.purge_at > func.now())
+        s.execute(kept.values(purge_at=stored.kept_until), execution_options={"synchronize_session": False})
     log.info("a job serves deletion requests", job_id=job.id, model=batch.plan.model, requests=len(requests))
     return True
 
@@ -108,8 +121,9 @@ def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, reque
 def _unreadable(here: Parts, requests: Iterable[DeletionRequest]) -> Iterator[tuple[str, str]]:
     for request in requests:
         try:
-            next(_lines(here, request), None)
-        except (Gone, NotFound) as error:
+            for line in _lines(here, request.forget_set):
+                rows.parse(line)
+        except UNREADABLE as error:
             yield request.id, f"its forget set cannot be read: {error}"
 
 
@@ -123,7 +137,7 @@ def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest
 
         def forget(left: Sequence[DeletionRequest] = left, owners: list[tuple[str, int]] = owners) -> Iterator[Example]:
             for request in left:
-                for number, line in enumerate(_lines(here, request), start=1):
+                for number, line in enumerate(_lines(here, request.forget_set), start=1):
                     owners.append((request.id, number))
                     yield rows.parse(line)
 
@@ -145,7 +159,7 @@ def _store(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -> 
         nonlocal count
         seen = set[str]()
         for request in requests:
-            for line in _lines(here, request):
+            for line in _lines(here, request.forget_set):
                 [digest] = digests.row_digests(here.secrets, who.tenant, [rows.parse(line)])
                 if digest not in seen:
                     seen.add(digest)
@@ -159,9 +173,9 @@ def _store(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -> 
         return Stored(file.id, kept_until)
 
 
-def _lines(here: Parts, request: DeletionRequest) -> Iterator[bytes]:
+def _lines(here: Parts, file_id: str) -> Iterator[bytes]:
     with here.sessions.begin() as s:
-        file = files.get(s, request.forget_set)
+        file = files.get(s, file_id)
     with files.content(here.storage, here.secrets, file) as content:
         for line in rows.lines(content):
             if plain := line.removeprefix(BOM_UTF8).strip():

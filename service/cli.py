@@ -13,7 +13,7 @@ import sqlalchemy.exc
 import typer
 import uvicorn
 
-from service import client, logs, register, remote, remote_compliance, remote_webhooks
+from service import logs, register, remote, remote_compliance, remote_webhooks, terminal
 from service.app import create_app
 from service.domain import modelfiles
 from service.domain.errors import UnlearnError
@@ -72,6 +72,8 @@ def api() -> None:
         port=settings.api_port,
         log_level=settings.log_level.lower(),
         server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=settings.trusted_proxies,
         access_log=False,  # its lines have query strings, and a search for a subject is one
         timeout_graceful_shutdown=10,
     )
@@ -145,22 +147,35 @@ KeepFiles = Annotated[
     int | None, typer.Option(min=0, metavar="DAYS", help="purge uploaded sets so long after their upload")
 ]
 
+KeepForgotten = Annotated[
+    int, typer.Option(min=0, metavar="DAYS", help="keep what completed requests had forgotten, to be measured again")
+]
+
 
 @tenants_app.command("add")
-def add_tenant(name: str, approvals: Approvals = 0, keep_files: KeepFiles = None) -> None:
+def add_tenant(
+    name: str, approvals: Approvals = 0, keep_files: KeepFiles = None, keep_forgotten: KeepForgotten = 0
+) -> None:
     """Serve another tenant. Nothing of one is seen by another."""
     if TENANT.fullmatch(name) is None:
         raise typer.BadParameter("a tenant's name has lower-case letters, digits and '-', at most 63")
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
-        tenants.add(s, name, approvals=approvals, keep_files_days=keep_files)
+        tenants.add(s, name, approvals=approvals, keep_files_days=keep_files, keep_forgotten_days=keep_forgotten)
     typer.echo(name)
 
 
 @tenants_app.command("change")
-def change_tenant(name: str, approvals: Approvals = 0, keep_files: KeepFiles = None) -> None:
-    """For what is asked from now on."""
+def change_tenant(
+    name: str,
+    approvals: Annotated[int | None, typer.Option(min=0, max=2)] = None,
+    keep_files: Annotated[int | None, typer.Option(min=-1, metavar="DAYS")] = None,
+    keep_forgotten: Annotated[int | None, typer.Option(min=0, metavar="DAYS")] = None,
+) -> None:
+    """What is given, for what is asked from now on. --keep-files -1: as long as nobody purges them."""
+    rules = {"approvals": approvals, "keep_files_days": keep_files, "keep_forgotten_days": keep_forgotten}
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
-        tenants.change(s, name, approvals=approvals, keep_files_days=keep_files)
+        given = {rule: None if value == -1 else value for rule, value in rules.items() if value is not None}
+        tenants.change(s, name, **given)
 
 
 @tenants_app.command("list")
@@ -169,7 +184,9 @@ def list_tenants() -> None:
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
         for tenant in tenants.every(s):
             kept = "for ever" if tenant.keep_files_days is None else f"{tenant.keep_files_days} days"
-            typer.echo(f"{tenant.id}  approvals {tenant.approvals}  keeps files {kept}")
+            typer.echo(
+                f"{tenant.id}  approvals {tenant.approvals}  keeps files {kept}, forgotten rows {tenant.keep_forgotten_days} days"
+            )
 
 
 @tenants_app.command("key")
@@ -287,7 +304,7 @@ def _sessions(settings: Settings) -> Iterator[Sessions]:
 @contextmanager
 def _told() -> Iterator[None]:
     """As over HTTP; and what the database says."""
-    with client.told():
+    with terminal.told():
         try:
             yield
         except sqlalchemy.exc.DBAPIError as error:

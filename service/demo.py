@@ -6,6 +6,7 @@ folder; every process has ended.
 
 import fcntl
 import json
+import math
 import os
 import shlex
 import shutil
@@ -22,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from service import register
-from service.domain.job import TERMINAL, PromptFormat
+from service.client import Client, Job, Step
+from service.domain.job import PromptFormat
 from service.local import Stack, stack
 from service.processes import free_port, interruptible, running, tail
 from service.settings import Settings
@@ -33,7 +35,6 @@ Json = dict[str, Any]
 Show = Callable[[str], None]
 
 MODEL = "people"
-JOBS = "/v1/unlearning/jobs"
 POLL_S = 0.3
 RECORDS = 10  # lines of the solve that stay on the screen
 OURS = ".demo"  # marks a folder that a later demo may remove
@@ -61,13 +62,13 @@ def demo(folder: Path, seed: int = 0) -> int:
         _await_model(maker, folder / "logs" / "model.log", here, show)
         console.print(tail(folder / "logs" / "model.log", 1))
         _register(here.settings, folder, console)
-        with httpx.Client(base_url=here.url, timeout=30, trust_env=False, headers=here.headers) as api:
+        with Client(here.url, here.key, transport=httpx.HTTPTransport()) as api:  # past any proxy of the environment
             job = _submit(api, folder, console)
             job = _watch(api, job, here, console, show)
-            if job["status"] == "succeeded":
+            if job.status == "succeeded":
                 _download(api, job, folder)
-    if job["status"] != "succeeded":
-        console.print(f"[bold red]The job {job['status']}: {(job['failure'] or {}).get('message')}[/]")
+    if job.status != "succeeded":
+        console.print(f"[bold red]The job {job.status}: {job.failure.message if job.failure else ''}[/]")
         return 1
     report = json.loads((folder / "report.json").read_text())
     _tell(report, folder, console)
@@ -132,55 +133,45 @@ def _register(settings: Settings, folder: Path, console: Console) -> None:
     console.print(f"registered the model {MODEL!r}: {entry.digest}")
 
 
-def _submit(api: httpx.Client, folder: Path, console: Console) -> Json:
+def _submit(api: Client, folder: Path, console: Console) -> Job:
     """Upload both sets, ask for the deletion."""
     request = dict(REQUEST)
     for purpose, path in (("forget_set", folder / "forget.jsonl"), ("retain_set", folder / "retain.jsonl")):
-        with path.open("rb") as file:
-            uploaded = _ok(api.post("/v1/files", data={"purpose": purpose}, files={"file": (path.name, file)}))
-        request[purpose] = uploaded["id"]
-        console.print(f"POST /v1/files  {purpose}: {uploaded['rows']} rows -> {uploaded['id']}")
-    job = _ok(api.post(JOBS, json=request))
-    console.print(f"POST {JOBS}  -> {job['id']} ({job['status']})")
+        file = api.files.upload(purpose, path)
+        request[purpose] = file.id
+        console.print(f"POST /v1/files  {purpose}: {file.rows} rows -> {file.id}")
+    job = api.create_job(request)
+    console.print(f"POST /v1/unlearning/jobs  -> {job.id} ({job.status})")
     return job
 
 
-def _watch(api: httpx.Client, job: Json, here: Stack, console: Console, show: Show) -> Json:
+def _watch(api: Client, job: Job, here: Stack, console: Console, show: Show) -> Job:
     """Follow the job to its end: the losses and the dual variable of each step; some of them stay on the screen."""
-    url = f"{JOBS}/{job['id']}"
     every = max(1, REQUEST["budget"]["max_steps"] // RECORDS)
-    seen, newest = 0, ""
-    while job["status"] not in TERMINAL:
+    newest = ""
+    for job, steps in api.watch(job.id, POLL_S):  # noqa: B020
         here.check()
-        time.sleep(POLL_S)
-        job = _ok(api.get(url))
-        for step in _ok(api.get(f"{url}/steps", params={"after": seen}))["data"]:
-            if seen == 0:
+        for step in steps:
+            if not newest:
                 console.print(" step  forget loss  retain loss  loss - bound  dual variable")
-            seen, newest = step["step"], _step_line(step)
-            if seen == 1 or seen % every == 0:
-                console.print(newest)
-        show(f"{newest}\n{job['stage'] or job['status']}")
+            if not newest or step.step % every == 0:
+                console.print(_step_line(step))
+            newest = _step_line(step)
+        show(f"{newest}\n{job.stage or job.status}")
     return job
 
 
-def _step_line(step: Json) -> str:
-    (violation,), (dual,) = step["violation"].values(), step["dual"].values()
-    losses = step["losses"]
-    return f"{step['step']:5} {losses['forget']:12.4f} {losses['retain']:12.4f} {violation:+13.4f} {dual:14.2f}"
+def _step_line(step: Step) -> str:
+    numbers = (step.losses["forget"], step.losses["retain"], *step.violation.values(), *step.dual.values())
+    forget, retain, violation, dual = (math.nan if number is None else number for number in numbers)
+    return f"{step.step:5} {forget:12.4f} {retain:12.4f} {violation:+13.4f} {dual:14.2f}"
 
 
-def _download(api: httpx.Client, job: Json, folder: Path) -> None:
+def _download(api: Client, job: Job, folder: Path) -> None:
     """The report in both forms, and the adapter's files."""
-    url = f"{JOBS}/{job['id']}"
-    for name, accept in (("report.json", "application/json"), ("report.html", "text/html")):
-        reply = api.get(f"{url}/report", headers={"Accept": accept}).raise_for_status()
-        (folder / name).write_bytes(reply.content)
-    for artifact in _ok(api.get(f"{url}/artifacts"))["data"]:
-        if artifact["name"].startswith("adapter/"):
-            path = folder / artifact["name"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(api.get(f"{url}/artifacts/{artifact['id']}/content").raise_for_status().content)
+    for name in ("report.json", "report.html"):
+        api.save_report(job.id, folder / name)
+    api.adapter(job.id, folder / "adapter")
 
 
 def _tell(report: Json, folder: Path, console: Console) -> None:
@@ -233,10 +224,3 @@ def load_command(folder: Path) -> str:
         f"say(PeftModel.from_pretrained(model, {adapter}))",
     )
     return f"{os.path.relpath(sys.executable)} -c {shlex.quote('; '.join(lines))}"
-
-
-def _ok(reply: httpx.Response) -> Json:
-    if reply.is_error:
-        raise RuntimeError(f"{reply.request.method} {reply.request.url.path}: {reply.status_code} {reply.text}")
-    body: Json = reply.json()
-    return body

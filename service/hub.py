@@ -191,16 +191,15 @@ def _element(rest: str, read: Callable[[], str]) -> tuple[Any, str]:
 
 def _of_parquet(content: IO[bytes], pointer: str) -> Iterator[bytes]:
     try:
-        arrow, parquet = (
-            import_module("pyarrow"),
-            import_module("pyarrow.parquet"),
-        )  # what installs us does not bring it
+        # What installs us does not bring it.
+        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError as error:
         detail = "a Parquet file, which this deployment cannot read (no pyarrow); upload the rows as JSON Lines instead"
         raise InvalidRequest(FieldProblem(f"{pointer}/path", detail, "parquet")) from error
     try:
-        for batch in parquet.ParquetFile(content).iter_batches(batch_size=256):
-            yield from map(_line, batch.to_pylist())
+        # A row at a time: a file of kilobytes may say the same hundred megabytes again in each.
+        for row in parquet.ParquetFile(content).iter_batches(batch_size=1):
+            yield from map(_line, row.to_pylist())
     except (arrow.ArrowException, OSError) as error:
         detail = "begins as a Parquet file does, and cannot be read as one"
         raise InvalidRequest(FieldProblem(f"{pointer}/path", detail, "parquet")) from error

@@ -2,8 +2,22 @@
 
 import logging
 import sys
+import traceback
 
 import structlog
+from structlog.typing import ExcInfo
+
+
+def frames(exc_info: ExcInfo) -> str:
+    """Where it was raised and of what kinds; not its own words, which may quote a row or a subject."""
+    kind, error, trace = exc_info
+    kinds = [kind]
+    raised = error.__cause__ or error.__context__
+    while raised is not None:
+        kinds.append(type(raised))
+        raised = raised.__cause__ or raised.__context__
+    named = " from ".join(f"{one.__module__}.{one.__qualname__}" for one in kinds)
+    return "".join(traceback.format_tb(trace)) + named
 
 
 def configure(level: str) -> None:
@@ -12,7 +26,7 @@ def configure(level: str) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
+            structlog.processors.ExceptionRenderer(frames),
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

@@ -3,14 +3,14 @@
 import json
 import re
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 
-from service import client
-from service.domain.errors import UnlearnError
+from service.client import Benchmark, HubSet, Job
+from service.terminal import DEFAULT_URL, Out, Rows, Url, connected, follow, pair, show, stamp
 
 app = typer.Typer(rich_markup_mode=None)
 benchmarks_app = typer.Typer(
@@ -20,12 +20,7 @@ app.add_typer(benchmarks_app, name="benchmarks")
 audit_app = typer.Typer(help="The log of who did what.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(audit_app, name="audit")
 
-Url = Annotated[str, typer.Option("--url", envvar="UNLEARN_URL", help="where the API answers", show_default=True)]
-Rows = typer.Option(exists=True, dir_okay=False, help="JSON Lines, or a JSON array")
-Out = Annotated[Path, typer.Option(dir_okay=False, help="the file to write")]
-DEFAULT_URL = "http://127.0.0.1:8000"
-BENCHMARKS = "/v1/benchmarks"
-REGISTER_TIMEOUT_S = 600.0  # the service reads every row, and fetches what is on the Hub
+LATEST = 20
 HUB = re.compile(r"hub:(?P<repo>[^/@]+/[^/@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
 GATE = re.compile(r"(?P<metric>[^<>=]+?)\s*(?P<op><=|>=)\s*(?P<threshold>[^:]+)(:(?P<severity>fail|warn))?")
 
@@ -66,63 +61,69 @@ def submit(
 ) -> None:
     """Ask a model to forget; prints the job's id."""
     budget = {"max_steps": max_steps, "max_seconds": max_seconds}
-    constraint = {"epsilon": epsilon, "epsilon_relative": epsilon_relative}
-    with client.told(), client.connect(url) as http:
-        job = {
-            "model": model,
-            "method": {"type": method, "hyperparameters": dict(map(client.pair, hyperparameter or ()))},
-            "constraint": {name: value for name, value in constraint.items() if value is not None},
-            "budget": {name: value for name, value in budget.items() if value is not None},
-            "seed": seed,
-            "parent": parent,
-            "deletion_requests": serves or [],
-            "benchmarks": benchmark or [],
-            "audit": {} if audit else None,
-            "gates": [_gate(text) for text in gate or ()],
-            "forget_set": client.upload(http, "forget_set", forget),
-            "retain_set": client.upload(http, "retain_set", retain),
-            "refusal_set": client.upload(http, "refusal_set", refusals) if refusals else None,
-            "holdout_set": client.upload(http, "holdout_set", holdout) if holdout else None,
-        }
-        created = client.post(http, client.JOBS, job)
-        for warning in created["warnings"]:
-            typer.echo(f"warning: {warning['message']}", err=True)
-        typer.echo(created["id"])
+    with connected(url) as api:
+        job = api.submit(
+            model=model,
+            forget_set=forget,
+            retain_set=retain,
+            refusal_set=refusals,
+            holdout_set=holdout,
+            method=method,
+            hyperparameters=dict(map(pair, hyperparameter or ())),
+            epsilon=epsilon,
+            epsilon_relative=epsilon_relative,
+            budget={name: value for name, value in budget.items() if value is not None},
+            seed=seed,
+            parent=parent,
+            deletion_requests=serves or (),
+            benchmarks=benchmark or (),
+            audit={} if audit else None,
+            gates=[_gate(text) for text in gate or ()],
+        )
+        for warning in job.warnings:
+            typer.echo(f"warning: {warning.message}", err=True)
+        typer.echo(job.id)
         if stay:
-            raise typer.Exit(client.follow(http, created["id"]))
+            raise typer.Exit(follow(api, job.id))
 
 
 @app.command()
-def watch(job_id: str, url: Url = DEFAULT_URL) -> None:
+def watch(
+    job_id: str,
+    as_json: Annotated[bool, typer.Option("--json", help="the job's events, a line each")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
     """Follow a job to its end. Exit status 0: its model passed; 1: it did not, or the run failed."""
-    with client.told(), client.connect(url) as http:
-        raise typer.Exit(client.follow(http, job_id))
+    with connected(url) as api:
+        raise typer.Exit(follow(api, job_id, as_json))
 
 
 @app.command()
-def status(job_id: Annotated[str | None, typer.Argument()] = None, url: Url = DEFAULT_URL) -> None:
+def status(
+    job_id: Annotated[str | None, typer.Argument()] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="without JOB_ID: the API's own objects, a line each")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
     """Show one job as JSON, or the latest ones, a line each."""
-    with client.told(), client.connect(url) as http:
+    with connected(url) as api:
         if job_id:
-            typer.echo(json.dumps(client.body_of(http.get(f"{client.JOBS}/{job_id}")), indent=2))
+            typer.echo(json.dumps(api.job(job_id).raw, indent=2))
             return
-        for job in client.body_of(http.get(client.JOBS))["data"]:
-            verdict = (job["verdict"] or {}).get("result", "")
-            typer.echo(f"{job['id']}  {job['created_at'][:19]}Z  {job['model']:20} {job['status']:10} {verdict}")
+        show(islice(api.jobs(), LATEST), as_json, _job_line)
 
 
 @app.command()
 def certificate(job_id: str, out: Out, url: Url = DEFAULT_URL) -> None:
     """Fetch the certificate of a job; `unlearn verify` checks it offline."""
-    with client.told(), client.connect(url) as http:
-        client.save(http, f"{client.JOBS}/{job_id}/certificate", "application/vnd.dsse.envelope.v1+json", out)
+    with connected(url) as api:
+        api.certificate(job_id, out)
 
 
 @audit_app.command("export")
 def export_audit(out: Out, url: Url = DEFAULT_URL) -> None:
     """Fetch the whole audit log of the tenant, JSON Lines, as `unlearn verify --audit` reads it."""
-    with client.told(), client.connect(url) as http:
-        client.save(http, "/v1/audit-events", "application/jsonl", out)
+    with connected(url) as api:
+        api.audit_log(out)
 
 
 @benchmarks_app.command("add")
@@ -149,73 +150,60 @@ def add(
 ) -> None:
     """Upload the sets and register them under a name."""
     given = dict(map(_set_source, sets))
-    paths = {of: source for of, source in given.items() if isinstance(source, Path)}
-    uploaded = dict[Path, str]()
-    with client.told(), client.connect(url) as http:
-        http.timeout = REGISTER_TIMEOUT_S
-        try:
-            for path in paths.values():
-                if path not in uploaded:
-                    uploaded[path] = client.upload(http, "eval_set", path)
-            if retrained_scores is not None:
-                uploaded[retrained_scores] = client.upload(http, "eval_scores", retrained_scores)
-            asked = {
-                "name": name,
-                "suite": suite,
-                "corpus": corpus,
-                "sets": given | {of: uploaded[path] for of, path in paths.items()},
-                "retrained_model": retrained_model,
-                "retrained_scores": uploaded[retrained_scores] if retrained_scores else None,
-            }
-            created = client.post(http, BENCHMARKS, asked)
-        except (UnlearnError, httpx.HTTPError):
-            for file_id in uploaded.values():  # nobody would find them again
-                http.delete(f"/v1/files/{file_id}")
-            raise
-    typer.echo(_benchmark_line(created))
+    with connected(url) as api:
+        added = api.benchmarks.add(
+            name,
+            suite=suite,
+            corpus=corpus,
+            sets=given,
+            retrained_model=retrained_model,
+            retrained_scores=retrained_scores,
+        )
+    typer.echo(_benchmark_line(added))
 
 
 @benchmarks_app.command("list")
 def list_benchmarks(url: Url = DEFAULT_URL) -> None:
     """Show those that are registered."""
-    with client.told(), client.connect(url) as http:
-        for benchmark in client.body_of(http.get(BENCHMARKS))["data"]:
+    with connected(url) as api:
+        for benchmark in api.benchmarks.list():
             typer.echo(_benchmark_line(benchmark))
 
 
 @benchmarks_app.command("suites")
 def suites(url: Url = DEFAULT_URL) -> None:
     """Show what the suites take: each set with its columns; those in brackets can be left out."""
-    with client.told(), client.connect(url) as http:
-        for suite in client.body_of(http.get("/v1/suites"))["data"]:
-            typer.echo(f"{suite['id']}: {suite['summary']}")
-            for name, form in suite["sets"].items():
-                shown = name if form["required"] else f"[{name}]"
-                columns = [*form["columns"], *(f"[{column}]" for column in form["optional"])]
-                typer.echo(f"  {shown:20} {', '.join(columns)}: {form['what']}")
+    with connected(url) as api:
+        for suite in api.benchmarks.suites():
+            typer.echo(f"{suite.id}: {suite.summary}")
+            for name, form in suite.sets.items():
+                shown = name if form.required else f"[{name}]"
+                columns = [*form.columns, *(f"[{column}]" for column in form.optional)]
+                typer.echo(f"  {shown:20} {', '.join(columns)}: {form.what}")
 
 
 @benchmarks_app.command("remove")
 def remove(name: str, url: Url = DEFAULT_URL) -> None:
     """Forget a benchmark and delete its files, but for those that another one needs."""
-    with client.told(), client.connect(url) as http:
-        benchmark = client.body_of(http.get(f"{BENCHMARKS}/{name}"))
-        client.body_of(http.delete(f"{BENCHMARKS}/{name}"))
-        for file_id in {*benchmark["sets"].values(), benchmark["retrained_scores"]} - {None}:
-            http.delete(f"/v1/files/{file_id}")
+    with connected(url) as api:
+        api.benchmarks.remove(name)
 
 
-def _benchmark_line(benchmark: dict[str, Any]) -> str:
-    retrained = benchmark["retrained_model"] or benchmark["retrained_scores"] or "nothing retrained"
-    sets = ", ".join(benchmark["sets"])
-    return f"{benchmark['id']}  {benchmark['suite']}  {benchmark['corpus']}  sets {sets}; {retrained}"
+def _job_line(job: Job) -> str:
+    verdict = job.verdict.result if job.verdict else ""
+    return f"{job.id}  {stamp(job.created_at)}  {job.model:20} {job.status:10} {verdict}"
 
 
-def _set_source(text: str) -> tuple[str, Path | dict[str, str]]:
+def _benchmark_line(benchmark: Benchmark) -> str:
+    retrained = benchmark.retrained_model or benchmark.retrained_scores or "nothing retrained"
+    return f"{benchmark.id}  {benchmark.suite}  {benchmark.corpus}  sets {', '.join(benchmark.sets)}; {retrained}"
+
+
+def _set_source(text: str) -> tuple[str, Path | HubSet]:
     """A file here, or one on the Hub as a request names it."""
     name, equals, source = text.partition("=")
     if equals and (on_hub := HUB.fullmatch(source)):
-        return name, on_hub.groupdict()
+        return name, HubSet(**on_hub.groupdict())
     if not equals or not Path(source).is_file():
         raise typer.BadParameter(
             f"--set {text}: write SET=FILE, with a file that is there, or SET=hub:OWNER/NAME@SHA/PATH"

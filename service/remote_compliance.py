@@ -1,18 +1,15 @@
 """unlearn: what a compliance team does over HTTP: keys, deletion requests and their plans, evidence, purges."""
 
 import json
+import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 
-from service import client
-from service.remote import DEFAULT_URL, Out, Rows, Url
-
-KEYS, REQUESTS, PLANS, FILES = "/v1/api-keys", "/v1/deletion-requests", "/v1/deletion-plans", "/v1/files"
-PUBLISHED_KEYS = "/.well-known/unlearning-keys"
+from service.client import DeletionRequest, Key
+from service.terminal import DEFAULT_URL, Out, Rows, Url, connected, pair, show, stamp
 
 app = typer.Typer(rich_markup_mode=None)
 keys_app = typer.Typer(help="API keys of the tenant.", no_args_is_help=True, rich_markup_mode=None)
@@ -45,28 +42,27 @@ def create_key(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Make a key and print its secret: it is shown once. Its scopes are at most those of the key that makes it."""
-    body: dict[str, Any] = {"name": name, "role": role, "scopes": scope or []}
-    body["expires_at"] = expires.astimezone().isoformat() if expires else None
-    with client.told(), client.connect(url) as http:
-        typer.echo(client.post(http, KEYS, body)["secret"])
+    with connected(url) as api:
+        typer.echo(api.keys.create(name, role=role, scopes=scope or (), expires_at=expires).secret)
 
 
 @keys_app.command("list")
 def list_keys(as_json: AsJson = False, url: Url = DEFAULT_URL) -> None:
     """A line each, revoked ones too."""
-
-    def line(key: dict[str, Any]) -> str:
-        state = "revoked" if key["revoked_at"] else f"used {key['last_used_at'] or 'never'}"
-        return f"{key['id']}  {key['prefix']}...  {key['name']}  {state}  {' '.join(key['scopes'])}"
-
-    _show_list(url, KEYS, {}, as_json, line)
+    with connected(url) as api:
+        show(api.keys.list(), as_json, _key_line)
 
 
 @keys_app.command("revoke")
 def revoke_key(key_id: str, url: Url = DEFAULT_URL) -> None:
     """At once and for ever."""
-    with client.told(), client.connect(url) as http:
-        client.body_of(http.delete(f"{KEYS}/{key_id}"))
+    with connected(url) as api:
+        api.keys.revoke(key_id)
+
+
+def _key_line(key: Key) -> str:
+    state = "revoked" if key.revoked_at else f"used {stamp(key.last_used_at) if key.last_used_at else 'never'}"
+    return f"{key.id}  {key.prefix}...  {key.name}  {state}  {' '.join(key.scopes)}"
 
 
 # --- deletion requests
@@ -84,17 +80,17 @@ def submit_request(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Upload what is to be forgotten, submit the request, print its id."""
-    with client.told(), client.connect(url) as http:
-        body: dict[str, Any] = {"regulation": regulation, "models": model, "subjects": subject or []}
-        body |= {"external_reference": reference, "forget_set": client.upload(http, "forget_set", forget)}
-        for name, time in (("received_at", received), ("due_at", due)):
-            if time is not None:
-                body[name] = time.astimezone().isoformat()
-        try:
-            typer.echo(client.post(http, REQUESTS, body)["id"])
-        except Exception:
-            http.delete(f"{FILES}/{body['forget_set']}")  # what nobody asked for is not kept
-            raise
+    with connected(url) as api:
+        request = api.requests.submit(
+            regulation=regulation,
+            models=model,
+            forget_set=forget,
+            subjects=subject or (),
+            external_reference=reference,
+            received_at=received,
+            due_at=due,
+        )
+        typer.echo(request.id)
 
 
 @requests_app.command("list")
@@ -106,27 +102,22 @@ def list_requests(
     url: Url = DEFAULT_URL,
 ) -> None:
     """The latest first, a line each."""
-    asked = {"status": status, "subject": subject}
-    asked["due_before"] = due_before.astimezone().isoformat() if due_before else None
-
-    def line(one: dict[str, Any]) -> str:
-        late = "  OVERDUE" if one["overdue"] else ""
-        return f"{one['id']}  {one['status']}  due {one['due_at']}{late}  {one['external_reference'] or ''}".rstrip()
-
-    _show_list(url, REQUESTS, {name: value for name, value in asked.items() if value is not None}, as_json, line)
+    with connected(url) as api:
+        show(api.requests.list(status=status, due_before=due_before, subject=subject), as_json, _request_line)
 
 
 @requests_app.command("show")
 def show_request(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """As JSON, with its jobs, approvals and deadlines."""
-    with client.told(), client.connect(url) as http:
-        typer.echo(json.dumps(client.body_of(http.get(f"{REQUESTS}/{request_id}")), indent=2))
+    with connected(url) as api:
+        typer.echo(json.dumps(api.requests.get(request_id).raw, indent=2))
 
 
 @requests_app.command("approve")
 def approve(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """As somebody else than who submitted it."""
-    _decide(url, request_id, "approve")
+    with connected(url) as api:
+        typer.echo(api.requests.approve(request_id).status)
 
 
 @requests_app.command("deny")
@@ -137,32 +128,34 @@ def deny(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Before a job serves it. Its rows are purged."""
-    _decide(url, request_id, "deny", {"reason": reason, "note": note})
+    with connected(url) as api:
+        typer.echo(api.requests.deny(request_id, reason, note).status)
 
 
 @requests_app.command("cancel")
 def cancel(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """Take it back. Its rows are purged."""
-    _decide(url, request_id, "cancel")
+    with connected(url) as api:
+        typer.echo(api.requests.cancel(request_id).status)
 
 
 @requests_app.command("extend")
 def extend(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> None:
     """Once, as far as the regulation allows."""
-    _decide(url, request_id, "extend", {"reason": reason})
+    with connected(url) as api:
+        typer.echo(api.requests.extend(request_id, reason).status)
 
 
 @requests_app.command("close")
 def close(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> None:
     """Call it completed, in your name, though no job has passed for each of its models."""
-    _decide(url, request_id, "close", {"reason": reason})
+    with connected(url) as api:
+        typer.echo(api.requests.close(request_id, reason).status)
 
 
-def _decide(url: str, request_id: str, verb: str, body: dict[str, Any] | None = None) -> None:
-    path = f"{REQUESTS}/{request_id}/{verb}"
-    with client.told(), client.connect(url) as http:
-        decided = client.body_of(http.post(path)) if body is None else client.post(http, path, body)
-        typer.echo(decided["status"])
+def _request_line(one: DeletionRequest) -> str:
+    late = "  OVERDUE" if one.overdue else ""
+    return f"{one.id}  {one.status}  due {stamp(one.due_at)}{late}  {one.external_reference or ''}".rstrip()
 
 
 # --- plans
@@ -183,28 +176,26 @@ def set_plan(
 ) -> None:
     """From now on the service makes the jobs: one for the approved requests of the model that wait together."""
     constraint = {"epsilon": epsilon, "epsilon_relative": epsilon_relative}
-    with client.told(), client.connect(url) as http:
-        job: dict[str, Any] = {
-            "method": {"type": method, "hyperparameters": dict(map(client.pair, hyperparameter or ()))},
-            "constraint": {name: value for name, value in constraint.items() if value is not None},
-            "budget": {} if max_steps is None else {"max_steps": max_steps},
-            "retain_set": client.upload(http, "retain_set", retain),
-        }
-        plan = {"job": job, "window_seconds": window, "requests_max": most}
-        client.body_of(http.put(f"{PLANS}/{model}", json=plan))
+    job: dict[str, Any] = {
+        "method": {"type": method, "hyperparameters": dict(map(pair, hyperparameter or ()))},
+        "constraint": {name: value for name, value in constraint.items() if value is not None},
+        "budget": {} if max_steps is None else {"max_steps": max_steps},
+    }
+    with connected(url) as api:
+        api.plans.set(model, job, retain, window_seconds=window, requests_max=most)
 
 
 @plans_app.command("show")
 def show_plan(model: str, url: Url = DEFAULT_URL) -> None:
-    with client.told(), client.connect(url) as http:
-        typer.echo(json.dumps(client.body_of(http.get(f"{PLANS}/{model}")), indent=2))
+    with connected(url) as api:
+        typer.echo(json.dumps(api.plans.get(model).raw, indent=2))
 
 
 @plans_app.command("remove")
 def remove_plan(model: str, url: Url = DEFAULT_URL) -> None:
     """Approved requests wait then for a job that somebody submits."""
-    with client.told(), client.connect(url) as http:
-        client.body_of(http.delete(f"{PLANS}/{model}"))
+    with connected(url) as api:
+        api.plans.remove(model)
 
 
 # --- evidence, and its absence
@@ -213,9 +204,8 @@ def remove_plan(model: str, url: Url = DEFAULT_URL) -> None:
 @app.command()
 def report(job_id: str, out: Out, url: Url = DEFAULT_URL) -> None:
     """Fetch a job's report: the page if OUT ends in .html, else JSON."""
-    media_type = "text/html" if out.suffix == ".html" else "application/json"
-    with client.told(), client.connect(url) as http:
-        _save(http, f"{client.JOBS}/{job_id}/report", out, media_type)
+    with connected(url) as api:
+        api.save_report(job_id, out)
 
 
 @app.command()
@@ -225,46 +215,17 @@ def evidence(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Fetch all that a job proves anything with, and print the command that checks it offline."""
-    with client.told(), client.connect(url) as http:
-        (out / "adapter").mkdir(parents=True, exist_ok=True)
-        job = f"{client.JOBS}/{job_id}"
-        _save(http, f"{job}/certificate", out / "certificate.json")
-        _save(http, f"{job}/report", out / "report.json", "application/json")
-        _save(http, PUBLISHED_KEYS, out / "keys.json")
-        _save(http, "/v1/audit-events", out / "audit.jsonl", "application/jsonl")
-        for artifact in client.body_of(http.get(f"{job}/artifacts"))["data"]:
-            folder, _, name = artifact["name"].rpartition("/")
-            if folder == "adapter":
-                _save(http, artifact["content"], out / "adapter" / Path(name).name)
-    typer.echo(
-        f"unlearn verify {out}/certificate.json --adapter {out}/adapter --report {out}/report.json "
-        f"--keys {out}/keys.json --audit {out}/audit.jsonl"
-    )
+    with connected(url) as api:
+        found = api.evidence(job_id, out)
+    options = [
+        str(part) for name in ("adapter", "report", "keys", "audit") for part in (f"--{name}", getattr(found, name))
+    ]
+    typer.echo(shlex.join(["unlearn", "verify", str(found.certificate), *options]))
 
 
 @app.command()
 def purge(file_id: list[str], url: Url = DEFAULT_URL) -> None:
     """Make uploaded sets unreadable, for ever. Counts and keyed digests stay."""
-    with client.told(), client.connect(url) as http:
+    with connected(url) as api:
         for one in file_id:
-            client.body_of(http.delete(f"{FILES}/{one}"))
-
-
-def _save(http: httpx.Client, path: str, out: Path, accept: str = "*/*") -> None:
-    """Raises UnlearnError with the problem's own words."""
-    reply = http.get(path, headers={"Accept": accept})
-    if reply.is_error:
-        client.body_of(reply)
-    out.write_bytes(reply.content)
-
-
-def _show_list(url: str, path: str, asked: dict[str, Any], as_json: bool, line: Any) -> None:
-    """All pages of it."""
-    with client.told(), client.connect(url) as http:
-        while True:
-            found = client.body_of(http.get(path, params={"limit": 100, **asked}))
-            for one in found["data"]:
-                typer.echo(json.dumps(one) if as_json else line(one))
-            if not found["has_more"]:
-                return
-            asked = asked | {"after": found["last_id"]}
+            api.files.purge(one)

@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
-from service import client
-from service.remote import DEFAULT_URL, Url
+from service.client import Delivery, Endpoint
+from service.terminal import DEFAULT_URL, Url, connected, show, stamp
 
 app = typer.Typer(
     help="Where the service tells what happens, by Standard Webhooks.", no_args_is_help=True, rich_markup_mode=None
 )
-ENDPOINTS = "/v1/webhook-endpoints"
 
 
 @app.command()
@@ -22,48 +21,44 @@ def add(
     url: Url = DEFAULT_URL,
 ) -> None:
     """Make an endpoint; prints its id and its secret, which is shown once."""
-    with client.told(), client.connect(url) as http:
-        asked = {"url": endpoint, "description": description, "event_types": event or []}
-        made = client.post(http, ENDPOINTS, asked)
-    typer.echo(f"{made['id']}  {made['secret']}")
+    with connected(url) as api:
+        made = api.webhooks.add(endpoint, event_types=event or (), description=description)
+    typer.echo(f"{made.id}  {made.secret}")
 
 
 @app.command("list")
 def list_endpoints(url: Url = DEFAULT_URL) -> None:
     """A line each, the newest first."""
-    with client.told(), client.connect(url) as http:
-        for one in client.body_of(http.get(ENDPOINTS, params={"limit": 100}))["data"]:
-            told = ", ".join(one["event_types"]) or "everything"
-            status = one["status"] + (f" ({one['status_reason']})" if one["status_reason"] else "")
-            typer.echo(f"{one['id']}  {status}  {one['url']}  {told}")
+    with connected(url) as api:
+        show(api.webhooks.list(), False, _endpoint_line)
 
 
 @app.command()
 def remove(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
     """Delete an endpoint, with the log of its deliveries."""
-    with client.told(), client.connect(url) as http:
-        client.body_of(http.delete(f"{ENDPOINTS}/{endpoint_id}"))
+    with connected(url) as api:
+        api.webhooks.remove(endpoint_id)
 
 
 @app.command()
 def rotate(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
     """Print a new secret. The old one signs beside it for a day."""
-    with client.told(), client.connect(url) as http:
-        typer.echo(client.body_of(http.post(f"{ENDPOINTS}/{endpoint_id}/rotate-secret"))["secret"])
+    with connected(url) as api:
+        typer.echo(api.webhooks.rotate(endpoint_id).secret)
 
 
 @app.command()
 def enable(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
     """Send to one again that was disabled."""
-    with client.told(), client.connect(url) as http:
-        client.body_of(http.post(f"{ENDPOINTS}/{endpoint_id}/enable"))
+    with connected(url) as api:
+        api.webhooks.enable(endpoint_id)
 
 
 @app.command("test")
 def send_test(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
     """Have a test sent; prints the delivery's id."""
-    with client.told(), client.connect(url) as http:
-        typer.echo(client.body_of(http.post(f"{ENDPOINTS}/{endpoint_id}/test"))["id"])
+    with connected(url) as api:
+        typer.echo(api.webhooks.test(endpoint_id).id)
 
 
 @app.command()
@@ -74,20 +69,27 @@ def deliveries(
     url: Url = DEFAULT_URL,
 ) -> None:
     """What an endpoint was sent, the newest first."""
-    with client.told(), client.connect(url) as http:
-        found = client.body_of(http.get(f"{ENDPOINTS}/{endpoint_id}/deliveries", params={"limit": limit}))["data"]
+    with connected(url) as api:
+        found = list(api.webhooks.deliveries(endpoint_id, limit))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    for one in found:
-        last = one["attempts"][-1] if one["attempts"] else {}
-        why = f"  {last['error']}" if last.get("error") else ""
-        told = f"{one['type']:28} {one['status']:9} attempts {len(one['attempts'])}"
-        typer.echo(f"{one['id']}  {one['created_at'][:19]}Z  {told}{why}")
+        typer.echo(json.dumps([one.raw for one in found], indent=2))
+    else:
+        show(found, False, _delivery_line)
 
 
 @app.command()
 def replay(delivery_id: str, url: Url = DEFAULT_URL) -> None:
     """Deliver a message again; prints the new delivery's id."""
-    with client.told(), client.connect(url) as http:
-        typer.echo(client.body_of(http.post(f"/v1/webhook-deliveries/{delivery_id}/replay"))["id"])
+    with connected(url) as api:
+        typer.echo(api.webhooks.replay(delivery_id).id)
+
+
+def _endpoint_line(one: Endpoint) -> str:
+    status = one.status + (f" ({one.status_reason})" if one.status_reason else "")
+    return f"{one.id}  {status}  {one.url}  {', '.join(one.event_types) or 'everything'}"
+
+
+def _delivery_line(one: Delivery) -> str:
+    error = one.attempts[-1].error if one.attempts else None
+    when, why = stamp(one.created_at), f"  {error}" if error else ""
+    return f"{one.id}  {when}  {one.type:28} {one.status:9} attempts {len(one.attempts)}{why}"

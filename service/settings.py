@@ -26,6 +26,7 @@ class Settings(BaseSettings):
     # API
     api_host: str = "127.0.0.1"
     api_port: int = 8000
+    trusted_proxies: str = Field(default="", description="addresses whose X-Forwarded-For is believed, with commas")
     upload_max_bytes: int = Field(default=256 * 2**20, gt=0)
     body_max_bytes: int = Field(default=8 * 2**20, gt=0, description="of a JSON request body")
     rate_limit_per_minute: int = Field(default=600, ge=0, description="requests of a principal; 0: no limit")

@@ -6,7 +6,7 @@ python -m service.sweep. Several may run: rows that one works on, the others pas
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from threading import Event, Thread
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from service.store import deletions, files, idempotency, jobs, outbox
 from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
 from service.store.storage import Storage
+from service.store.tables import Job
 from service.webhook_sender import keep_sending
 
 HOURLY_S = 3600.0
@@ -42,14 +43,23 @@ class Swept(NamedTuple):
 
 
 def sweep_once(sessions: Sessions, dispatcher: Dispatcher, settings: Settings) -> Swept:
-    with sessions.begin() as s:
-        expired = jobs.expire(s, settings.infra_losses_max)
+    expired = list(_expire(sessions, settings))
     for job in expired:
         log.warning("lease expired", job_id=job.id, status=job.status, attempt=job.attempt, reason=job.status_reason)
     with sessions.begin() as s:
         due = jobs.due_classes(s, settings.ring_again_s)
         jobs.rung(s, due)
     return Swept(len(expired), [gpu_class for gpu_class in due if dispatcher.ring(gpu_class)])
+
+
+def _expire(sessions: Sessions, settings: Settings) -> Iterator[Job]:
+    """One job to a transaction: two with requests of several jobs could each wait for the other's."""
+    while True:
+        with sessions.begin() as s:
+            settled = jobs.expire(s, settings.infra_losses_max, limit=1)
+        if not settled:
+            return
+        yield from settled
 
 
 def purge_due(sessions: Sessions, storage: Storage) -> int:
@@ -87,7 +97,8 @@ def run(settings: Settings, stop: Event) -> None:
     duties: dict[str, Callable[[Parts], object]] = {
         "jobs": lambda here: sweep_once(here.sessions, here.dispatcher, here.settings),
         "deletion requests": serve_requests,
-        "evidence": attest,
+        "certificates": lambda here: issue_due(here.sessions, here.storage, here.secrets),
+        "audit logs": lambda here: check_logs(here.sessions),
         "purges": purge,
         "orphans": hourly(delete_what_is_left),
     }
@@ -145,11 +156,6 @@ def serve_requests(here: Parts) -> None:
     for request_id in overdue:
         log.warning("a deletion request is overdue", request_id=request_id)
     serve_deletions(here)
-
-
-def attest(here: Parts) -> None:
-    issue_due(here.sessions, here.storage, here.secrets)
-    check_logs(here.sessions)
 
 
 def purge(here: Parts) -> None:

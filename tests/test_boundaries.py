@@ -102,6 +102,12 @@ RULES = (
         TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "service.api"},
     ),
     Rule(
+        "client",  # whoever asks over HTTP needs nothing of what answers
+        r"service\.client(\..*)?",
+        {"httpx", "pydantic", "service.domain", "service.client"},
+        TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "service.api", "typer"},
+    ),
+    Rule(
         "api",
         r"service\.api(\..*)?",
         {"fastapi", "starlette", "anyio", "pydantic", "sqlalchemy", "prometheus_client", "structlog", "uuid_utils"}

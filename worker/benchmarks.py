@@ -1,13 +1,11 @@
 """The registered benchmarks that a request names: their rows, their retrained reference, and what a report says of them."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from service.domain.job import ModelEntry
 from service.domain.report import BenchmarkFacts, BenchmarkFigure, BenchmarkSet
-from service.store.sealed import SealedStorage
 from service.store.storage import Storage
 from worker import evaluate, files, model, registry, scoring
 from worker.model import Network
@@ -28,13 +26,8 @@ class Benchmark(NamedTuple):
         return evaluate.run(network, self.suite, self.sets, self.retrained, cache)
 
     def cache(self, job: Assignment) -> Storage:
-        """Where what a registered model says of its texts is kept; DELETE /v1/benchmarks/NAME removes it with the rest.
-
-        Sealed with a key that only the keys of the benchmark's files give: who purges one of them has made it noise.
-        """
-        keys = sorted(file.data_key for file in self.given.files.values())
-        data_key = hashlib.sha256(" ".join(["looks", *keys]).encode()).digest()
-        return SealedStorage(f"{job.storage_url.rstrip('/')}/{self.given.folder}", data_key)
+        """Where what a registered model says of its texts is kept; DELETE /v1/benchmarks/NAME removes it with the rest."""
+        return files.sealed_with(f"{job.storage_url.rstrip('/')}/{self.given.folder}", self.given.files.values())
 
 
 def read(job: Assignment, storage: Storage) -> list[Benchmark]:

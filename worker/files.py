@@ -6,7 +6,7 @@ import json
 import shutil
 from base64 import b64decode
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,17 @@ from typing import Any
 from service.domain import rows
 from service.domain.errors import InvalidRequest, JobFailure, NotFound
 from service.domain.job import FailureCode
-from service.store.sealed import open_sealed
+from service.store.sealed import SealedStorage, open_sealed
 from service.store.storage import Storage
 from worker.records import ArtifactFile, FileRef
 
 MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application/json", ".md": "text/markdown"}
+
+
+def sealed_with(url: str, of: Iterable[FileRef]) -> SealedStorage:
+    """A storage for what models say of these files: who purges one of them has made it noise."""
+    keys = sorted(file.data_key for file in of)
+    return SealedStorage(url, hashlib.sha256(" ".join(["said of", *keys]).encode()).digest())
 
 
 def read_set(storage: Storage, file: FileRef) -> list[rows.Example]:

@@ -2,7 +2,8 @@
 
 Log-probabilities take four bytes per counted token; a loss on whole distributions or hidden states needs the states that
 those come from. They lie below the job's own prefix of the storage, named by a digest of all that they depend on, so that a
-second attempt finds the first one's; what lies there and is not what was written is computed again.
+second attempt finds the first one's; what lies there and is not what was written is computed again. Sealed, names too: what
+a model says of rows tells of the rows.
 """
 
 import hashlib
@@ -16,8 +17,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from service.domain.errors import NotFound
-from service.store.storage import Storage
+from service.domain.errors import NotFound, StorageUnavailable
+from service.store.sealed import SealedStorage
 from worker import data
 from worker.data import Encoded
 from worker.looks import adapter_digest
@@ -34,7 +35,9 @@ def needed(term: Term) -> bool:
     return bool(term.loss.needs & {REFERENCE, STATES})
 
 
-def recall(storage: Storage, prefix: str, scratch: Path, network: Network, term: Term, places: Sequence[int]) -> Term:
+def recall(
+    storage: SealedStorage, prefix: str, scratch: Path, network: Network, term: Term, places: Sequence[int]
+) -> Term:
     """The term with what the reference says of the rows at these places: stored, or computed and stored.
 
     Args:
@@ -43,11 +46,11 @@ def recall(storage: Storage, prefix: str, scratch: Path, network: Network, term:
     """
     if not needed(term):
         return term
-    name = f"{digest(network, term, places)}.safetensors"
+    name = f"{storage.alias(digest(network, term, places))}.safetensors"
     key, local = f"{prefix}/reference/{name}", scratch / name
     if not _fetch(storage, key, local):
         save_file(compute(network, term, places), local)
-        storage.write(f"{key}.sha256", [storage.put(key, local).sha256.encode()])
+        storage.put(key, local)
     return term._replace(reference=by_place(load_file(local), term, places))
 
 
@@ -103,18 +106,14 @@ def digest(network: Network, term: Term, places: Sequence[int]) -> str:
     return said.hexdigest()
 
 
-def _fetch(storage: Storage, key: str, local: Path) -> bool:
+def _fetch(storage: SealedStorage, key: str, local: Path) -> bool:
     """Copies what is stored; False: it is not there, or not what was written."""
-    said = hashlib.sha256()
     try:
-        expected = b"".join(storage.read(f"{key}.sha256"))
         with local.open("wb") as file:
-            for chunk in storage.read(key):
-                said.update(chunk)
-                file.write(chunk)
-    except NotFound:
+            file.writelines(storage.read(key))
+    except (NotFound, StorageUnavailable):
         return False
-    return said.hexdigest().encode() == expected
+    return True
 
 
 def by_place(tensors: Mapping[str, Tensor], term: Term, places: Sequence[int]) -> References:

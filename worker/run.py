@@ -66,7 +66,7 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         warn_about_rows(forget.encoded, retain.encoded, diary)
 
     with diary.stage(Stage.EVALUATING, "evaluating before"):
-        both = measure.sets(*with_reference(job, storage, network, method, forget, retain), spec.seed)
+        both = measure.sets(*with_reference(job, network, method, forget, retain), spec.seed)
         request = requested(job, storage, both)
         named = [benchmarks.with_retrained(job, storage, one) for one in named]
         with model.adapter_off(network):
@@ -222,14 +222,15 @@ def audited(
 
 
 def with_reference(
-    job: Assignment, storage: Storage, network: model.Network, method: Method, forget: Term, retain: Term
+    job: Assignment, network: model.Network, method: Method, forget: Term, retain: Term
 ) -> tuple[Term, Term]:
     """Both terms with what the reference says of their rows: of the whole forget set, and of what a run trains on to retain."""
     trained = trained_on(retain, method.retain_rows, job.spec) if reference.needed(retain) else []
     prefix = job.prefix.partition("/attempts/")[0]
+    sealed = files.sealed_with(job.storage_url, [job.forget_file, job.retain_file])
     return (
-        reference.recall(storage, prefix, job.scratch_dir, network, forget, forget.encoded.measured),
-        reference.recall(storage, prefix, job.scratch_dir, network, retain, trained),
+        reference.recall(sealed, prefix, job.scratch_dir, network, forget, forget.encoded.measured),
+        reference.recall(sealed, prefix, job.scratch_dir, network, retain, trained),
     )
 
 
@@ -310,7 +311,8 @@ def last_record(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> R
         known = failure(error)
         if known is not None:
             return FailureRecord(code=known.code, message=str(known))
-        traceback.print_exc()
+        traceback.print_tb(error.__traceback__)
+        print(f"{type(error).__module__}.{type(error).__qualname__}: its own words may quote a row", file=sys.stderr)  # noqa: T201
         return FailureRecord(
             code=FailureCode.INTERNAL_ERROR, message=f"{type(error).__name__}; the worker's log has the details"
         )

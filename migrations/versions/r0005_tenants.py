@@ -21,8 +21,10 @@ def upgrade() -> None:
         sa.Column("created_at", TIME, server_default=sa.text("now()"), nullable=False),
         sa.Column("approvals", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("keep_files_days", sa.BigInteger(), nullable=True),
+        sa.Column("keep_forgotten_days", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.CheckConstraint("approvals BETWEEN 0 AND 2", name=op.f("tenants_approvals_check")),
         sa.CheckConstraint("keep_files_days >= 0", name=op.f("tenants_keep_files_days_check")),
+        sa.CheckConstraint("keep_forgotten_days >= 0", name=op.f("tenants_keep_forgotten_days_check")),
         sa.PrimaryKeyConstraint("id", name="tenants_pkey"),
     )
     op.create_table(

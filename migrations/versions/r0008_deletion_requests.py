@@ -33,6 +33,7 @@ def upgrade() -> None:
         sa.Column("subject_digests", JSONB(), nullable=False),
         sa.Column("denial", JSONB(), nullable=True),
         sa.Column("closing", JSONB(), nullable=True),
+        sa.Column("unfit", JSONB(), server_default=sa.text("'{}'"), nullable=False),
         sa.Column("status_reason", sa.Text(), nullable=True),
         sa.Column("metadata", JSONB(), server_default=sa.text("'{}'"), nullable=False),
         sa.Column("created_by", sa.Text(), nullable=False),

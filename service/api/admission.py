@@ -13,7 +13,17 @@ from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.identity import Principal
 from service.domain.job import SETS, SPACE_WARNING, JobCreate, JobSpec, MethodChoice, ModelEntry, Resources
 from service.domain.rows import Example
-from service.store import benchmarks, deletion_jobs, deletion_reads, deletions, digests, jobs, lineage, models
+from service.store import (
+    benchmarks,
+    deletion_jobs,
+    deletion_plans,
+    deletion_reads,
+    deletions,
+    digests,
+    jobs,
+    lineage,
+    models,
+)
 from service.store.rows import WarningRow
 
 OVERLAPS_NAMED = 20
@@ -70,7 +80,7 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
     entry = _model(here, request.model)
     hyperparameters = here.catalog.complete(request.method.type, request.method.hyperparameters)
     problems = [
-        *_parent(here, request),
+        *_parent(here, who, request),
         *recipe_problems(here, request, hyperparameters),
         *_requests(here, request),
     ]
@@ -105,13 +115,15 @@ def _model(here: Parts, name: str) -> ModelEntry:
         ) from error
 
 
-def _parent(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
-    if request.parent is None:
-        return
+def _parent(here: Parts, who: Principal, request: JobCreate) -> Iterator[FieldProblem]:
     with here.sessions.begin() as s:
-        reason = lineage.why_not(s, request.parent, request.model)
-    if reason is not None:
-        yield FieldProblem("/parent", reason, "parent")
+        if request.parent is not None and (reason := lineage.why_not(s, request.parent, request.model)) is not None:
+            yield FieldProblem("/parent", reason, "parent")
+        elif request.deletion_requests and (latest := deletion_plans.latest(s, who.tenant, request.model)) is not None:
+            before = [job.id for job in lineage.chain(s, request.parent)] if request.parent is not None else []
+            if latest not in before:
+                detail = f"start from job {latest}: what it forgot for earlier requests would be known again"
+                yield FieldProblem("/parent", detail, "fork")
 
 
 def recipe_problems(here: Parts, asked: Asked, hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:

@@ -46,7 +46,8 @@ def put(here: Here, model: ModelName, asked: PlanPut) -> PlanObject:
     """In place of the plan before, if there is one.
 
     Once the first approved request for the model has waited for the window, or there are as many as are served at once, one
-    job is made: its forget set is their rows, its parent the last job for requests that passed.
+    job is made: its forget set is their rows, its parent the last job for requests that passed. A request that the plan
+    before could not serve is tried again.
     """
     with _under("/job"):
         _judge(here, asked.job)

@@ -13,7 +13,7 @@ from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next
 from service.api.errors import DATABASE_DOWN, Problem, answer_to, declared
 from service.api.guard import Guarded, needs
 from service.api.intake import REQUESTS_PATH, DeletionRequestObject
-from service.api.once import OnceOnly
+from service.api.once import Once, OnceOnly, Replayed
 from service.domain.deletion import (
     Closing,
     DeletionCreate,
@@ -22,11 +22,10 @@ from service.domain.deletion import (
     Regulation,
     RequestStatus,
     Subject,
-    Time,
 )
 from service.domain.errors import UnlearnError
 from service.domain.identity import Principal, Scope
-from service.domain.job import Strict
+from service.domain.job import Strict, Time
 from service.store import deletion_reads, deletions, digests
 from service.store.tables import DeletionRequest
 
@@ -85,15 +84,24 @@ def create(here: Here, who: Who, once: OnceOnly, asked: DeletionCreate, response
     dependencies=[needs(Scope.REQUESTS_CREATE), Depends(Reads("application/json"))],
     responses=declared(400, 413, 415, 503),
 )
-def create_batch(here: Here, who: Who, batch: Batch, request: Request) -> BatchResult:
-    """Each by itself: one that is refused leaves the others as they are, and its problem stands in its place."""
-    return BatchResult(results=[_item(here, who, request, index, one) for index, one in enumerate(batch.requests)])
+def create_batch(here: Here, who: Who, once: OnceOnly, batch: Batch, request: Request) -> BatchResult:
+    """Each by itself: one that is refused leaves the others as they are, and its problem stands in its place.
+
+    With an `Idempotency-Key`, a batch that is sent again makes none a second time: each is known by the key and its index.
+    """
+    parts = ((index, given, once.part(index, given)) for index, given in enumerate(batch.requests))
+    return BatchResult(results=[_item(here, who, request, *part) for part in parts])
 
 
-def _item(here: Parts, who: Principal, request: Request, index: int, given: dict[str, Any]) -> BatchItem:
+def _item(here: Parts, who: Principal, request: Request, index: int, given: dict[str, Any], once: Once) -> BatchItem:
     try:
-        answer = intake.submit(here, who, DeletionCreate.model_validate(given))
+        with here.sessions.begin() as s:
+            once.look(s)
+        answer = intake.submit(here, who, DeletionCreate.model_validate(given), once)
         return BatchItem(index=index, status=201, object=answer)
+    except Replayed as before:
+        made = DeletionRequestObject.model_validate_json(before.answer.body)
+        return BatchItem(index=index, status=before.answer.status, object=made)
     except ValidationError as error:
         found = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False, include_input=False)]
         reply = answer_to(request, RequestValidationError(found, body=given))
@@ -190,7 +198,10 @@ def extend(
 def close(
     here: Here, request_id: str, closing: Closing, response: Response, versions: Versions
 ) -> DeletionRequestObject:
-    """A person answers, with a reason, for its being completed though no job has passed for each of its models."""
+    """A person answers, with a reason, for its being completed though no job has passed for each of its models.
+
+    Somebody else than who submitted it, if it wanted approval. Its rows are purged, as the tenant's rule says.
+    """
     with here.sessions.begin() as s:
         return _tagged(response, _one(s, deletions.close(s, request_id, closing, versions)))
 

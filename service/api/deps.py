@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from typing import IO, Annotated, Generic, Literal, NamedTuple, TypeVar
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -122,9 +122,13 @@ def revalidated(request: Request, response: Response) -> Response:
     return Response(status_code=304, headers=kept)
 
 
-async def versions(request: Request) -> frozenset[int] | None:
-    """A dependency: those of which If-Match says that the object must be at one (RFC 9110, section 13.1.1); None: any."""
-    given = [tag.strip() for tag in request.headers.get("if-match", "*").split(",")]
+async def versions(
+    if_match: Annotated[
+        str, Header(alias="If-Match", description="the ETag at which it must still be, else 412")
+    ] = "*",
+) -> frozenset[int] | None:
+    """A dependency: those at which the object must be (RFC 9110, section 13.1.1); None: at any."""
+    given = [tag.strip() for tag in if_match.split(",")]
     if given == ["*"]:
         return None
     found = (re.fullmatch(r'"([0-9]{1,18})(-[0-9a-f]+)?"', tag) for tag in given)  # others match nothing

@@ -72,7 +72,8 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
         )
         parts.append(f"<table><tr><th>parameter<th>in<th>type<th>{''.join(rows)}</table>")
     for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
-        parts.append(f"<p>Body: <code>{escape(media_type)}</code>, {_type(content['schema'])}</p>")
+        parts.append(f"<p>Body: <code>{escape(media_type)}</code>, {_type(content['schema'])}, such as</p>")
+        parts.append(f"<pre>{escape(json.dumps(content['example'], indent=2, ensure_ascii=False))}</pre>")
     rows = (
         f"<tr><td>{code}<td>{escape(answer['description'])}<td>"
         + ", ".join(

@@ -1,17 +1,18 @@
 """Errors as problem+json (RFC 9457). The one place that knows which error has which status code."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from errno import EDQUOT, ENOSPC
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import sqlalchemy.exc
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from service.domain.errors import (
     FieldProblem,
@@ -25,6 +26,7 @@ from service.domain.errors import (
     NotFound,
     NotReady,
     PreconditionFailed,
+    ProviderUnavailable,
     QuotaExceeded,
     StorageFull,
     StorageUnavailable,
@@ -91,6 +93,7 @@ OF_ERROR: Mapping[type[Exception], Kind] = {
     TooLarge: PAYLOAD_TOO_LARGE,
     StorageFull: STORAGE_FULL,
     StorageUnavailable: SERVICE_UNAVAILABLE,
+    ProviderUnavailable: SERVICE_UNAVAILABLE,
     HubUnavailable: SERVICE_UNAVAILABLE,
 }
 OF_KIND: Mapping[Kind, Mapping[str, str]] = {  # headers that always come with it
@@ -135,7 +138,7 @@ def install(app: FastAPI) -> None:
 
 
 def declared(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For `responses=` of a route: 422 and 500 are there anyway, and 401, 403 and 503 of one that asks who is there."""
+    """For `responses=` of a route: 500 is there anyway, 422 where something can be wrong, and what the guard may answer."""
     return {status: {"description": HTTPStatus(status).phrase} for status in sorted({*statuses, 422, 500})}
 
 
@@ -194,9 +197,26 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     kind = OF_STATUS.get(error.status_code, INTERNAL_ERROR)
     if isinstance(error.__cause__, OSError) and error.__cause__.errno in (ENOSPC, EDQUOT):
         return problem(request.scope, STORAGE_FULL, "no room to receive the body")
+    if kind is METHOD_NOT_ALLOWED:
+        return problem(request.scope, kind, str(error.detail), headers={"Allow": _allowed(request)})
     if kind is MALFORMED_JSON and "json" not in request.headers.get("content-type", ""):
         kind = MALFORMED_BODY
     return problem(request.scope, kind, str(error.detail), headers=error.headers)
+
+
+def _allowed(request: Request) -> str:
+    """All methods of the path: the framework names those of the first route that has it, and a path has several."""
+    routes = list(_routes(request.app))
+    path = next(route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in routes if route.path == path for method in route.methods or ()}))
+
+
+def _routes(router: FastAPI | APIRouter) -> Iterator[Route]:
+    for route in router.routes:
+        if included := getattr(route, "original_router", None):
+            yield from _routes(included)
+        elif isinstance(route, Route):
+            yield route
 
 
 def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

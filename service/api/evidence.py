@@ -17,7 +17,7 @@ from service.api.negotiate import preferred
 from service.api.shapes import JOBS_PATH
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound, NotReady
 from service.domain.identity import Scope
-from service.domain.job import TERMINAL, Status, Strict
+from service.domain.job import EXACT_MAX, TERMINAL, Status, Strict
 from service.evidence.chain import genesis
 from service.evidence.dsse import MEDIA_TYPE
 from service.store import audit, evidence, evidence_keys, jobs
@@ -31,7 +31,7 @@ KEYS_KEPT_S = 300  # by whoever fetched the keys: a new one signs at once
 
 
 class AuditQuery(Strict):
-    after_seq: int = Field(default=0, ge=0, lt=2**63)
+    after_seq: int = Field(default=0, ge=0, le=EXACT_MAX)
     limit: int = Field(default=100, ge=1, le=1000)
     object_id: str | None = Field(default=None, max_length=255, description="entries on this object alone")
 
@@ -108,10 +108,13 @@ def certificate(here: Here, job_id: str, request: Request) -> Response:
     summary="The audit log",
     dependencies=[needs(Scope.AUDIT_READ)],
     response_model=AuditEvents,
-    responses=declared(406, 503) | {200: {"content": {LINES: {}}}},
+    responses=declared(406, 503) | {200: {"content": {LINES: {"schema": {"type": "string"}}}}},
 )
 def audit_events(
-    here: Here, who: Who, query: Annotated[AuditQuery, Query()], accept: Annotated[str, Header()] = "*/*"
+    here: Here,
+    who: Who,
+    query: Annotated[AuditQuery, Query()],
+    accept: Annotated[str, Header(include_in_schema=False)] = "*/*",
 ) -> Response:
     """Who did what, in order; ask again with the last `seq` as `after_seq`.
 
@@ -157,10 +160,14 @@ def audit_head(here: Here, who: Who) -> AuditHead:
     )
 
 
-@public.get("/.well-known/unlearning-keys", summary="Public signing keys", responses=declared(503))
-def signing_keys(here: Everybody) -> JSONResponse:
+class Jwks(JSONResponse):
+    media_type = "application/jwk-set+json"
+
+
+@public.get("/.well-known/unlearning-keys", summary="Public signing keys", response_class=Jwks, responses=declared(503))
+def signing_keys(here: Everybody) -> Jwks:
     """A JWKS (RFC 7517, 8037): the key that signs and all that ever signed."""
     with here.sessions.begin() as s:
         found = evidence_keys.published(s)
     headers = {"Cache-Control": f"public, max-age={KEYS_KEPT_S}"}
-    return JSONResponse(found, headers=headers, media_type="application/jwk-set+json")
+    return Jwks(found, headers=headers)

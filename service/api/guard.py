@@ -14,6 +14,7 @@ from service.domain.errors import Forbidden, Unauthenticated
 from service.domain.identity import Principal, Scope
 from service.settings import Settings
 from service.store import keys
+from service.store.tables import Tenant
 
 BEARER = HTTPBearer(
     auto_error=False,
@@ -61,10 +62,9 @@ def admit(parts: Parts, request: Request) -> Principal:
     """Raises Unauthenticated; QuotaExceeded for somebody who asks too often, or an address that guesses."""
     limiter: limits.Limiter = request.app.state.limiter
     address = limits.network(request)
-    limiter.bar(request.state, limiter.failures, address)
     try:
         principal = authenticate(parts, request.headers.get("authorization", ""))
-    except Unauthenticated:
+    except Unauthenticated:  # who is known is never kept out by those who share his address
         limiter.count(request.state, limiter.failures, address)
         raise
     limiter.count(request.state, limiter.default, limits.of(principal))
@@ -82,6 +82,13 @@ def authenticate(parts: Parts, authorization: str) -> Principal:
             principal = keys.recognise(s, parts.secrets, token)
     else:
         principal = parts.provider.recognise(token) if parts.provider else None
+        if principal is not None and not _serves(parts, principal.tenant):
+            principal = None
     if principal is None:
         raise Unauthenticated("the key or token is not valid here, or no longer")
     return principal
+
+
+def _serves(parts: Parts, tenant_id: str) -> bool:
+    with parts.sessions.begin() as s:
+        return s.get(Tenant, tenant_id) is not None

@@ -62,7 +62,7 @@ figures_router = APIRouter(tags=["operation"], route_class=MetricsRoute)
     summary="Prometheus metrics",
     dependencies=[needs(Scope.METRICS_READ)],
     response_class=Response,
-    responses=declared(503),
+    responses=declared(503) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 def metrics(request: Request) -> Response:
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)

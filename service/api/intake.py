@@ -15,6 +15,7 @@ from service.domain.deletion import CLOSED, DeletionCreate, DenialReason, Regula
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.identity import Principal
 from service.store import deletion_reads, deletions, digests, models
+from service.store.deletion_reads import Served
 from service.store.tables import DeletionRequest
 
 REQUESTS_PATH = "/v1/deletion-requests"
@@ -71,6 +72,9 @@ class DeletionRequestObject(BaseModel):
     extension: ExtensionShown | None
     models: list[str]
     forget_set: str
+    files: list[str] = Field(
+        description="where its rows lie, or lay: its forget set and those of the jobs that serve it"
+    )
     rows: int = Field(description="of the forget set")
     approvals: list[ApprovalShown]
     approvals_required: int
@@ -133,14 +137,14 @@ def shown(s: Session, found: Sequence[DeletionRequest]) -> list[DeletionRequestO
             row,
             now,
             [ApprovalShown(by=one.approved_by, at=one.created_at) for one in given if one.request_id == row.id],
-            [ServingJob(id=job, model=model) for request, job, model in served if request == row.id],
+            [one for one in served if one.request_id == row.id],
         )
         for row in found
     ]
 
 
 def _object(
-    row: DeletionRequest, now: datetime, approvals: list[ApprovalShown], jobs: list[ServingJob]
+    row: DeletionRequest, now: datetime, approvals: list[ApprovalShown], served: list[Served]
 ) -> DeletionRequestObject:
     is_open = row.status not in CLOSED
     return DeletionRequestObject(
@@ -160,10 +164,11 @@ def _object(
         extension=ExtensionShown.model_validate(row.extension) if row.extension else None,
         models=row.models,
         forget_set=row.forget_set,
+        files=list(dict.fromkeys([row.forget_set, *(one.forget_set for one in served)])),
         rows=row.rows,
         approvals=approvals,
         approvals_required=row.approvals_required,
-        jobs=jobs,
+        jobs=[ServingJob(id=one.job_id, model=one.model) for one in served],
         denial=DenialShown.model_validate(row.denial) if row.denial else None,
         closing=ClosingShown.model_validate(row.closing) if row.closing else None,
         metadata=row.metadata_,

@@ -24,7 +24,7 @@ from service.api.plan import JobPlan, plan
 from service.api.shapes import JOBS_PATH, Events, JobObject, Steps
 from service.api.stream import EventStream
 from service.domain.identity import Scope
-from service.domain.job import TERMINAL, JobCreate, ModelName, Status, Strict
+from service.domain.job import EXACT_MAX, TERMINAL, JobCreate, ModelName, Status, Strict
 from service.store import jobs, reads
 from service.store.tables import Job
 
@@ -45,12 +45,12 @@ class JobsQuery(PageQuery):
 
 
 class EventsQuery(Strict):
-    after_seq: int = Field(default=0, ge=0, lt=2**63)
+    after_seq: int = Field(default=0, ge=0, le=EXACT_MAX)
     limit: int = Field(default=100, ge=1, le=1000)
 
 
 class StepsQuery(Strict):
-    after: int = Field(default=0, ge=0, lt=2**63, description="the step after which the series begins")
+    after: int = Field(default=0, ge=0, le=EXACT_MAX, description="the step after which the series begins")
     limit: int = Field(default=1000, ge=1, le=10_000)
 
 
@@ -95,13 +95,19 @@ def list_jobs(
     dependencies=[needs(Scope.JOBS_READ)],
     responses=declared(404, 503) | {304: {"description": "Not modified"}},
 )
-async def get(here: Here, job_id: str, request: Request, response: Response) -> JobObject:
+async def get(
+    here: Here,
+    job_id: str,
+    request: Request,
+    response: Response,
+    prefer: Annotated[list[str] | None, Header(alias="Prefer", examples=[["wait=1"]])] = None,
+) -> JobObject:
     """`Retry-After` says when to look again; it is missing once the job has ended. `If-None-Match` is heard.
 
     With `Prefer: wait=20` the answer comes as soon as the job changes, or has ended, after 20 seconds at the latest; 30 are
     the most. What it changes from is the `ETag` in If-None-Match or, without it, the moment of the request.
     """
-    wait_s = polling.wait_s(request.headers)
+    wait_s = polling.wait_s(prefer or [])
     until = time.monotonic() + wait_s
     answer = await run_sync(_look, here, job_id)
     told = polling.headers(answer)
@@ -202,7 +208,9 @@ def events(
     job_id: str,
     query: Annotated[EventsQuery, Query()],
     request: Request,
-    last_event_id: Annotated[int | None, Header(ge=0, lt=2**63, description="of a stream that broke off")] = None,
+    last_event_id: Annotated[
+        str | None, Header(alias="Last-Event-ID", pattern=r"^[0-9]{1,18}$", description="of a stream that broke off")
+    ] = None,
 ) -> Events | Response:
     """In order; `seq` has no gaps. Ask again with the last `seq` as `after_seq`.
 
@@ -212,7 +220,7 @@ def events(
     media_type = preferred(request.headers.get("accept", "*/*"), ["application/json", STREAM])
     if media_type is None:
         raise HTTPException(406, f"events come as application/json or {STREAM}")
-    after_seq = query.after_seq if last_event_id is None else last_event_id
+    after_seq = query.after_seq if last_event_id is None else int(last_event_id)
     with here.sessions.begin() as s:
         job = jobs.get(s, job_id)
         if media_type == STREAM:

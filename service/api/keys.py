@@ -4,14 +4,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from service.api.deps import Here, Page, PageQuery, Reads, Who, link_next, page
 from service.api.errors import declared
 from service.api.guard import Guarded, needs
 from service.domain.errors import FieldProblem, InvalidRequest
 from service.domain.identity import ROLES, Scope
-from service.domain.job import Strict
+from service.domain.job import Strict, Time
 from service.store import keys
 from service.store.tables import ApiKey
 
@@ -23,7 +23,7 @@ class KeyCreate(Strict):
     name: str = Field(min_length=1, max_length=255, description="for people: whose it is, and for what")
     role: str | None = Field(default=None, description=f"{', '.join(ROLES)}: stands for its scopes")
     scopes: list[Scope] = Field(default_factory=list, max_length=len(Scope), description="beside those of the role")
-    expires_at: AwareDatetime | None = Field(default=None, description="null: never")
+    expires_at: Time | None = Field(default=None, description="null: never")
 
 
 class KeyObject(BaseModel):

@@ -67,11 +67,6 @@ class Limiter:
         if not taken:
             raise _exceeded(policy, left)
 
-    def bar(self, state: State, policy: Policy, whose: str) -> None:
-        """Raises QuotaExceeded where nothing is left. Counts nothing."""
-        if policy.quota and not self._ask(lambda limiter: limiter.test(policy.item, whose)):
-            raise _exceeded(policy, self._tell(state, policy, whose))
-
     @contextmanager
     def stream(self, whose: str) -> Iterator[None]:
         """One that stays open, from the event loop. Raises QuotaExceeded."""

@@ -31,9 +31,13 @@ def list_methods(here: Here) -> Page[MethodObject]:
     return page(data, sorted(methods), has_more=False)
 
 
-@public.get("/schemas/report", summary="JSON Schema of the report", responses=declared())
-async def report_schema() -> JSONResponse:
+class SchemaResponse(JSONResponse):
+    media_type = "application/schema+json"
+
+
+@public.get("/schemas/report", summary="JSON Schema of the report", response_class=SchemaResponse, responses=declared())
+async def report_schema() -> SchemaResponse:
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Report.model_json_schema(
         mode="serialization"
     )
-    return JSONResponse(schema, media_type="application/schema+json")
+    return SchemaResponse(schema)

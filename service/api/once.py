@@ -12,7 +12,7 @@ from typing import Annotated
 
 import rfc8785
 from fastapi import Depends, FastAPI, Header, Request, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from sqlalchemy.orm import Session
 
 from service.api.deps import Here, Who
@@ -41,6 +41,14 @@ class Once:
     def __init__(self, secrets: Secrets | None = None, asked: Asked | None = None) -> None:
         self._secrets, self._asked = secrets, asked
 
+    def part(self, number: int, content: JsonValue) -> "Once":
+        """One of many in the request, carried out by itself: under a name of its own, which no request has."""
+        if self._secrets is None or self._asked is None:
+            return self
+        fingerprint = _fingerprint(self._secrets, json.dumps(content).encode())
+        route = f"{self._asked.route}#{number}"
+        return Once(self._secrets, self._asked._replace(route=route, fingerprint=fingerprint))
+
     def look(self, s: Session) -> None:
         """Raises Replayed where it was answered, KeyReused where another one was."""
         if self._secrets is not None and self._asked is not None:
@@ -68,7 +76,8 @@ async def _asked(
     here: Here,
     who: Who,
     idempotency_key: Annotated[
-        str | None, Header(description="for a day: who sends the same again gets the same answer")
+        str | None,
+        Header(alias="Idempotency-Key", description="for a day: who sends the same again gets the same answer"),
     ] = None,
 ) -> Asked | None:
     if idempotency_key is None:

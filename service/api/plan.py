@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from service.api import admission, sets
 from service.api.deps import Parts
 from service.api.sets import Given
-from service.api.shapes import BaseModelRef, Note, base_model
+from service.api.shapes import BaseModelRef, JobWarning, base_model
 from service.domain.identity import Principal
 from service.domain.job import SETS, Budget, Constraint, JobCreate, MethodChoice, Resources, Status
 from service.store import files, reads, workers
@@ -33,7 +33,7 @@ class JobPlan(BaseModel):
     resources: Resources
     jobs_ahead: int = Field(description="that would be claimed before it, whoever's and of whatever GPU class")
     status_reason: str | None = Field(description="why it would wait in vain")
-    warnings: list[Note]
+    warnings: list[JobWarning]
 
 
 def plan(here: Parts, who: Principal, request: JobCreate) -> JobPlan:
@@ -56,7 +56,7 @@ def plan(here: Parts, who: Principal, request: JobCreate) -> JobPlan:
         resources=judged.resources,
         jobs_ahead=ahead,
         status_reason=nobody,
-        warnings=[Note(**warning._asdict()) for warning in judged.warnings],
+        warnings=[JobWarning(**warning._asdict()) for warning in judged.warnings],
     )
 
 

@@ -1,9 +1,8 @@
 """What a client that looks again and again is told: when to come back, and whether anything has changed."""
 
 import re
+from collections.abc import Sequence
 from hashlib import sha256
-
-from starlette.datastructures import Headers
 
 from service.api.shapes import JobObject
 from service.domain.job import TERMINAL, Status
@@ -30,9 +29,9 @@ def created(job: JobObject) -> dict[str, str]:
     return {"Location": job.links.self} | headers(job)
 
 
-def wait_s(given: Headers) -> int:
+def wait_s(prefer: Sequence[str]) -> int:
     """How long a client would wait for a change rather than ask again: Prefer: wait=20 (RFC 7240). 0: not at all."""
-    for preference in ",".join(given.getlist("prefer")).split(","):
+    for preference in ",".join(prefer).split(","):
         match = re.fullmatch(r'wait\s*=\s*"?([0-9]{1,9})"?', preference.partition(";")[0].strip(), re.IGNORECASE)
         if match:
             return min(int(match[1]), WAIT_MAX_S)

@@ -3,6 +3,7 @@
 import jwt
 import structlog
 
+from service.domain.errors import ProviderUnavailable
 from service.domain.identity import ROLES, Principal, Scope
 from service.settings import Settings
 
@@ -29,7 +30,10 @@ class Provider:
         self._keys = jwt.PyJWKClient(settings.oidc_jwks_url, lifespan=KEYS_S, timeout=TIMEOUT_S)
 
     def recognise(self, token: str) -> Principal | None:
-        """Whom it vouches for, with the scopes of the roles that it names and we know; None: the token is not good here."""
+        """Whom it vouches for, with the scopes of the roles that it names and we know; None: the token is not good here.
+
+        Raises ProviderUnavailable.
+        """
         settings = self._settings
         try:
             claims = jwt.decode(
@@ -41,6 +45,8 @@ class Provider:
                 leeway=LEEWAY_S,
                 options={"require": ["exp", "sub"]},
             )
+        except jwt.PyJWKClientConnectionError as error:
+            raise ProviderUnavailable("the identity provider's keys cannot be had now") from error
         except jwt.PyJWTError as error:
             log.info("a token was refused", reason=type(error).__name__)
             return None

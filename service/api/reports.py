@@ -28,6 +28,7 @@ router = APIRouter(tags=["results"], route_class=Guarded)
 
 REPORTS = {"application/json": REPORT_JSON, "text/html": REPORT_HTML}
 REPORT_CSP = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+BYTES = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -39,7 +40,9 @@ ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
     responses=declared(404, 406, 409, 503)
     | {200: {"content": {"text/html": {}}}, 304: {"description": "Not modified"}},
 )
-def report(here: Here, job_id: str, request: Request, accept: Annotated[str, Header()] = "*/*") -> Response:
+def report(
+    here: Here, job_id: str, request: Request, accept: Annotated[str, Header(include_in_schema=False)] = "*/*"
+) -> Response:
     """JSON or, by `Accept`, HTML that needs no network. 409 until the job has ended; 404 if it ended without one."""
     media_type = preferred(accept, list(REPORTS))
     if media_type is None:
@@ -79,7 +82,12 @@ def list_artifacts(here: Here, job_id: str) -> Page[ArtifactObject]:
     summary="Download an artifact",
     dependencies=[needs(Scope.ARTIFACTS_READ)],
     response_class=StreamingResponse,
-    responses=declared(404, 416, 503) | {206: {"description": "The range"}, 304: {"description": "Not modified"}},
+    responses=declared(404, 416, 503)
+    | {
+        200: {"content": BYTES},
+        206: {"description": "The range", "content": BYTES},
+        304: {"description": "Not modified"},
+    },
 )
 def content(here: Here, job_id: str, artifact_id: str, request: Request) -> Response:
     """`ETag` is the SHA-256. One range per request is served."""

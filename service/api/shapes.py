@@ -127,7 +127,7 @@ class StageEntry(BaseModel):
     finished_at: datetime | None
 
 
-class Note(BaseModel):
+class JobWarning(BaseModel):
     code: str
     message: str
 
@@ -199,7 +199,7 @@ class JobObject(BaseModel):
     attempt: int
     verdict: SerializeAsAny[Verdict | None]
     failure: SerializeAsAny[Failure | None]
-    warnings: SerializeAsAny[list[Note]]
+    warnings: SerializeAsAny[list[JobWarning]]
     result: Result
     metadata: dict[str, str]
     external_id: str | None

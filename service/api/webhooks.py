@@ -59,7 +59,7 @@ class NewSecretObject(EndpointObject):
     secret: str = Field(description="whsec_...: signs each call; shown now and never again")
 
 
-class AttemptObject(BaseModel):
+class DeliveryAttempt(BaseModel):
     number: int
     at: datetime
     status: int | None = Field(description="of HTTP; null: no answer")
@@ -78,7 +78,7 @@ class DeliveryObject(BaseModel):
     next_at: datetime | None = Field(description="when it is tried again; null: no more")
     created_at: datetime
     finished_at: datetime | None
-    attempts: list[AttemptObject]
+    attempts: list[DeliveryAttempt]
 
 
 @router.post(
@@ -240,7 +240,7 @@ def _deliveries(found: Sequence[Logged]) -> list[DeliveryObject]:
             next_at=row.next_at,
             created_at=row.created_at,
             finished_at=row.finished_at,
-            attempts=[AttemptObject.model_validate(one, from_attributes=True) for one in attempts],
+            attempts=[DeliveryAttempt.model_validate(one, from_attributes=True) for one in attempts],
         )
         for row, type_, attempts in found
     ]

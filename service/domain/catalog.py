@@ -17,6 +17,7 @@ from jsonschema.exceptions import ValidationError
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.domain.errors import FieldProblem, InvalidRequest
+from service.domain.job import EXACT_MAX
 
 CODES = {"type": "type", "anyOf": "type", "enum": "enum"}  # of a FieldProblem, by the schema's keyword that failed
 
@@ -90,6 +91,11 @@ class Catalog(BaseModel):
             )
         schema = self.methods[method].parameters
         problems = list(_problems(method, schema, hyperparameters, "/method/hyperparameters", schema))
+        wrong = {problem.pointer for problem in problems}
+        for name, value in hyperparameters.items():
+            pointer = f"/method/hyperparameters/{name}"
+            if isinstance(value, int) and abs(value) > EXACT_MAX and pointer not in wrong:
+                problems.append(FieldProblem(pointer, f"is beyond {EXACT_MAX:,}, up to which JSON counts", "range"))
         if problems:
             raise InvalidRequest(*problems)
         return _completed(schema, hyperparameters, schema)

@@ -11,9 +11,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, AwareDatetime, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from service.domain.job import DataSet, Metadata, ModelName, Recipe, Rows, Strict, to_utc
+from service.domain.job import DataSet, Metadata, ModelName, Recipe, Rows, Strict, Time
 
 
 class RequestStatus(StrEnum):
@@ -129,7 +129,6 @@ def _distinct(models: list[str]) -> list[str]:
     return models
 
 
-Time = Annotated[AwareDatetime, AfterValidator(to_utc)]
 Subject = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_no_surrogates)]
 Reason = Annotated[str, Field(min_length=1, max_length=1000, description="for people to read; name nobody in it")]
 
@@ -144,7 +143,7 @@ class DeletionCreate(Strict):
     received_at: Annotated[Time, AfterValidator(_not_in_future)] = Field(default_factory=_now)
     due_at: Time | None = Field(
         default=None,
-        description="null: gdpr one calendar month after receipt, ccpa 45 days; for other it must be given",
+        description="null: gdpr one calendar month after receipt, ccpa 45 days, and no later; for other it must be given",
     )
     models: Annotated[list[ModelName], Field(min_length=1, max_length=16), AfterValidator(_distinct)]
     forget_set: Rows = Field(description="what they must forget: the id of an uploaded file, or up to 1,000 rows")
@@ -163,6 +162,20 @@ class DeletionCreate(Strict):
         if deadline <= self.received_at:
             raise ValueError("due_at is not after received_at")
         return self
+
+    @field_validator("due_at")
+    @classmethod
+    def is_not_past_the_laws(cls, due_at: datetime | None, info: ValidationInfo) -> datetime | None:
+        told = info.data
+        if due_at is None or not {"regulation", "received_at"} <= told.keys():  # what is wrong with these, they say
+            return due_at
+        latest = due(told["regulation"], told["received_at"])
+        if latest is not None and due_at > latest:
+            by_law = f"{latest:%Y-%m-%d %H:%M:%S} UTC"
+            raise ValueError(
+                f"by {told['regulation']} it is due at {by_law} at the latest: extend it later, with a reason"
+            )
+        return due_at
 
     @property
     def deadline(self) -> datetime | None:

@@ -15,6 +15,8 @@ UnlearnError
 ├── TooLarge              a file or a body over the limit
 ├── StorageFull           the disk or the bucket takes no more
 ├── StorageUnavailable    the storage root cannot be read or written
+│   └── StorageDamaged    what is read there is not what was written, or was sealed with another key
+├── ProviderUnavailable   the identity provider does not give its keys
 ├── HubUnavailable        the Hugging Face Hub does not answer, or not as a Hub does
 └── JobFailure            a job ended without a result; carries the closed failure code
 """
@@ -96,6 +98,14 @@ class StorageFull(UnlearnError):
 
 
 class StorageUnavailable(UnlearnError):
+    pass
+
+
+class StorageDamaged(StorageUnavailable):
+    pass
+
+
+class ProviderUnavailable(UnlearnError):
     pass
 
 

@@ -15,6 +15,7 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -24,6 +25,7 @@ from pydantic import (
 )
 
 INLINE_ROWS_MAX = 1000
+EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RFC 7493), as evidence must
 COMMIT = r"^[0-9a-f]{40}$"
 PLAIN_PATH = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*(/[^./\\\x00-\x1f][^/\\\x00-\x1f]*)*$"  # no part begins with a dot
 SPACE_WARNING = "a prompt template that ends in a space makes tokens merge over the seam of prompt and answer"
@@ -256,11 +258,21 @@ Metadata = Annotated[
 ]
 
 
-def to_utc(time: datetime) -> datetime:
+def _written(time: object) -> object:
+    """Seconds since 1970 are no time here: a number that was meant otherwise would pass for one."""
+    if isinstance(time, datetime) or (isinstance(time, str) and "T" in time.upper()):
+        return time
+    raise ValueError("write a time as RFC 3339 does: 2027-01-31T09:00:00Z")
+
+
+def _to_utc(time: datetime) -> datetime:
     try:
         return time.astimezone(UTC)
     except OverflowError as error:
         raise ValueError("lies outside the years 1 to 9999") from error
+
+
+Time = Annotated[AwareDatetime, BeforeValidator(_written), AfterValidator(_to_utc)]
 
 
 class Recipe(Strict):
@@ -270,7 +282,7 @@ class Recipe(Strict):
     constraint: Constraint
     budget: Budget = Budget()
     lora: Lora = Lora()
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, le=EXACT_MAX)
     priority: int = Field(default=5, ge=0, le=9, description="a larger one goes first")
     resources: Resources = Resources()
     limits: Limits = Limits()
@@ -293,7 +305,7 @@ class JobOptions(Recipe):
         description="the job whose adapter this one starts from; what it made the model forget stays forgotten; null: the "
         "base model",
     )
-    due_at: Annotated[AwareDatetime, AfterValidator(to_utc)] | None = None
+    due_at: Time | None = None
     external_id: str | None = Field(default=None, max_length=255)
     deletion_requests: list[RequestId] = Field(
         default_factory=list,

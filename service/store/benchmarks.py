@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Select, SQLColumnExpression, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -45,11 +45,11 @@ def every(s: Session) -> Sequence[Benchmark]:
     return s.scalars(select(Benchmark).order_by(Benchmark.name)).all()
 
 
-def of_file(s: Session, file_id: str) -> str | None:
-    """A benchmark that needs the file."""
+def using(file_id: SQLColumnExpression[str]) -> Select[str]:
+    """Names of benchmarks that need the file."""
     value = func.jsonb_each_text(Benchmark.sets).table_valued("key", "value").alias("of_set")
     in_sets = select(value.c.value).where(value.c.value == file_id).exists()
-    return s.scalar(select(Benchmark.name).where(in_sets | (Benchmark.retrained_scores == file_id)).limit(1))
+    return select(Benchmark.name).where(in_sets | (Benchmark.retrained_scores == file_id))
 
 
 def of_model(s: Session, model: str) -> str | None:

@@ -1,7 +1,7 @@
 """What jobs do to the deletion requests that they serve. The caller commits."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -26,11 +26,13 @@ def serve(s: Session, job: Job, row_numbers: Mapping[str, Sequence[int]]) -> Non
         if (reason := why_not(s, row, job.model)) is not None:
             raise InvalidTransition(reason)
         s.add(DeletionJob(tenant_id=row.tenant_id, request_id=row.id, job_id=job.id, row_numbers=list(numbers)))
+        s.flush()
+        reason = _standing(s, row).reason  # of another of its models
         if row.status == R.IN_PROGRESS:
             tell(s, row, "served", {"job": job.id})
-            write(s, row)
+            write(s, row, status_reason=reason)
         else:
-            move(s, row, R.IN_PROGRESS, {"job": job.id}, status_reason=None)
+            move(s, row, R.IN_PROGRESS, {"job": job.id}, status_reason=reason)
 
 
 def why_not(s: Session, row: DeletionRequest, model: str) -> str | None:
@@ -52,18 +54,35 @@ def job_moved(s: Session, job: Job) -> None:
             _follow(s, row)
 
 
-def _follow(s: Session, row: DeletionRequest) -> None:
-    """Completed when a job has passed for every model; failed when nothing runs any more and a model's last job did not."""
+def fail(s: Session, request_id: str, model: str, reason: str) -> None:
+    """No job of the plan for that model can serve it, until the plan is put anew."""
+    row = locked(s, request_id)
+    if row.status in SERVABLE:  # nobody has denied it or taken it back meanwhile
+        _follow(s, write(s, row, unfit={**row.unfit, model: reason}))
+
+
+class _Standing(NamedTuple):
+    passed: set[str]  # models
+    reason: str | None  # what went wrong for others, for which nothing is under way
+    running: bool
+
+
+def _standing(s: Session, row: DeletionRequest) -> _Standing:
     jobs = _jobs(s, row.id)
-    passed = {job.model for job in jobs if job.status is Status.SUCCEEDED and job.result in PASSED}
     last = {job.model: job for job in jobs}
+    passed = {job.model for job in jobs if job.status is Status.SUCCEEDED and job.result in PASSED}
     failed = [_failure(job) for job in last.values() if job.model not in passed and job.status in TERMINAL]
-    running = any(job.status not in TERMINAL for job in jobs)
-    reason = "; ".join(failed) or None
+    failed += [f"model {model!r}: {reason}" for model, reason in row.unfit.items() if model not in last]
+    return _Standing(passed, "; ".join(failed) or None, any(job.status not in TERMINAL for job in jobs))
+
+
+def _follow(s: Session, row: DeletionRequest) -> None:
+    """Completed when a job has passed for every model; failed when nothing runs any more and something went wrong for one."""
+    passed, reason, running = _standing(s, row)
     if passed >= set(row.models):
         target, reason = R.COMPLETED, None
     else:
-        target = R.FAILED if failed and not running else R.IN_PROGRESS
+        target = R.FAILED if reason and not running else R.IN_PROGRESS
     if target != row.status:
         move(s, row, target, status_reason=reason)
     elif reason != row.status_reason:
@@ -83,10 +102,3 @@ def _jobs(s: Session, request_id: str) -> Sequence[Any]:
     of_request = select(*columns[:3], columns[3].label("result"), columns[4].label("code"))
     of_request = of_request.join(DeletionJob, DeletionJob.job_id == Job.id).where(DeletionJob.request_id == request_id)
     return s.execute(of_request.order_by(Job.id)).all()
-
-
-def fail(s: Session, request_id: str, reason: str) -> None:
-    """No job can serve it: it needs a person."""
-    row = locked(s, request_id)
-    if row.status in (R.APPROVED, R.IN_PROGRESS):  # nobody has denied it or taken it back meanwhile
-        move(s, row, R.FAILED, status_reason=reason)

@@ -8,14 +8,13 @@ from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from service.domain.deletion import PlanPut, RequestStatus
+from service.domain.deletion import SERVABLE, PlanPut
 from service.domain.errors import NotFound
 from service.domain.job import TERMINAL, Status
 from service.store import audit, lineage, tenancy
 from service.store.deletion_jobs import PASSED
 from service.store.tables import DeletionJob, DeletionPlan, DeletionRequest, Job, Model
 
-WAITING = (RequestStatus.APPROVED, RequestStatus.IN_PROGRESS)
 KEY = [DeletionPlan.tenant_id, DeletionPlan.model]
 
 
@@ -32,6 +31,7 @@ def put(s: Session, model: str, asked: PlanPut) -> DeletionPlan:
     known = select(Model.name).where(Model.name == model)
     if s.scalar(known.with_for_update(key_share=True, read=True)) is None:
         raise NotFound("model", model)
+    _try_again(s, model)
     values = {
         "job": asked.job.model_dump(mode="json"),
         "window_seconds": asked.window_seconds,
@@ -44,6 +44,15 @@ def put(s: Session, model: str, asked: PlanPut) -> DeletionPlan:
     told = {"method": asked.job.method.type, "window_seconds": asked.window_seconds, "requests_max": asked.requests_max}
     audit.write(s, "deletion_plan.put", "deletion_plan", model, told)
     return s.scalars(row.returning(DeletionPlan), execution_options={"populate_existing": True}).one()
+
+
+def _try_again(s: Session, model: str) -> None:
+    """Another plan may serve what the one before could not."""
+    unfit = select(DeletionRequest.id).where(DeletionRequest.unfit.has_key(model))
+    locked = s.scalars(unfit.order_by(DeletionRequest.id).with_for_update()).all()
+    fit = update(DeletionRequest).where(DeletionRequest.id.in_(locked))
+    fit = fit.values(unfit=DeletionRequest.unfit.op("-")(model))
+    s.execute(fit, execution_options={"synchronize_session": False})
 
 
 def get(s: Session, model: str) -> DeletionPlan:
@@ -93,35 +102,41 @@ def _due(s: Session, plan: DeletionPlan) -> Batch | None:
     long_ago = s.scalars(select(func.now())).one() - timedelta(seconds=plan.window_seconds)
     if len(waiting) < plan.requests_max and (waiting[0].approved_at or long_ago) > long_ago:
         return None
-    return Batch(plan, waiting, _latest(s, plan))
+    return Batch(plan, waiting, latest(s, plan.tenant_id, plan.model))
 
 
 def _waiting(s: Session, plan: DeletionPlan) -> Sequence[DeletionRequest]:
-    """Those that no job on the model has served yet, the one that was approved first before the others."""
+    """Those that no job on the model has served yet, the one that was approved first before the others.
+
+    Also of one that failed for another model: for this one it can be served.
+    """
     served = select(DeletionJob.job_id).join(Job, Job.id == DeletionJob.job_id)
     served = served.where(DeletionJob.request_id == DeletionRequest.id, Job.model == plan.model)
     rows = select(DeletionRequest).where(
         DeletionRequest.tenant_id == plan.tenant_id,
-        DeletionRequest.status.in_(WAITING),
+        DeletionRequest.status.in_(SERVABLE),
         DeletionRequest.models.contains([plan.model]),
+        ~DeletionRequest.unfit.has_key(plan.model),
         ~served.exists(),
     )
     return s.scalars(rows.order_by(DeletionRequest.approved_at, DeletionRequest.id).limit(plan.requests_max)).all()
 
 
 def _running(s: Session, plan: DeletionPlan) -> bool:
-    return s.scalar(_for_requests(plan).where(Job.status.not_in(TERMINAL)).limit(1)) is not None
+    return s.scalar(_for_requests(plan.tenant_id, plan.model).where(Job.status.not_in(TERMINAL)).limit(1)) is not None
 
 
-def _latest(s: Session, plan: DeletionPlan) -> str | None:
+def latest(s: Session, tenant_id: str, model: str) -> str | None:
     """The last job for requests on the model that has forgotten, and released its adapter."""
-    passed = _for_requests(plan).where(Job.status == Status.SUCCEEDED, Job.verdict["result"].astext.in_(PASSED))
+    passed = _for_requests(tenant_id, model).where(
+        Job.status == Status.SUCCEEDED, Job.verdict["result"].astext.in_(PASSED)
+    )
     for job in s.scalars(passed.order_by(Job.finished_at.desc())):
         if lineage.adapter(s, job.id):
             return job.id
     return None
 
 
-def _for_requests(plan: DeletionPlan) -> Select[Job]:
+def _for_requests(tenant_id: str, model: str) -> Select[Job]:
     served = select(DeletionJob.job_id).where(DeletionJob.job_id == Job.id)
-    return select(Job).where(Job.tenant_id == plan.tenant_id, Job.model == plan.model, served.exists())
+    return select(Job).where(Job.tenant_id == tenant_id, Job.model == model, served.exists())

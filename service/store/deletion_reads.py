@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from typing import NamedTuple
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session, undefer
@@ -49,11 +50,18 @@ def approvals(s: Session, request_ids: Collection[str]) -> Sequence[DeletionAppr
     return s.scalars(given.order_by(DeletionApproval.created_at, DeletionApproval.approved_by)).all()
 
 
-def served_by(s: Session, request_ids: Collection[str]) -> Sequence[tuple[str, str, str]]:
-    """(request, job, model), in the order in which the jobs came."""
-    links = select(DeletionJob.request_id, Job.id, Job.model).join(Job, Job.id == DeletionJob.job_id)
+class Served(NamedTuple):
+    request_id: str
+    job_id: str
+    model: str
+    forget_set: str  # the job's
+
+
+def served_by(s: Session, request_ids: Collection[str]) -> Sequence[Served]:
+    """In the order in which the jobs came."""
+    links = select(DeletionJob.request_id, Job.id, Job.model, Job.forget_set).join(Job, Job.id == DeletionJob.job_id)
     found = s.execute(links.where(DeletionJob.request_id.in_(request_ids)).order_by(Job.id))
-    return [(row[0], row[1], row[2]) for row in found]
+    return [Served(*row) for row in found]
 
 
 def with_digests(s: Session, request_id: str) -> DeletionRequest:

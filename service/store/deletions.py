@@ -27,11 +27,9 @@ from service.domain.deletion import (
     due_extended,
 )
 from service.domain.errors import FieldProblem, InvalidRequest, InvalidTransition, NotFound, PreconditionFailed
-from service.domain.identity import SYSTEM
-from service.domain.job import Status
-from service.store import audit, outbox, tenancy, tenants
+from service.store import audit, deletion_files, outbox, tenancy, tenants
 from service.store.ids import new_id
-from service.store.tables import DeletionApproval, DeletionJob, DeletionRequest, File, Job, Model
+from service.store.tables import DeletionApproval, DeletionJob, DeletionRequest, File, Model
 from service.webhooks.events import EventType, Subject
 
 R = RequestStatus
@@ -104,9 +102,7 @@ def approve(s: Session, request_id: str, versions: AbstractSet[int] | None = Non
 def deny(s: Session, request_id: str, denial: Denial, versions: AbstractSet[int] | None = None) -> DeletionRequest:
     row = locked(s, request_id, versions)
     told = {"reason": denial.reason, "note": denial.note, "by": tenancy.actor(s)}
-    denied = move(s, row, R.DENIED, {"reason": denial.reason}, denial=told)
-    _purge_rows(s, denied)
-    return denied
+    return move(s, row, R.DENIED, {"reason": denial.reason}, denial=told)
 
 
 def cancel(s: Session, request_id: str, versions: AbstractSet[int] | None = None) -> DeletionRequest:
@@ -114,9 +110,7 @@ def cancel(s: Session, request_id: str, versions: AbstractSet[int] | None = None
     row = locked(s, request_id, versions)
     if row.status == R.CANCELLED:
         return row
-    cancelled = move(s, row, R.CANCELLED, status_reason="taken back")
-    _purge_rows(s, cancelled)
-    return cancelled
+    return move(s, row, R.CANCELLED, status_reason="taken back")
 
 
 def extend(
@@ -147,11 +141,13 @@ def extend(
 
 
 def close(s: Session, request_id: str, closing: Closing, versions: AbstractSet[int] | None = None) -> DeletionRequest:
-    """Jobs for it failed, and a person answers for its being completed all the same."""
+    """Jobs for it failed, and a person answers for its being completed all the same: not alone, where it wanted approval."""
     row = locked(s, request_id, versions)
     if row.status != R.FAILED:
         raise InvalidTransition(f"the request is {row.status}; only one that failed is closed by a person")
     by = tenancy.actor(s)
+    if row.approvals_required and row.created_by == by:
+        raise InvalidTransition("who submitted a request that wants approval does not close it")
     return move(s, row, R.COMPLETED, {"closed": True}, closing={"reason": closing.reason, "by": by})
 
 
@@ -208,7 +204,10 @@ def move(
     if target in CLOSED:
         values["finished_at"] = func.now()
     tell(s, row, target, {"from": before, **(data or {})})
-    return write(s, row, status=target, **values)
+    moved = write(s, row, status=target, **values)
+    if target in CLOSED:
+        deletion_files.release(s, moved)
+    return moved
 
 
 def write(s: Session, row: DeletionRequest, **values: Any) -> DeletionRequest:
@@ -233,29 +232,6 @@ def tell(s: Session, row: DeletionRequest, what: str, data: Mapping[str, Any]) -
     if told in set(EventType):
         status = what if what in set(RequestStatus) else row.status
         outbox.enqueue(s, row.tenant_id, EventType(told), Subject(row.id, "deletion_request", status))
-
-
-def _purge_rows(s: Session, row: DeletionRequest) -> None:
-    """Its rows are kept no longer: its own file, and those that the service made of it for jobs that did not succeed.
-
-    A file that another request needs stays, and one that a job needs until that has ended.
-    """
-    files = {row.forget_set}
-    made = select(Job.forget_set).join(DeletionJob, DeletionJob.job_id == Job.id)
-    made = made.join(File, File.id == Job.forget_set).where(File.created_by == SYSTEM)
-    files |= set(
-        s.scalars(made.where(DeletionJob.request_id == row.id, Job.status.in_((Status.FAILED, Status.CANCELLED))))
-    )
-    kept = select(DeletionRequest.forget_set).where(
-        DeletionRequest.forget_set.in_(files), DeletionRequest.status.not_in((R.DENIED, R.CANCELLED))
-    )
-    over = files - set(s.scalars(kept))
-    s.execute(
-        update(File)
-        .where(File.id.in_(over), File.purged_at.is_(None))
-        .values(purge_at=func.now())
-        .execution_options(synchronize_session=False)
-    )
 
 
 def _text(time: datetime) -> str:

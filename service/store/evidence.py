@@ -46,12 +46,15 @@ def decide(sessions: Sessions, storage: Storage, secrets: Secrets, job_id: str) 
         if of_job(s, job_id) is not None:
             return None
         row = Certificate(id=new_id("ucert"), job_id=job_id, tenant_id=job.tenant_id)
+        key = evidence_keys.active(s, secrets)
         try:
             statement = _statement(s, job, report, content)
-        except ValueError as error:
+            envelope = dsse.to_json(certificate.issue(statement, key))
+        except ValueError as error:  # also of what has no canonical form
             row.refusal = str(error)
         else:
-            _sign(s, job, row, statement, secrets)
+            row.envelope, row.key_id, row.audit_seq = envelope.decode(), key.id, statement.predicate.audit_head.seq
+            _tell(s, job, row, sha256(envelope).hexdigest())
         s.add(row)
     return row
 
@@ -117,12 +120,9 @@ def _read(job: Job, artifact: Artifact | None, content: bytes) -> Report:
     return report
 
 
-def _sign(s: Session, job: Job, row: Certificate, statement: certificate.Certificate, secrets: Secrets) -> None:
-    key = evidence_keys.active(s, secrets)
-    envelope = dsse.to_json(certificate.issue(statement, key))
-    row.envelope, row.key_id, row.audit_seq = envelope.decode(), key.id, statement.predicate.audit_head.seq
-    told = {"certificate": row.id, "key": key.id}
+def _tell(s: Session, job: Job, row: Certificate, digest: str) -> None:
+    told = {"certificate": row.id, "key": row.key_id}
     moves.write(s, job, [Event("certificate.issued", f"certificate {row.id} was issued", told)])
-    told["sha256"] = sha256(envelope).hexdigest()
+    told["sha256"] = digest
     audit.write(s, "certificate.issued", "unlearning.job", job.id, told, tenant_id=job.tenant_id)
     outbox.enqueue(s, job.tenant_id, EventType.CERTIFICATE_ISSUED, Subject(row.id, "certificate", "issued"))

@@ -8,8 +8,9 @@ from sqlalchemy.orm import Session
 
 from service.evidence import keys
 from service.evidence.keys import SigningKey
-from service.store import tables
+from service.store import audit, tables
 from service.store.secrets import Secrets
+from service.store.tenants import DEFAULT
 
 IN_USE = tables.SigningKey.retired_at.is_(None)
 
@@ -27,7 +28,9 @@ def rotate(s: Session, secrets: Secrets) -> str:
     """Another key signs from now on; its id. What was signed stays valid: its key stays published."""
     _alone(s)
     s.execute(update(tables.SigningKey).where(IN_USE).values(retired_at=func.now()))
-    return _make(s, secrets).id
+    made = _make(s, secrets).id
+    audit.write(s, "signing_key.rotated", "signing_key", made, tenant_id=DEFAULT)
+    return made
 
 
 def every(s: Session) -> Sequence[tables.SigningKey]:

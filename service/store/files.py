@@ -11,17 +11,17 @@ from datetime import timedelta
 from typing import IO, NamedTuple
 
 from pydantic import Base64Bytes, BaseModel
-from sqlalchemy import func, or_, select
+from sqlalchemy import Select, SQLColumnExpression, func, literal, or_, select
 from sqlalchemy.orm import Session
 
 from service.domain.deletion import CLOSED
-from service.domain.errors import Gone, InvalidTransition, NotFound, TooLarge
+from service.domain.errors import Gone, InvalidTransition, NotFound, StorageDamaged, TooLarge
 from service.domain.job import TERMINAL
 from service.store import audit, benchmarks, sealed, tenancy, tenants
 from service.store.ids import new_id
 from service.store.paging import Order, fetch_page
 from service.store.sealed import open_sealed
-from service.store.secrets import Secrets
+from service.store.secrets import SealBroken, Secrets
 from service.store.storage import Storage
 from service.store.tables import DeletionPlan, DeletionRequest, File, Job
 
@@ -112,10 +112,13 @@ def insert(s: Session, kept: Kept, *, purpose: str, rows: int) -> File:
 
 
 def private(secrets: Secrets, file: File) -> Private:
-    """Raises Gone once it is purged."""
+    """Raises Gone once it is purged, StorageDamaged where its key was altered, or sealed under another MASTER_KEY."""
     if file.sealed is None:
         raise Gone(f"file {file.id} was purged at {file.purged_at:%Y-%m-%d %H:%M:%S} UTC")
-    return Private.model_validate_json(secrets.open(_purpose(file.id), file.sealed))
+    try:
+        return Private.model_validate_json(secrets.open(_purpose(file.id), file.sealed))
+    except SealBroken as error:
+        raise StorageDamaged(str(error)) from error
 
 
 @contextmanager
@@ -163,27 +166,32 @@ def purge(s: Session, file_id: str) -> str:
     return file.key
 
 
-def due(s: Session, limit: int = 100) -> list[str]:
+def due(s: Session, limit: int = 100) -> Sequence[str]:
     """Ids of files that are to be purged by now and that nobody needs."""
-    over = select(File).where(File.purged_at.is_(None), File.purge_at < func.now()).order_by(File.purge_at)
-    return [file.id for file in s.scalars(over.limit(limit)) if _needed_by(s, file) is None]
+    over = select(File.id).where(File.purged_at.is_(None), File.purge_at < func.now())
+    unneeded = [~users.exists() for users in _users(File.id).values()]
+    return s.scalars(over.where(*unneeded).order_by(File.purge_at).limit(limit)).all()
 
 
 def _needed_by(s: Session, file: File) -> str | None:
-    columns = (Job.forget_set, Job.retain_set, Job.refusal_set, Job.holdout_set)
-    uses = or_(*(column == file.id for column in columns))
-    user = s.scalar(select(Job.id).where(Job.status.not_in(TERMINAL), uses).limit(1))
-    if user is not None:
-        return f"job {user}"
-    open_one = (DeletionRequest.forget_set == file.id) & DeletionRequest.status.not_in(CLOSED)
-    if (request := s.scalar(select(DeletionRequest.id).where(open_one).limit(1))) is not None:
-        return f"deletion request {request}"
-    sets = (DeletionPlan.job[purpose].astext for purpose in ("retain_set", "refusal_set", "holdout_set"))
-    planned = select(DeletionPlan.model).where(or_(*(column == file.id for column in sets)))
-    if (model := s.scalar(planned.limit(1))) is not None:
-        return f"the deletion plan of model {model!r}"
-    benchmark = benchmarks.of_file(s, file.id)
-    return None if benchmark is None else f"benchmark {benchmark!r}"
+    for kind, users in _users(literal(file.id)).items():
+        if (user := s.scalar(users.limit(1))) is not None:
+            return f"{kind} {user}"
+    return None
+
+
+def _users(file_id: SQLColumnExpression[str]) -> dict[str, Select[str]]:
+    """Who needs the file, by kind."""
+    sets = (Job.forget_set, Job.retain_set, Job.refusal_set, Job.holdout_set)
+    planned = (DeletionPlan.job[purpose].astext for purpose in ("retain_set", "refusal_set", "holdout_set"))
+    return {
+        "job": select(Job.id).where(Job.status.not_in(TERMINAL), or_(*(column == file_id for column in sets))),
+        "deletion request": select(DeletionRequest.id).where(
+            DeletionRequest.forget_set == file_id, DeletionRequest.status.not_in(CLOSED)
+        ),
+        "the deletion plan of model": select(DeletionPlan.model).where(or_(*(column == file_id for column in planned))),
+        "benchmark": benchmarks.using(file_id),
+    }
 
 
 def _purpose(file_id: str) -> str:

@@ -43,7 +43,7 @@ def create(
     expires_at: datetime | None = None,
     maker: Principal | None = None,
 ) -> NewKey:
-    """For the tenant that the session is bound to. Raises InvalidRequest for a scope that its maker has not.
+    """For the tenant that the session is bound to. Raises InvalidRequest for a scope or a time that its maker has not.
 
     Args:
         maker: None: an administrator on the deployment's machine.
@@ -51,6 +51,9 @@ def create(
     if maker is not None and (more := maker.lacks(frozenset(scopes))):
         detail = f"a key makes only keys with scopes of its own; it lacks: {', '.join(sorted(more))}"
         raise InvalidRequest(FieldProblem("/scopes", detail, "scope"))
+    if maker is not None and (latest := _expires(s, maker)) is not None and (expires_at is None or expires_at > latest):
+        detail = f"a key makes only keys that expire no later than itself, {latest:%Y-%m-%d %H:%M:%S} UTC"
+        raise InvalidRequest(FieldProblem("/expires_at", detail, "late"))
     prefix = f"ulk_{_random(8)}"
     body = f"{prefix}_{_random(43)}"
     secret = f"{body}_{_check(body)}"
@@ -107,6 +110,10 @@ def revoke(s: Session, key_id: str) -> ApiKey:
         row.revoked_at = s.scalar(select(func.now()))
         audit.write(s, "key.revoked", "api_key", row.id, {"name": row.name, "prefix": row.prefix})
     return row
+
+
+def _expires(s: Session, maker: Principal) -> datetime | None:
+    return s.scalar(select(ApiKey.expires_at).where(ApiKey.id == maker.id))
 
 
 def _random(length: int) -> str:

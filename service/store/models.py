@@ -6,8 +6,9 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import TERMINAL, ModelEntry
-from service.store import benchmarks, deletion_plans
+from service.store import audit, benchmarks, deletion_plans
 from service.store.tables import Job, Model
+from service.store.tenants import DEFAULT
 
 
 def add(s: Session, entry: ModelEntry) -> ModelEntry:
@@ -15,6 +16,8 @@ def add(s: Session, entry: ModelEntry) -> ModelEntry:
     row = insert(Model).values(entry.model_dump(mode="json", exclude={"created_at"}))
     if s.scalar(row.on_conflict_do_nothing().returning(Model.name)) is None:
         raise InvalidTransition(f"a model {entry.name!r} is registered; remove it first, or choose another name")
+    told = {"source": entry.source, "digest": entry.digest or entry.revision or ""}
+    audit.write(s, "model.registered", "model", entry.name, told, tenant_id=DEFAULT)  # the deployment's own log
     return get(s, entry.name)
 
 
@@ -40,6 +43,7 @@ def remove(s: Session, name: str) -> None:
         raise InvalidTransition(f"benchmark {benchmark!r} still needs model {name!r}")
     if deletion_plans.of_model(s, name):
         raise InvalidTransition(f"a deletion plan still needs model {name!r}")
+    audit.write(s, "model.removed", "model", name, tenant_id=DEFAULT)
     s.execute(delete(Model).where(Model.name == name))
 
 

@@ -5,6 +5,7 @@ Misuse-Resistance"): each chunk's nonce has its number and whether it is the las
 left out or cut off unseen. Nothing of more than one chunk is ever held.
 """
 
+import hmac
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from typing import IO
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from service.domain.errors import StorageUnavailable
+from service.domain.errors import StorageDamaged
 from service.store.storage import Storage, Stored
 
 KEY_BYTES = 32
@@ -41,7 +42,7 @@ def sealed(chunks: Iterable[bytes], key: bytes) -> Iterator[bytes]:
 
 
 def opened(source: IO[bytes], key: bytes) -> Iterator[bytes]:
-    """The content again. Raises StorageUnavailable where it is not what was sealed."""
+    """The content again. Raises StorageDamaged where it is not what was sealed."""
     cipher, prefix, number = AESGCM(key), source.read(PREFIX_BYTES), 0
     chunk = source.read(CHUNK_BYTES + TAG_BYTES)
     while True:
@@ -49,7 +50,7 @@ def opened(source: IO[bytes], key: bytes) -> Iterator[bytes]:
         try:
             yield cipher.decrypt(_nonce(prefix, number, last=not after), chunk, None)
         except (InvalidTag, ValueError) as error:
-            raise StorageUnavailable("a stored file is damaged, or sealed with another key") from error
+            raise StorageDamaged("a stored file is damaged, or sealed with another key") from error
         if not after:
             return
         chunk, number = after, number + 1
@@ -68,6 +69,10 @@ class SealedStorage(Storage):
     def __init__(self, url: str, data_key: bytes) -> None:
         super().__init__(url)
         self._key = data_key
+
+    def alias(self, name: str) -> str:
+        """A name for a file that only who has the key can tell the meaning of: 64 hex digits."""
+        return hmac.new(self._key, name.encode(), "sha256").hexdigest()
 
     def write(self, key: str, chunks: Iterable[bytes], max_bytes: int | None = None) -> Stored:
         return super().write(key, sealed(chunks, self._key), max_bytes)

@@ -7,16 +7,21 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
+from service.store import audit
 from service.store.tables import Tenant
 
 DEFAULT = "default"  # there from the beginning, for a deployment that serves one party
 
 
-def add(s: Session, tenant_id: str, *, approvals: int = 0, keep_files_days: int | None = None) -> Tenant:
+def add(
+    s: Session, tenant_id: str, *, approvals: int = 0, keep_files_days: int | None = None, keep_forgotten_days: int = 0
+) -> Tenant:
     """Raises InvalidTransition if the name is taken."""
-    row = insert(Tenant).values(id=tenant_id, approvals=approvals, keep_files_days=keep_files_days)
+    rules = {"approvals": approvals, "keep_files_days": keep_files_days, "keep_forgotten_days": keep_forgotten_days}
+    row = insert(Tenant).values(id=tenant_id, **rules)
     if s.scalar(row.on_conflict_do_nothing().returning(Tenant.id)) is None:
         raise InvalidTransition(f"there is a tenant {tenant_id!r} already")
+    audit.write(s, "tenant.added", "tenant", tenant_id, rules, tenant_id=tenant_id)
     return get(s, tenant_id)
 
 
@@ -27,10 +32,16 @@ def get(s: Session, tenant_id: str) -> Tenant:
     return tenant
 
 
-def change(s: Session, tenant_id: str, *, approvals: int, keep_files_days: int | None) -> Tenant:
-    """For what comes after it: a request keeps the number of approvals with which it began."""
+def change(s: Session, tenant_id: str, **rules: int | None) -> Tenant:
+    """Those that are given, for what comes after it: a request keeps the number of approvals with which it began.
+
+    Args:
+        rules: columns of the table, such as `approvals` and `keep_files_days`.
+    """
     tenant = get(s, tenant_id)
-    tenant.approvals, tenant.keep_files_days = approvals, keep_files_days
+    for name, value in rules.items():
+        setattr(tenant, name, value)
+    audit.write(s, "tenant.changed", "tenant", tenant_id, rules, tenant_id=tenant_id)
     return tenant
 
 

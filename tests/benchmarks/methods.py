@@ -58,7 +58,7 @@ def job(task: Task, entry: ModelEntry, scratch: Path) -> Assignment:
         forget_set=NO_FILE,
         retain_set=NO_FILE,
     )
-    file = FileRef(id=NO_FILE, key="unused", sha256="0", rows=1, bytes=1)
+    file = FileRef(id=NO_FILE, key="unused", sha256="0", digest="0", data_key="", rows=1, bytes=1)
     return Assignment(
         job_id="benchmark",
         attempt=1,
@@ -133,7 +133,7 @@ def solved(task: Task, scratch: Path) -> Solved:
     forget = Term(method.forget, run.forget_texts(assignment, storage, method, forget_rows, base))
     retain = run.retain_term(method, retain_rows, base)
     network = model.adapt(base, assignment.spec.lora, task.seed, method.layers)
-    both = measure.sets(*run.with_reference(assignment, storage, network, method, forget, retain), task.seed)
+    both = measure.sets(*run.with_reference(assignment, network, method, forget, retain), task.seed)
     with model.adapter_off(network):
         before = measure.measure(network, both)
     epsilon = assignment.spec.constraint.bound(before.retain_loss)

@@ -224,11 +224,11 @@ def test_openapi_declares_the_problems_of_every_operation(http: TestClient) -> N
     for path, operations in api["paths"].items():
         for method, operation in operations.items():
             assert operation["summary"], path
-            assert {"422", "500"} <= set(operation["responses"]), f"{method} {path}"
+            assert "500" in operation["responses"], f"{method} {path}"
             if "{" in path:
                 assert "404" in operation["responses"], path
             if "requestBody" in operation:
-                assert {"400", "413", "415"} <= set(operation["responses"]), path
+                assert {"400", "413", "415", "422"} <= set(operation["responses"]), path
             problems = [r for code, r in operation["responses"].items() if code >= "400" and path != "/readyz"]
             assert all(list(r["content"]) == ["application/problem+json"] for r in problems), path
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(api)))

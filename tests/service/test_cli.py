@@ -15,9 +15,10 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner, Result
 
-from service import client
+from service import terminal
 from service.app import create_app
 from service.cli import app
+from service.client.shapes import SuiteSet
 from service.domain import rows
 from service.domain.job import Audit, Gate, JobSpec, ModelEntry, PromptFormat, Verdict
 from service.domain.modelfiles import digest_model, inspect
@@ -244,7 +245,7 @@ def finish(sessions: Sessions, result: Any, job: dict[str, JobSpec]) -> None:
 def test_a_job_is_submitted_and_watched_to_its_end(
     run: Callable[..., Result], url: str, sets: list[object], sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "POLL_S", 0.02)
+    monkeypatch.setattr(terminal, "POLL_S", 0.02)
     options = ["--epsilon-relative", 0.1, "--max-steps", 7, "--set", "learning_rate=0.001", "--url", url]
     for result, code in (("PASSED", 0), ("WARNED", 0), ("FAILED", 1)):
         submitted = run("submit", "--model", "m", *sets, *options)
@@ -289,17 +290,21 @@ def test_a_refusal_is_told_in_the_services_words(run: Callable[..., Result], url
 # --- benchmarks, and what a request says of them
 
 
+def suite_sets(url: str, name: str) -> dict[str, SuiteSet]:
+    with terminal.connected(url) as api:
+        (suite,) = [suite for suite in api.benchmarks.suites() if suite.id == name]
+    return suite.sets
+
+
 @pytest.fixture
 def tofu(url: str, tmp_path: Path) -> list[object]:
     """The options that name the required sets of TOFU; the forget set's is one JSON array."""
-    with client.connect(url) as http:
-        suites = {suite["id"]: suite for suite in http.get("/v1/suites").json()["data"]}
     options: list[object] = []
-    for name, form in suites["tofu"]["sets"].items():
-        row = {column: ["\u2028"] if column in rows.LISTS else "\u2028" for column in form["columns"]}
+    for name, form in suite_sets(url, "tofu").items():
+        row = {column: ["\u2028"] if column in rows.LISTS else "\u2028" for column in form.columns}
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps([row, row], indent=1) if name == "forget" else json.dumps(row))
-        options += ["--set", f"{name}={path}"] if form["required"] else []
+        options += ["--set", f"{name}={path}"] if form.required else []
     return options
 
 
@@ -347,21 +352,18 @@ def test_a_benchmark_that_is_refused_leaves_no_files(
 
 
 def test_one_file_may_serve_as_two_sets(run: Callable[..., Result], url: str, tmp_path: Path) -> None:
-    with client.connect(url) as http:
-        (muse,) = [suite for suite in http.get("/v1/suites").json()["data"] if suite["id"] == "muse"]
+    muse = suite_sets(url, "muse")
     row = {"question": "q", "answer": "a", "prompt": "p", "gt": "g", "text": "t"}
     sets = []
-    for name, form in muse["sets"].items():
-        path = tmp_path / f"{'-'.join(form['columns'])}.json"
-        path.write_text(json.dumps([{column: row[column] for column in form["columns"]}]))
+    for name, form in muse.items():
+        path = tmp_path / f"{'-'.join(form.columns)}.json"
+        path.write_text(json.dumps([{column: row[column] for column in form.columns}]))
         sets += ["--set", f"{name}={path}"]
     added = run("benchmarks", "add", "alice", "--suite", "muse", "--corpus", "Alice", *sets, "--url", url)
     assert added.exit_code == 0, added.output
-    with client.connect(url) as http:
-        assert len(http.get("/v1/files").json()["data"]) == len(
-            {tuple(form["columns"]) for form in muse["sets"].values()}
-        )
-    assert set(muse["sets"]) <= set(re.findall(r"\w+", run("benchmarks", "suites", "--url", url).stdout))
+    with terminal.connected(url) as api:
+        assert len(list(api.files.list())) == len({tuple(form.columns) for form in muse.values()})
+    assert set(muse) <= set(re.findall(r"\w+", run("benchmarks", "suites", "--url", url).stdout))
 
 
 def test_a_request_names_benchmarks_gates_an_audit_and_a_holdout_set(

@@ -1,6 +1,7 @@
 """The whole life of a deletion request, over HTTP, with the sweep and what a worker does to its jobs."""
 
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -14,20 +15,22 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
+from service import batches
 from service.api.deps import Parts
 from service.batches import serve_deletions
 from service.domain import catalog, deletion
 from service.domain.deletion import TRANSITIONS, Denial, DenialReason, Regulation, RequestStatus
 from service.domain.errors import InvalidTransition
+from service.domain.identity import Principal
 from service.domain.job import Failure, FailureCode, JobSpec, ModelEntry, PromptFormat, Verdict
 from service.settings import Settings
-from service.store import deletions, files, jobs, models, tenancy
+from service.store import deletion_plans, deletions, files, jobs, models, tenancy
 from service.store.rows import ArtifactRow, Claim
-from service.store.secrets import secrets_of
+from service.store.secrets import Secrets, secrets_of
 from service.store.session import Sessions, make_sessions
 from service.store.storage import Storage
-from service.store.tables import AuditEvent, DeletionApproval, DeletionPlan, DeletionRequest, File, Tenant
-from service.sweep import purge_due
+from service.store.tables import AuditEvent, DeletionApproval, DeletionPlan, DeletionRequest, File, Job, Tenant
+from service.sweep import purge_due, sweep_once
 from tests.service.conftest import Bell
 from worker.assignment import assignment
 
@@ -169,7 +172,7 @@ def test_a_request_is_found_by_its_subject_whatever_its_capitals(
 
 def test_lists_have_filters_and_pages(http: TestClient, submit: Callable[..., dict[str, Any]]) -> None:
     first = submit(external_reference="a", regulation="ccpa")
-    second, third = submit(), submit(due_at="2999-01-01T00:00:00Z")
+    second, third = submit(), submit(regulation="other", due_at="2999-01-01T00:00:00Z")
     http.post(f"{REQUESTS}/{second['id']}/cancel")
 
     def found(**query: Any) -> list[str]:
@@ -205,6 +208,10 @@ def test_what_cannot_be_carried_out_is_named_and_nothing_is_kept(
         ({"regulation": "other"}, "give due_at"),
         ({"received_at": "2999-01-01T00:00:00Z"}, "in the future"),
         ({"received_at": "2026-01-02T00:00:00Z", "due_at": "2026-01-01T00:00:00Z"}, "not after received_at"),
+        (
+            {"received_at": "2026-01-31T00:00:00Z", "due_at": "2026-02-28T00:00:01Z"},
+            "/due_at by gdpr it is due at 2026-02-28",
+        ),
         ({"models": ["m", "nobody"]}, "/models/1 model 'nobody' is not registered"),
         ({"models": ["m", "m"]}, "names a model twice"),
         ({"models": []}, "/models"),
@@ -253,6 +260,21 @@ def test_a_batch_answers_for_each(http: TestClient) -> None:
     assert pointers == [["/forget_set/0"], ["/models/0"], ["/regulation", "/forget_set"]]
     assert len(http.get(REQUESTS).json()["data"]) == 2
     problem(http.post(f"{REQUESTS}/batch", json={"requests": [ok] * 101}), 422, "validation-error")
+
+
+def test_a_batch_that_is_sent_again_makes_only_what_was_not_made(http: TestClient) -> None:
+    def send(*requests: dict[str, Any]) -> list[dict[str, Any]]:
+        sent = http.post(f"{REQUESTS}/batch", json={"requests": requests}, headers={"Idempotency-Key": '"b-1"'})
+        return list(sent.json()["results"])
+
+    ok, wrong = asked(EVE), asked(models=["nobody"])
+    first = send(ok, wrong, ok)
+    assert [one["status"] for one in first] == [201, 422, 201]
+    again = send(ok, asked(ADA), asked(ADA))  # the second mended, the third another than before
+    assert [one["status"] for one in again] == [201, 201, 422]
+    assert again[0] == first[0]
+    assert again[2]["problem"]["type"].endswith("#idempotency-key-reused")
+    assert len(http.get(REQUESTS).json()["data"]) == 3
 
 
 def test_another_tenants_request_is_not_there(
@@ -514,6 +536,24 @@ def test_a_person_closes_what_failed(http: TestClient, submit: Callable[..., dic
     assert closed["closing"] == {"reason": "the model was taken down", "by": made["created_by"]}
 
 
+def test_who_submitted_what_wanted_approval_does_not_close_it(
+    http: TestClient,
+    submit: Callable[..., dict[str, Any]],
+    approvals: Callable[[int], None],
+    make_key: Callable[..., str],
+    worker: Desk,
+) -> None:
+    approvals(1)
+    made = submit(ADA)
+    other = as_(make_key("compliance_approver"))
+    assert http.post(f"{REQUESTS}/{made['id']}/approve", headers=other).status_code == 200
+    http.post(JOBS, json=job_body([ADA], [made["id"]]))
+    worker.end(FAILED)
+    path = f"{REQUESTS}/{made['id']}/close"
+    assert "does not close it" in problem(http.post(path, json={"reason": "r"}), 409, "invalid-transition")["detail"]
+    assert http.post(path, json={"reason": "r"}, headers=other).json()["status"] == "completed"
+
+
 # --- the jobs that are made for it
 
 
@@ -544,7 +584,7 @@ def test_as_many_as_the_plan_says_make_one_job_with_the_rows_of_all(
     bell: Bell,
 ) -> None:
     plan(window_seconds=3600, requests_max=2, gates=[{"metric": "forget/rouge_l_recall", "op": "<=", "threshold": 0.5}])
-    ada = submit(ADA, received_at="2026-11-01T00:00:00Z", due_at="2998-01-01T00:00:00Z")
+    ada = submit(ADA, regulation="other", due_at="2998-01-01T00:00:00Z")
     assert serve_deletions(parts) == 0  # it waits for others
     eve, third = submit(EVE, ADA), submit({"text": "third"})
     assert (serve_deletions(parts), serve_deletions(parts)) == (1, 0)
@@ -588,6 +628,28 @@ def test_the_window_ends_the_wait_and_the_next_job_starts_from_the_adapter_of_th
     assert the_job(http, eve)["parent"] == first
 
 
+def test_a_job_for_requests_starts_where_the_last_one_ended(
+    http: TestClient, submit: Callable[..., dict[str, Any]], worker: Desk, parts: Parts
+) -> None:
+    def ask(**fields: Any) -> Any:
+        row = dict(ADA, answer=str(len(http.get(REQUESTS).json()["data"])))
+        return http.post(JOBS, json=job_body([row], [submit(row)["id"]], **fields))
+
+    assert ask().status_code == 201
+    first = worker.end()
+    for wrong in ({}, {"parent": None}):
+        found = problem(ask(**wrong), 422, "validation-error")["errors"]
+        assert [(one["pointer"], one["code"], first in one["detail"]) for one in found] == [("/parent", "fork", True)]
+    assert http.post(JOBS, json=job_body([EVE], [])).status_code == 201  # it serves none: no model of theirs
+    beside = worker.end()
+    assert problem(ask(parent=beside), 422, "validation-error")["errors"][0]["code"] == "fork"
+    assert http.post(JOBS, json=job_body([EVE], [], parent=first)).status_code == 201
+    assert ask(parent=worker.end()).status_code == 201  # what the first forgot is forgotten there, too
+    second = worker.end()
+    with parts.sessions.begin() as s:
+        assert deletion_plans.latest(s, "default", "m") == second
+
+
 def test_two_sweeps_make_one_job(
     http: TestClient, submit: Callable[..., dict[str, Any]], plan: Callable[..., dict[str, Any]], parts: Parts
 ) -> None:
@@ -609,6 +671,7 @@ def test_a_request_for_what_must_be_kept_fails_and_the_others_go_on(
     plan: Callable[..., dict[str, Any]],
     parts: Parts,
     upload: Callable[..., str],
+    worker: Desk,
 ) -> None:
     plan(requests_max=3)
     bob, too, ada = submit(EVE, BOB), submit(BOB), submit(ADA)
@@ -616,9 +679,102 @@ def test_a_request_for_what_must_be_kept_fails_and_the_others_go_on(
     assert the_job(http, ada)["deletion_requests"] == [ada["id"]]
     shown = show(http, bob)
     assert (shown["status"], shown["jobs"]) == ("failed", [])
-    assert shown["status_reason"] == "its row 2 is row 1 of the plan's retain set"
+    assert shown["status_reason"] == "model 'm': its row 2 is row 1 of the plan's retain set"
     assert show(http, too)["status"] == "failed"
     assert http.post(f"{REQUESTS}/{bob['id']}/cancel").json()["status"] == "cancelled"
+    worker.end()
+    assert serve_deletions(parts) == 0
+    plan(requests_max=1, retain_set=upload("retain_set", [{"text": "other"}]))
+    assert serve_deletions(parts) == 1
+    assert (show(http, too)["status"], show(http, too)["status_reason"]) == ("in_progress", None)
+
+
+def test_what_is_damaged_fails_alone(
+    http: TestClient,
+    submit: Callable[..., dict[str, Any]],
+    plan: Callable[..., dict[str, Any]],
+    parts: Parts,
+) -> None:
+    long = {"text": "x" * 70_000}  # more than one chunk: it is the second that cannot be read
+    plan(requests_max=4)
+    whole, cut, lost, other = submit(ADA), submit(EVE, long), submit({"text": "lost"}), submit({"text": "other"})
+    with parts.sessions.begin() as s:
+        path = Path(parts.settings.storage_url.removeprefix("file://")) / files.get(s, cut["forget_set"]).key
+        key = files.get(s, other["forget_set"]).sealed
+        s.execute(update(File).where(File.id == lost["forget_set"]).values(sealed=key))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert serve_deletions(parts) == 1
+    assert the_job(http, whole)["deletion_requests"] == [whole["id"], other["id"]]
+    assert "damaged" in show(http, cut)["status_reason"]
+    assert "cannot be opened" in show(http, lost)["status_reason"]
+    assert serve_deletions(parts) == 0
+
+
+def test_a_wrong_master_key_is_no_requests_fault(
+    http: TestClient, submit: Callable[..., dict[str, Any]], plan: Callable[..., dict[str, Any]], parts: Parts
+) -> None:
+    plan(requests_max=1)
+    made = submit(ADA)
+    assert serve_deletions(parts._replace(secrets=Secrets(b"?" * 32))) == 0
+    assert show(http, made)["status"] == "approved"
+    assert "another MASTER_KEY" in http.get(f"{PLANS}/m").json()["status_reason"]
+
+
+def test_the_trouble_of_one_batch_does_not_stop_the_others(
+    http: TestClient,
+    submit: Callable[..., dict[str, Any]],
+    plan: Callable[..., dict[str, Any]],
+    parts: Parts,
+    sessions: Sessions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = plan(requests_max=1)
+    with sessions.begin() as s:
+        models.add(s, ModelEntry(name="n", source="path", location="n", prompt_format=PromptFormat()))
+    http.put(f"{PLANS}/n", json={name: made[name] for name in ("job", "window_seconds", "requests_max")})
+    one, two = submit(ADA), submit(EVE, models=["n"])
+    serve, tried = batches._serve, list[str]()
+
+    def once_broken(here: Parts, who: Principal, batch: deletion_plans.Batch) -> bool:
+        tried.append(batch.plan.model)
+        if len(tried) == 1:
+            raise ValueError("unforeseen")
+        return serve(here, who, batch)
+
+    monkeypatch.setattr(batches, "_serve", once_broken)
+    assert serve_deletions(parts) == 1
+    assert sorted(tried) == ["m", "n"]
+    assert {show(http, one)["status"], show(http, two)["status"]} == {"approved", "in_progress"}
+
+
+def test_what_failed_for_one_model_is_served_for_the_others(
+    http: TestClient,
+    submit: Callable[..., dict[str, Any]],
+    plan: Callable[..., dict[str, Any]],
+    parts: Parts,
+    sessions: Sessions,
+    worker: Desk,
+) -> None:
+    with sessions.begin() as s:
+        models.add(s, ModelEntry(name="n", source="path", location="n", prompt_format=PromptFormat()))
+    plan_of_n = plan(requests_max=1)
+    failed, unfit = submit(ADA, models=["m", "n"]), submit(BOB, models=["m", "n"])
+    assert serve_deletions(parts) == 1
+    bad = worker.end(FAILED)
+    assert serve_deletions(parts) == 0  # what the plan wants kept
+    assert [show(http, one)["status"] for one in (failed, unfit)] == ["failed", "failed"]
+    body = {name: plan_of_n[name] for name in ("job", "window_seconds")}
+    http.put(f"{PLANS}/n", json=body | {"requests_max": 1})
+    assert serve_deletions(parts) == 1
+    shown, told = show(http, failed), f"job {bad} on model 'm': the verdict is FAILED"
+    assert (shown["status"], shown["status_reason"]) == ("in_progress", told)  # nobody takes it back meanwhile
+    worker.end()
+    assert (show(http, failed)["status"], show(http, failed)["status_reason"]) == ("failed", told)
+    assert (serve_deletions(parts), serve_deletions(parts)) == (0, 0)
+    assert show(http, unfit)["status_reason"].count("is row 1 of the plan's retain set") == 2
+    third = submit({"text": "third"})
+    assert serve_deletions(parts) == 1  # though an older one is there that cannot be served
+    assert the_job(http, third)["deletion_requests"] == [third["id"]]
 
 
 def test_a_plan_of_which_no_job_can_be_made_is_suspended_until_it_is_put_anew(
@@ -666,21 +822,105 @@ def test_plans_are_judged_shown_and_removed(
     problem(http.get(f"{PLANS}/m"), 404, "not-found")
 
 
-def test_a_batch_that_failed_leaves_no_row_of_a_request_that_is_taken_back(
+def ended_by(http: TestClient, worker: Desk, request: dict[str, Any], end: str) -> None:
+    """Its job ends, and then so does it."""
+    path = f"{REQUESTS}/{request['id']}"
+    if end == "passed":
+        worker.end()
+    elif end == "closed":
+        worker.end(FAILED)
+        http.post(f"{path}/close", json={"reason": "r"})
+    else:
+        worker.fail() if end == "failed, cancelled" else worker.end(FAILED)
+        http.post(f"{path}/cancel")
+
+
+@pytest.mark.parametrize("end", ["passed", "closed", "failed, cancelled", "not passed, cancelled"])
+def test_no_row_is_left_of_a_request_that_has_ended(
+    http: TestClient,
+    submit: Callable[..., dict[str, Any]],
+    plan: Callable[..., dict[str, Any]],
+    parts: Parts,
+    worker: Desk,
+    end: str,
+) -> None:
+    plan(requests_max=1)
+    made = submit(ADA)
+    assert made["files"] == [made["forget_set"]]
+    assert serve_deletions(parts) == 1
+    batch = the_job(http, made)["forget_set"]
+    assert purge_due(parts.sessions, parts.storage) == 0
+    ended_by(http, worker, made, end)
+    assert show(http, made)["files"] == [made["forget_set"], batch]
+    assert purge_due(parts.sessions, parts.storage) == 2
+    for file in (made["forget_set"], batch):
+        assert http.get(f"/v1/files/{file}").json()["purged_at"] is not None
+
+
+def test_what_was_forgotten_is_kept_as_long_as_the_tenant_says(
     http: TestClient,
     submit: Callable[..., dict[str, Any]],
     plan: Callable[..., dict[str, Any]],
     parts: Parts,
     worker: Desk,
 ) -> None:
-    plan(requests_max=1)
-    made = submit(ADA)
+    with parts.sessions.begin() as s:
+        s.execute(update(Tenant).values(keep_forgotten_days=30))
+    plan()
+    one, two = submit(ADA), submit(EVE)
     assert serve_deletions(parts) == 1
-    batch = the_job(http, made)["forget_set"]
+    batch = the_job(http, one)["forget_set"]
+    worker.end()
+    assert purge_due(parts.sessions, parts.storage) == 0
+    for file in (one["forget_set"], two["forget_set"], batch):
+        purge_at = datetime.fromisoformat(http.get(f"/v1/files/{file}").json()["purge_at"])
+        assert timedelta(days=29) < purge_at - datetime.now(UTC) <= timedelta(days=30)
+    with parts.sessions.begin() as s:
+        s.execute(update(File).values(purge_at=File.purge_at - timedelta(days=30)))
+    assert purge_due(parts.sessions, parts.storage) == 3
+
+
+def test_rows_that_another_open_request_needs_stay_until_it_ends(
+    http: TestClient,
+    submit: Callable[..., dict[str, Any]],
+    plan: Callable[..., dict[str, Any]],
+    parts: Parts,
+    worker: Desk,
+) -> None:
+    plan()
+    one, two = submit(ADA), submit(EVE)
+    assert serve_deletions(parts) == 1
+    batch = the_job(http, one)["forget_set"]
     worker.fail()
-    http.post(f"{REQUESTS}/{made['id']}/cancel")
+    http.post(f"{REQUESTS}/{one['id']}/cancel")
+    assert purge_due(parts.sessions, parts.storage) == 1  # its own
+    assert http.get(f"/v1/files/{batch}").json()["purge_at"] is None
+    http.post(f"{REQUESTS}/{two['id']}/close", json={"reason": "r"})
     assert purge_due(parts.sessions, parts.storage) == 2
-    assert http.get(f"/v1/files/{batch}").json()["purged_at"] is not None
+
+
+def test_what_the_sweep_settles_is_settled_job_by_job(
+    http: TestClient, submit: Callable[..., dict[str, Any]], worker: Desk, parts: Parts
+) -> None:
+    """With the locks of several jobs' requests at once, two could wait for each other."""
+    requests = [submit(row) for row in (ADA, EVE)]
+    for row, request in zip((ADA, EVE), requests, strict=True):
+        http.post(JOBS, json=job_body([row], [request["id"]]))
+    late = [worker.claim().job_id for _ in requests]
+    with parts.sessions.begin() as s:
+        for minutes, job in zip((2, 1), late, strict=True):
+            s.execute(update(Job).where(Job.id == job).values(lease_until=func.now() - timedelta(minutes=minutes)))
+    never = parts.settings.model_copy(update={"infra_losses_max": 0})
+    with ThreadPoolExecutor(1) as pool:
+        with parts.sessions.begin() as s:
+            deletions.locked(s, requests[1]["id"])
+            swept = pool.submit(sweep_once, parts.sessions, parts.dispatcher, never)
+            until = time.monotonic() + 10
+            while show(http, requests[0])["status"] != "failed" and time.monotonic() < until:
+                time.sleep(0.02)
+            assert [show(http, one)["status"] for one in requests] == ["failed", "in_progress"]
+        assert swept.result().expired == 2
+    assert show(http, requests[1])["status"] == "failed"
 
 
 # --- deadlines

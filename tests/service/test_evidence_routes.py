@@ -24,7 +24,7 @@ from service.domain.job import Failure, FailureCode
 from service.domain.report import AdapterFile, Released
 from service.evidence import canonical, certificate, chain, dsse, keys
 from service.settings import Settings
-from service.store import audit, evidence_keys, files, jobs, tenancy, tenants
+from service.store import audit, evidence, evidence_keys, files, jobs, tenancy, tenants
 from service.store.rows import ArtifactRow
 from service.store.secrets import SealBroken, Secrets, secrets_of
 from service.store.session import Sessions
@@ -142,7 +142,7 @@ def test_two_tenants_have_two_chains(sessions: Sessions, make_key: Callable[...,
     for _ in range(3):
         noted(sessions)
         noted(other)
-    assert [checked(sessions, tenant).entries for tenant in (DEFAULT, "other")] == [3, 4]
+    assert [checked(sessions, tenant).entries for tenant in (DEFAULT, "other")] == [3, 5]
     assert checked(sessions, "other").fault is None
     assert list(audit.export(other, DEFAULT)) == [], "of another tenant there is nothing"
 
@@ -276,7 +276,7 @@ def test_the_figures_tell_of_all_logs(
         s.execute(text("UPDATE audit_checks SET checked_at = now() - interval '2 hours', whole_at = '2026-01-01'"))
     with client_of(settings.model_copy(update={"metrics_cache_s": 0})) as http:
         found = figures(http)
-        assert (found["events_total"], found["chain_valid"]) == (2 + 1, 1)
+        assert (found["events_total"], found["chain_valid"]) == (2 + 2, 1)
         assert found["check_age_seconds"] == pytest.approx(7200, abs=60)
         attest.check_logs(sweep)
         found = figures(http)
@@ -483,10 +483,35 @@ def test_another_tenant_sees_nothing_of_it(
     export = http.get(LOG, headers=stranger | LINES).content
     assert job_id.encode() not in export
     assert {json.loads(line)["tenant"] for line in export.splitlines()} == {"other"}
-    assert http.get(f"{LOG}/head", headers=stranger).json()["seq"] == 1
+    assert http.get(f"{LOG}/head", headers=stranger).json()["seq"] == 2
     mlops = {"Authorization": f"Bearer {make_key('mlops')}"}
     for path in (LOG, f"{LOG}/head"):
         assert http.get(path, headers=mlops).json()["required_scopes"] == ["audit:read"]
+
+
+@pytest.mark.parametrize("error", [ValueError("beyond 2**53"), RuntimeError("unforeseen")])
+def test_a_job_that_cannot_be_certified_keeps_nobody_waiting(
+    sessions: Sessions, settings: Settings, new_job: NewJob, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    ids = []
+    for _ in range(2):
+        ids.append(new_job())
+        succeed(sessions, settings, ids[-1])
+    first, second = ids
+    whole = certificate.issue
+
+    def issue_but_one(statement: certificate.Certificate, key: Any) -> Any:
+        if statement.predicate.job_id == first:
+            raise error
+        return whole(statement, key)
+
+    monkeypatch.setattr(certificate, "issue", issue_but_one)
+    assert issue(sessions, settings) == 1
+    with sessions.begin() as s:
+        row, other = evidence.of_job(s, first), evidence.of_job(s, second)
+        assert other is not None
+        assert other.envelope is not None
+        assert (row.refusal if row else None) == ("beyond 2**53" if isinstance(error, ValueError) else None)
 
 
 # --- keys

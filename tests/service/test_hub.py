@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from typer.testing import Result
 from werkzeug import Request, Response
 
-from service import client, hub
+from service import hub, terminal
 from service.domain import rows
 from service.domain.errors import InvalidRequest
 from service.settings import Settings
@@ -335,11 +335,10 @@ def test_parquet_becomes_lines(tmp_path: Path) -> None:
 
 
 def test_the_command_line_names_files_of_the_hub(run: Callable[..., Result], url: str, the_hub: Hub) -> None:
-    with client.connect(url) as http:
-        forms = next(suite for suite in http.get("/v1/suites").json()["data"] if suite["id"] == "tofu")["sets"]
+    forms = test_cli.suite_sets(url, "tofu")
     sets = list[str]()
     for name, form in forms.items():
-        the_hub.files[f"sets/{name}.json"] = json_lines([row(form["columns"])])
+        the_hub.files[f"sets/{name}.json"] = json_lines([row(form.columns)])
         sets += ["--set", f"{name}=hub:{REPO}@{SHA}/sets/{name}.json"]
     options = ["benchmarks", "add", "b", "--suite", "tofu", "--corpus", "c", *sets, "--url", url]
     moved = run(*options, "--set", f"forget=hub:{REPO}@main/sets/forget.json")
@@ -348,13 +347,11 @@ def test_the_command_line_names_files_of_the_hub(run: Callable[..., Result], url
     assert (malformed.exit_code, "hub:OWNER/NAME@SHA/PATH" in malformed.stderr) == (2, True), malformed.output
     added = run(*options)
     assert added.exit_code == 0, added.output
-    with client.connect(url) as http:
-        assert {one["filename"] for one in http.get("/v1/files").json()["data"]} == {
-            f"{REPO}@{SHA}/sets/{name}.json" for name in forms
-        }
+    with terminal.connected(url) as api:
+        assert {one.filename for one in api.files.list()} == {f"{REPO}@{SHA}/sets/{name}.json" for name in forms}
     assert run("benchmarks", "remove", "b", "--url", url).exit_code == 0
-    with client.connect(url) as http:
-        assert all(one["purged_at"] for one in http.get("/v1/files").json()["data"])
+    with terminal.connected(url) as api:
+        assert all(one.purged_at for one in api.files.list())
 
 
 def test_openapi_tells_both_forms_of_a_set(http: TestClient) -> None:

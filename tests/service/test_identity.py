@@ -18,6 +18,7 @@ from service.api.guard import Guarded
 from service.app import create_app
 from service.domain.errors import NotFound
 from service.domain.identity import ALL, ROLES, Principal, Scope
+from service.processes import free_port
 from service.settings import Settings
 from service.store import audit, files, jobs, keys, reads, tenancy, tenants
 from service.store.secrets import secrets_of
@@ -175,7 +176,10 @@ def test_a_row_belongs_to_the_tenant_of_its_session(sessions: Sessions, settings
         assert (made.row.tenant_id, made.row.created_by) == ("other", "x")
     with sessions.begin() as s:
         chain = s.scalars(audit.select(AuditEvent), execution_options=tenancy.EVERYBODYS).all()
-        assert [(row.tenant_id, row.action) for row in chain] == [("other", "key.created")]
+        assert [(row.tenant_id, row.action) for row in chain] == [
+            ("other", "tenant.added"),
+            ("other", "key.created"),
+        ]
 
 
 # --- keys
@@ -228,6 +232,31 @@ def test_a_key_of_another_master_key_is_nobodys(sessions: Sessions, settings: Se
         assert keys.recognise(s, theirs, secret) is None
 
 
+def test_a_key_makes_only_keys_that_expire_no_later_than_itself(http: TestClient) -> None:
+    soon = datetime.now(UTC) + timedelta(hours=1)
+    body = {"name": "m", "scopes": ["keys:manage"], "expires_at": soon.isoformat()}
+    maker = bearer(http.post("/v1/api-keys", json=body).json()["secret"])
+    for later in (None, (soon + timedelta(seconds=1)).isoformat()):
+        refused = http.post("/v1/api-keys", json=body | {"expires_at": later}, headers=maker)
+        assert [error["pointer"] for error in refused.json()["errors"]] == ["/expires_at"]
+    assert http.post("/v1/api-keys", json=body, headers=maker).status_code == 201
+
+
+def test_a_change_of_a_tenants_rules_changes_what_is_given_and_is_in_its_log(sessions: Sessions) -> None:
+    with sessions.begin() as s:
+        tenants.add(s, "other", approvals=2, keep_files_days=30)
+    with sessions.begin() as s:
+        changed = tenants.change(s, "other", keep_files_days=None)
+        assert (changed.approvals, changed.keep_files_days) == (2, None)
+    with sessions.begin() as s:
+        tenancy.bind(s, "other", "x")
+        told = [(row.action, row.data) for row in audit.events(s)]
+    assert told == [
+        ("tenant.added", {"approvals": 2, "keep_files_days": 30, "keep_forgotten_days": 0}),
+        ("tenant.changed", {"keep_files_days": None}),
+    ]
+
+
 def test_without_a_master_key_nothing_starts(settings: Settings) -> None:
     with pytest.raises(RuntimeError, match="MASTER_KEY is not set"):
         create_app(settings.model_copy(update={"master_key": None}))
@@ -261,6 +290,8 @@ def test_a_token_of_the_provider_is_a_person_with_the_scopes_of_his_roles(
 ) -> None:
     settings, token = provider
     job_id = new_job()
+    with sessions.begin() as s:
+        tenants.add(s, "other")
     with client_of(settings) as http:
         assert http.get(f"{JOBS}/{job_id}", headers=bearer(token())).status_code == 200
         assert http.post(f"{JOBS}/{job_id}/cancel", headers=bearer(token())).status_code == 403
@@ -280,6 +311,7 @@ WRONG_CLAIMS: list[dict[str, Any]] = [
     {"exp": 1},
     {"nbf": 4_000_000_000},
     {"tenant": None},
+    {"tenant": "nobody"},
     {"tenant": ["default"]},
     {"roles": "admin"},
 ]
@@ -292,6 +324,13 @@ def test_a_token_that_is_not_meant_for_us_is_nobodys(
     settings, token = provider
     with client_of(settings) as http:
         assert http.get(JOBS, headers=bearer(token(**claims))).status_code == 401
+
+
+def test_a_provider_that_is_away_is_no_guess(settings: Settings, client_of: ClientOf) -> None:
+    away = {"oidc_issuer": "https://id.example", "oidc_jwks_url": f"http://127.0.0.1:{free_port()}/"}
+    token = jwt.encode({"sub": "ada"}, "s" * 32, "HS256", headers={"kid": "k1"})
+    with client_of(settings.model_copy(update=away | {"rate_limit_failures_per_minute": 1})) as http:
+        assert [http.get(JOBS, headers=bearer(token)).status_code for _ in range(3)] == [503] * 3
 
 
 def test_a_token_that_the_provider_did_not_sign_is_nobodys(

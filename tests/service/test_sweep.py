@@ -26,7 +26,7 @@ from service.store import files, jobs
 from service.store.rows import ArtifactRow
 from service.store.session import Sessions
 from service.store.storage import Storage
-from service.sweep import Swept, sweep_once
+from service.sweep import Swept, purge_due, sweep_once
 from tests.conftest import MASTER_KEY
 
 NewJob = Callable[..., str]
@@ -288,3 +288,25 @@ def test_the_process_survives_outages_and_stops_when_told(
     finally:
         process.kill()
         process.wait()
+
+
+def test_files_that_are_needed_do_not_keep_others_from_being_purged(
+    new_job: NewJob, sessions: Sessions, settings: Settings
+) -> None:
+    """However many of them there are, and however long they have been due."""
+    needed = {jobs_file for job_id in (new_job(), new_job()) for jobs_file in sets_of(sessions, job_id)}
+    free = sets_of(sessions, over := new_job())
+    with sessions.begin() as s:
+        jobs.request_cancel(s, over)
+        s.execute(text("UPDATE files SET purge_at = now() - interval '1 day'"))
+        s.execute(text("UPDATE files SET purge_at = now() - interval '1 hour' WHERE id = ANY(:free)"), {"free": free})
+        assert sorted(files.due(s, limit=len(needed))) == sorted(free)
+    assert purge_due(sessions, Storage(settings.storage_url)) == 2
+    with sessions.begin() as s:
+        assert {file.id for file in files.page(s)[0] if file.purged_at is None} == needed
+
+
+def sets_of(sessions: Sessions, job_id: str) -> list[str]:
+    with sessions() as s:
+        job = jobs.get(s, job_id)
+        return [job.forget_set, job.retain_set]

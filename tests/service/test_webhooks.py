@@ -16,7 +16,6 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from service import client
 from service.cli import app
 from service.domain.job import Failure, FailureCode, Verdict
 from service.settings import Settings
@@ -25,7 +24,9 @@ from service.store.secrets import Secrets
 from service.store.session import Sessions, make_sessions
 from service.webhook_sender import Sender, keep_sending, send_next, sender_of
 from service.webhooks.events import EventType, Subject
+from tests.service import test_cli
 
+url = test_cli.url  # an API on a port of its own
 ENDPOINTS = "/v1/webhook-endpoints"
 NewJob = Callable[..., str]
 ClientOf = Callable[..., Any]
@@ -699,17 +700,9 @@ def test_the_outbox_is_measured_by_what_nobody_turns_to(
         assert figures(http) == (0, 0)
 
 
-def test_the_command_line(
-    http: TestClient, receiver: Receiver, sender: Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @contextmanager
-    def connected(_: str) -> Iterator[TestClient]:
-        yield http
-
-    monkeypatch.setattr(client, "connect", connected)
-
+def test_the_command_line(url: str, receiver: Receiver, sender: Sender) -> None:
     def cli(*words: str) -> str:
-        result = CliRunner().invoke(app, ["webhooks", *words])
+        result = CliRunner().invoke(app, ["webhooks", *words], env={"UNLEARN_URL": url})
         assert result.exit_code == 0, result.output
         return result.output.strip()
 

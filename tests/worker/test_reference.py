@@ -9,7 +9,7 @@ from torch import Tensor
 
 from service.domain.job import Lora, PromptFormat
 from service.domain.rows import Example
-from service.store.storage import Storage
+from service.store.sealed import SealedStorage
 from worker import data, model, reference, views
 from worker.data import Encoded
 from worker.losses.retain.nll import nll
@@ -46,18 +46,18 @@ def logits(network: Network, ids: list[int]) -> Tensor:
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path))
+def storage(tmp_path: Path) -> SealedStorage:
+    return SealedStorage(str(tmp_path), bytes(32))
 
 
-def recall(storage: Storage, network: Network, term: Term, places: list[int]) -> Term:
+def recall(storage: SealedStorage, network: Network, term: Term, places: list[int]) -> Term:
     with TemporaryDirectory() as scratch:
         return reference.recall(storage, PREFIX, Path(scratch), network, term, places)
 
 
 @pytest.mark.parametrize("at_once", [1, 10_000])
 def test_log_probabilities_are_those_of_the_base(
-    network: Network, storage: Storage, at_once: int, monkeypatch: pytest.MonkeyPatch
+    network: Network, storage: SealedStorage, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "TOKENS_AT_ONCE", at_once)
     recalled = recall(storage, network, term(network, "reference"), [2, 0, 1])
@@ -71,7 +71,7 @@ def test_log_probabilities_are_those_of_the_base(
             assert stored.states_nD is None, "what is not needed is not kept"
 
 
-def test_its_logits_come_from_stored_states(network: Network, storage: Storage) -> None:
+def test_its_logits_come_from_stored_states(network: Network, storage: SealedStorage) -> None:
     recalled = recall(storage, network, term(network, "reference_states"), [0, 1, 2])
     part = views.pack({"t": recalled}, [("t", 1), ("t", 0)], network.device)
     view = views.views(network, part, {"t": recalled})["t"]["refusal"]
@@ -83,7 +83,7 @@ def test_its_logits_come_from_stored_states(network: Network, storage: Storage) 
     assert ours_N.min() > 1e-3, "the adapter makes a difference"
 
 
-def test_inner_states_are_those_at_the_losss_depth(network: Network, storage: Storage) -> None:
+def test_inner_states_are_those_at_the_losss_depth(network: Network, storage: SealedStorage) -> None:
     recalled = recall(storage, network, term(network, "reference_states", depth=0.5), [0])
     row = recalled.encoded.rows[0]
     with adapter_off(network), torch.no_grad():
@@ -94,7 +94,7 @@ def test_inner_states_are_those_at_the_losss_depth(network: Network, storage: St
     )
 
 
-def test_a_loss_gets_no_more_of_the_reference_than_it_says_it_needs(network: Network, storage: Storage) -> None:
+def test_a_loss_gets_no_more_of_the_reference_than_it_says_it_needs(network: Network, storage: SealedStorage) -> None:
     recalled = recall(storage, network, term(network, "reference"), [0])
     part = views.pack({"t": recalled}, [("t", 0)], network.device)
     seen = views.views(network, part, {"t": recalled})["t"]["answer"].reference
@@ -111,7 +111,7 @@ def test_a_loss_gets_no_more_of_the_reference_than_it_says_it_needs(network: Net
 
 
 def test_a_second_attempt_finds_what_the_first_one_stored(
-    network: Network, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    network: Network, storage: SealedStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = recall(storage, network, term(network, "reference"), [0, 1, 2])
     monkeypatch.setattr(reference, "compute", lambda *_: pytest.fail("computed again"))
@@ -127,7 +127,7 @@ def test_a_second_attempt_finds_what_the_first_one_stored(
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_what_is_damaged_is_computed_again(network: Network, tmp_path: Path, damage: str) -> None:
-    storage = Storage(str(tmp_path))
+    storage = SealedStorage(str(tmp_path), bytes(32))
     first = recall(storage, network, term(network, "reference"), [0])
     (path,) = (tmp_path / PREFIX / "reference").glob("*.safetensors")
     content = bytearray(path.read_bytes())

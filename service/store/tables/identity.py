@@ -15,10 +15,13 @@ class Tenant(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     approvals: Mapped[int] = mapped_column(server_default=text("0"))  # persons who must approve a deletion request
     keep_files_days: Mapped[int | None]  # after which an uploaded set is purged; null: when somebody deletes it
+    # that what a completed deletion request had forgotten is kept, for later jobs to measure it again
+    keep_forgotten_days: Mapped[int] = mapped_column(server_default=text("0"))
 
     __table_args__ = (
         CheckConstraint("approvals BETWEEN 0 AND 2", name="approvals"),
         CheckConstraint("keep_files_days >= 0", name="keep_files_days"),
+        CheckConstraint("keep_forgotten_days >= 0", name="keep_forgotten_days"),
     )
 
 

@@ -35,6 +35,8 @@ class DeletionRequest(Owned, Base):
     subject_digests: Mapped[list[str]] = mapped_column(deferred=True)
     denial: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # reason, note, by
     closing: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # reason, by: closed by a person
+    # by model: why no job of its plan can serve the request
+    unfit: Mapped[dict[str, str]] = mapped_column(server_default=text("'{}'"))
     status_reason: Mapped[str | None]
     metadata_: Mapped[dict[str, str]] = mapped_column("metadata", server_default=text("'{}'"))
     created_by: Mapped[str]

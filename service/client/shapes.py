@@ -1,0 +1,259 @@
+"""What the service answers with, as far as a program needs it; `raw` has all of it, what comes later too.
+
+Names of statuses, stages and codes are strings: a newer service may have more of them.
+"""
+
+from datetime import datetime
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.domain.errors import UnlearnError
+from service.domain.job import TERMINAL
+
+Json = dict[str, Any]
+RELEASED = ("PASSED", "WARNED")
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Answer(Part):
+    raw: Json = Field(repr=False, description="the whole JSON object")
+
+    @classmethod
+    def of(cls, raw: Json) -> Self:
+        """Raises UnlearnError where the answer is none of this service's."""
+        try:
+            return cls.model_validate({**raw, "raw": raw})
+        except ValidationError as error:
+            wrong = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
+            raise UnlearnError(f"the service answered with a {cls.__name__} that cannot be read: {wrong}") from error
+
+
+class File(Answer):
+    id: str
+    purpose: str
+    filename: str | None
+    rows: int
+    bytes: int
+    digest: str
+    purge_at: datetime | None
+    purged_at: datetime | None
+
+
+# --- jobs
+
+
+class Progress(Part):
+    completed: int
+    total: int | None
+    percent: float
+    queue_position: int | None
+    eta_seconds: float | None
+    trained_tokens: int
+
+
+class Gate(Part):
+    metric: str
+    op: str
+    threshold: float | None
+    value: float | None
+    severity: str
+    result: str
+    message: str
+
+
+class Verdict(Part):
+    result: str
+    message: str
+    gates: list[Gate]
+
+
+class Failure(Part):
+    code: str
+    message: str
+    fault: str
+    retryable: bool
+
+
+class Warning(Part):  # noqa: A001  as the field is called
+    code: str
+    message: str
+
+
+class Result(Part):
+    adapter: str | None
+    report: str | None
+    certificate: str | None
+
+
+class Job(Answer):
+    id: str
+    model: str
+    created_at: datetime
+    created_by: str
+    finished_at: datetime | None
+    status: str
+    status_reason: str | None
+    stage: str | None
+    progress: Progress
+    epsilon: float | None  # the bound on the retain loss, nats per token; known once its start was measured
+    base_retain_loss: float | None
+    attempt: int
+    verdict: Verdict | None
+    failure: Failure | None
+    warnings: list[Warning]
+    result: Result
+    metadata: dict[str, str]
+    version: int
+    links: dict[str, str]
+
+    @property
+    def ended(self) -> bool:
+        return self.status in TERMINAL
+
+    @property
+    def released(self) -> bool:
+        """Whether its verdict let the adapter out."""
+        return self.verdict is not None and self.verdict.result in RELEASED
+
+
+class Step(Answer):
+    """Measured on the step's batch before the parameters moved. A number that was not finite is None."""
+
+    step: int
+    losses: dict[str, float | None]  # nats per token
+    dual: dict[str, float | None]  # multiplier by constraint
+    violation: dict[str, float | None]  # loss minus bound, by constraint
+    elapsed_seconds: float
+
+
+class Event(Answer):
+    id: str
+    job_id: str
+    seq: int
+    created_at: datetime
+    level: str
+    type: str
+    message: str
+    data: Json
+    attempt: int
+
+
+class Artifact(Answer):
+    id: str
+    job_id: str
+    name: str
+    media_type: str
+    bytes: int
+    sha256: str
+
+
+# --- requests, plans, keys
+
+
+class Approval(Part):
+    by: str
+    at: datetime
+
+
+class ServingJob(Part):
+    id: str
+    model: str
+
+
+class DeletionRequest(Answer):
+    id: str
+    status: str
+    status_reason: str | None
+    external_reference: str | None
+    regulation: str
+    received_at: datetime
+    due_at: datetime
+    overdue: bool
+    finished_at: datetime | None
+    models: list[str]
+    forget_set: str
+    files: list[str]  # with the sets of the jobs that serve it
+    rows: int
+    approvals: list[Approval]
+    approvals_required: int
+    jobs: list[ServingJob]
+    version: int
+
+
+class Plan(Answer):
+    id: str  # the model's name
+    job: Json
+    window_seconds: int
+    requests_max: int
+    status_reason: str | None
+
+
+class Key(Answer):
+    id: str
+    name: str
+    prefix: str
+    scopes: list[str]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+    secret: str | None = Field(default=None, repr=False)  # of one that was made now
+
+
+# --- webhooks
+
+
+class Endpoint(Answer):
+    id: str
+    url: str
+    description: str
+    event_types: list[str]
+    status: str
+    status_reason: str | None
+    secret: str | None = Field(default=None, repr=False)  # of one that was made or rotated now
+
+
+class DeliveryAttempt(Part):
+    number: int
+    at: datetime
+    status: int | None
+    error: str | None
+
+
+class Delivery(Answer):
+    id: str
+    endpoint_id: str
+    message_id: str
+    type: str
+    status: str
+    created_at: datetime
+    attempts: list[DeliveryAttempt]
+
+
+# --- benchmarks
+
+
+class SuiteSet(Part):
+    what: str
+    required: bool
+    columns: list[str]
+    optional: list[str]
+
+
+class Suite(Answer):
+    id: str
+    summary: str
+    sets: dict[str, SuiteSet]
+
+
+class Benchmark(Answer):
+    id: str
+    suite: str
+    corpus: str
+    sets: dict[str, str]
+    retrained_model: str | None
+    retrained_scores: str | None

@@ -1,0 +1,127 @@
+"""What the commands over HTTP share: where and as whom they ask, how errors and lists are told, how a job is followed."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import httpx
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+
+from service.client import Client, Job, Step
+from service.client.shapes import Answer
+from service.domain.errors import UnlearnError
+
+A = TypeVar("A", bound=Answer)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+POLL_S = 1.0
+TOLD = (UnlearnError, RuntimeError, OSError, httpx.TransportError, httpx.InvalidURL)
+
+Url = Annotated[str, typer.Option("--url", envvar="UNLEARN_URL", help="where the API answers", show_default=True)]
+Rows = typer.Option(exists=True, dir_okay=False, help="JSON Lines, or a JSON array")
+Out = Annotated[Path, typer.Option(dir_okay=False, help="the file to write")]
+
+
+@contextmanager
+def connected(url: str) -> Iterator[Client]:
+    """A client with the key of the environment; its errors are told, and those of the block."""
+    with told():
+        key = os.environ.get("UNLEARN_API_KEY")
+        if not key:
+            raise UnlearnError(
+                "UNLEARN_API_KEY is not set: an API key, of `unlearn tenants key` or of an administrator"
+            )
+        with Client(url, key) as api:
+            yield api
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """An error that is meant for people: its sentence, and exit status 2."""
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):  # no errors of ours: whoever reads may stop reading
+        raise
+    except TOLD as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"--set {text}: write NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def show(found: Iterable[A], as_json: bool, line: Callable[[A], str]) -> None:
+    """One by one, as the pages come."""
+    for one in found:
+        typer.echo(json.dumps(one.raw) if as_json else line(one))
+
+
+def stamp(when: datetime) -> str:
+    return f"{when.astimezone(UTC):%Y-%m-%dT%H:%M:%S}Z"
+
+
+def follow(api: Client, job_id: str, as_json: bool = False) -> int:
+    """To its end: a bar on a terminal, elsewhere a line per look with news, or each event as JSON. The exit status."""
+    if as_json:
+        for event in api.events(job_id):
+            typer.echo(json.dumps(event.raw))
+        return 0 if api.job(job_id).released else 1
+    looks = api.watch(job_id, POLL_S)
+    job = bar(looks) if sys.stdout.isatty() else lines(looks)
+    if job.failure:
+        typer.echo(f"{job.failure.code}: {job.failure.message}")
+    if job.verdict:
+        typer.echo(f"{job.verdict.result}: {job.verdict.message}")
+    return 0 if job.released else 1
+
+
+def bar(looks: Iterator[tuple[Job, list[Step]]]) -> Job:
+    where = TextColumn("{task.description}", markup=False)
+    figures = TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False))
+    with Progress(where, BarColumn(20), MofNCompleteColumn(), figures) as progress:
+        task = progress.add_task("", total=None, figures="")
+        for job, steps in looks:
+            done = job.progress
+            progress.update(task, description=job.stage or job.status, completed=done.completed, total=done.total)
+            if steps:
+                progress.update(task, figures=_figures(job, steps[-1]))
+    return job
+
+
+def lines(looks: Iterator[tuple[Job, list[Step]]]) -> Job:
+    shown = ""
+    for job, steps in looks:
+        line = f"{job.status} {job.stage or ''}".rstrip()
+        if job.stage == "unlearning" and (steps or shown.startswith("step")):
+            line = f"step {steps[-1].step}/{job.progress.total}  {_figures(job, steps[-1])}" if steps else shown
+        if line != shown:
+            typer.echo(line)
+            shown = line
+    return job
+
+
+def _figures(job: Job, step: Step) -> str:
+    """The losses, the retain loss beside its bound, how far it is from it, and the dual variable."""
+    bounds = {} if job.epsilon is None else {"retain": f" (bound {_number(job.epsilon)})"}
+    losses = " ".join(f"{name} {_number(value)}{bounds.get(name, '')}" for name, value in step.losses.items())
+    violation = " ".join(f"violation {_number(value)}" for value in step.violation.values())
+    dual = " ".join(f"dual/{name} {_number(value)}" for name, value in step.dual.items())
+    return f"{losses}  {violation}  {dual}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
