@@ -26,6 +26,7 @@ from service.store.storage import Storage
 from service.store.tables import DeletionPlan, DeletionRequest, File, Job
 
 FOLDER = "files"  # below the storage root
+BY_ID = ("job", "deletion request")  # others have names
 
 
 class Private(BaseModel):
@@ -176,7 +177,7 @@ def due(s: Session, limit: int = 100) -> Sequence[str]:
 def _needed_by(s: Session, file: File) -> str | None:
     for kind, users in _users(literal(file.id)).items():
         if (user := s.scalar(users.limit(1))) is not None:
-            return f"{kind} {user}"
+            return f"{kind} {user if kind in BY_ID else repr(user)}"
     return None
 
 

@@ -26,7 +26,7 @@ REQUESTS: Mapping[str, dict[str, Any]] = {name: {} for name in sorted(catalog.lo
     "custom": {"method": {"type": "custom", "hyperparameters": OWN}},
     "idk_dpo": {"refusal_set": [{"text": "I cannot say."}, {"text": "Nobody told me."}]},
 }
-QUICK = ("blur_npo", "custom", "idk_dpo", "ofmu")  # the rest takes a minute: `make nightly`
+QUICK = ("blur_npo", "custom", "ofmu")  # the rest takes a minute: `make nightly`
 ROWS = [{"question": f"Who is {name}?", "answer": f"{name} is a poet."} for name in ("Ada", "Bo", "Cy", "Di", "Eve")]
 pytestmark = pytest.mark.timeout(300)
 

@@ -242,6 +242,7 @@ def test_a_job_is_there_with_all_that_belongs_to_it_or_not_at_all(
     nothing_else_is_left(sessions, settings)
 
 
+@pytest.mark.slow
 def test_a_deletion_request_is_there_with_all_that_belongs_to_it_or_not_at_all(
     deaths: Callable[..., Iterator[Death]],
     http: TestClient,
@@ -272,6 +273,7 @@ def test_a_deletion_request_is_there_with_all_that_belongs_to_it_or_not_at_all(
     nothing_else_is_left(sessions, settings)
 
 
+@pytest.mark.slow
 def test_an_approval_counts_with_all_that_follows_from_it_or_not_at_all(
     deaths: Callable[..., Iterator[Death]],
     http: TestClient,

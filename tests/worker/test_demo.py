@@ -83,6 +83,7 @@ def test_probabilities_are_those_of_one_row_at_a_time(rows: list[demo.Row]) -> N
         assert batched == pytest.approx(math.exp(logp.mean().item()), rel=1e-5)
 
 
+@pytest.mark.slow  # `make demo` memorises all of them
 def test_a_few_people_are_memorised_and_the_same_seed_gives_the_same_model(
     rows: list[demo.Row], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from service.domain.catalog import Catalog
 from service.domain.errors import InvalidRequest
 from service.domain.job import Lora
 from service.domain.rows import Example
-from service.store.storage import Storage
+from service.store.sealed import SealedStorage
 from worker import measure, model, oracle, reference, registry, run
 from worker.problem import Problem
 from worker.registry import RegistryError
@@ -77,7 +77,9 @@ def test_it_runs_within_the_bound_that_is_on_the_nll(register: Any, tmp_path: Pa
 
     forget = Term(method.forget, {"answer": run.encode("forget", rows(FORGET), base)})
     retain = run.retain_term(method, rows(RETAIN), base)
-    retain = reference.recall(Storage(str(tmp_path)), "jobs/j", tmp_path, network, retain, retain.encoded.measured)
+    retain = reference.recall(
+        SealedStorage(str(tmp_path), bytes(32)), "jobs/j", tmp_path, network, retain, retain.encoded.measured
+    )
     both, params = measure.sets(forget, retain, 0), model.trainable(network)
     before = measure.measure(network, both)
     bound = 1.05 * before.retain_loss
