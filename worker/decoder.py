@@ -66,7 +66,8 @@ def caches(network: Network, longest: int) -> bool:
         wrong = [2] if window(network) > len(long) + 1 else []  # a cache that is full of its window is not cropped
         mask_BS = torch.cat([mask_BS, torch.ones(2, 1 + len(wrong), dtype=torch.int64)], 1)
         last_BTD = step(network, kept, torch.tensor([[short[-1], *wrong], [long[-1], *wrong]]), mask_BS)[:, :1]
-        kept.crop(-len(wrong))
+        if wrong:
+            kept.crop(-len(wrong))
         kept.batch_select_indices(torch.tensor([1], device=network.device))
     except Exception:  # as above: "this model has no such cache"
         return False

@@ -64,6 +64,8 @@ def _operations(api: dict[str, Any]) -> Iterator[str]:
 
 def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
     parts = [f"<p>{_prose(operation.get('description', ''))}</p>"]
+    if scopes := [scope for scheme in operation.get("security", ()) for names in scheme.values() for scope in names]:
+        parts.append(f"<p>Needs {' and '.join(f'<code>{escape(scope)}</code>' for scope in scopes)}</p>")
     if operation.get("parameters"):
         rows = (
             f"<tr><td><code>{escape(p['name'])}</code><td>{p['in']}<td>{_type(p['schema'])}"

@@ -12,7 +12,6 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select, update
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from service.domain.deletion import (
@@ -83,15 +82,14 @@ def create(
 def approve(s: Session, request_id: str, versions: AbstractSet[int] | None = None) -> DeletionRequest:
     """By the session's actor, who is not who submitted it. To approve twice is to approve once."""
     row = locked(s, request_id, versions)
+    if s.get(DeletionApproval, (row.id, tenancy.actor(s))) is not None:
+        return row
     if row.status != R.PENDING_APPROVAL:
         raise InvalidTransition(f"the request is {row.status}; it waits for no approval")
     if row.created_by == tenancy.actor(s):
         raise InvalidTransition("who submitted a request does not approve it")
-    given = {"request_id": row.id, "approved_by": tenancy.actor(s), "submitted_by": row.created_by}
-    approval = postgresql.insert(DeletionApproval).values(given)
-    approval = approval.on_conflict_do_nothing(index_elements=["request_id", "approved_by"])
-    if s.scalar(approval.returning(DeletionApproval.request_id)) is None:
-        return row
+    s.add(DeletionApproval(request_id=row.id, approved_by=tenancy.actor(s), submitted_by=row.created_by))
+    s.flush()
     count = s.scalars(select(func.count()).where(DeletionApproval.request_id == row.id)).one()
     tell(s, row, "approval", {"approvals": count, "required": row.approvals_required})
     if count < row.approvals_required:

@@ -194,6 +194,7 @@ def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
 def test_the_documentation_opens_without_network_and_names_everything(http: TestClient) -> None:
     page = http.get("/docs")
     assert page.headers["Content-Type"].startswith("text/html")
+    assert "<p>Needs <code>keys:manage</code></p>" in page.text
 
     class Reader(HTMLParser):
         def __init__(self) -> None:

@@ -1,7 +1,9 @@
 """Tiny models with random weights, written to disk as a registered model is, and loaded as one."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from service.domain import modelfiles
 from service.domain.job import ModelEntry, PromptFormat
+from service.store import sealed
+from service.store.storage import Storage
 from worker import model
 from worker.model import Network
+from worker.records import FileRef
 
+DATA_KEY = bytes(range(32))  # of every stored set: a second job on the same files finds what the first one kept
 MERGED = (" Paris", " Lima", "Answer:")  # words that are one token each; everything else is one token per byte
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -47,6 +53,21 @@ class Registered(NamedTuple):
 
     def load(self, dtype: str = "float64") -> Network:
         return model.load(self.entry, self.root, "cpu", dtype)
+
+
+def stored_set(storage: Storage, name: str, rows: Sequence[Mapping[str, Any]]) -> FileRef:
+    """A set as the service stores it, and what a runner is told of it."""
+    content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    storage.write(f"files/{name}", sealed.sealed([content], DATA_KEY))
+    return FileRef(
+        id=f"ufile_{name}",
+        key=f"files/{name}",
+        sha256=hashlib.sha256(content).hexdigest(),
+        digest=f"hmac-sha256:{name}",
+        data_key=b64encode(DATA_KEY).decode(),
+        rows=len(rows),
+        bytes=len(content),
+    )
 
 
 def make_tokenizer(*, chat: bool = False, ends: bool = False) -> PreTrainedTokenizerFast:

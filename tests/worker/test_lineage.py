@@ -1,10 +1,8 @@
 """Jobs that start from an earlier one's adapter: two adapters made one exactly, the reference, and what must stay forgotten."""
 
-import hashlib
 import json
 import math
 import shutil
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from service.domain.job import Budget, Constraint, FailureCode, JobSpec, Lora, MethodChoice
 from service.domain.report import Forgotten, Report
-from service.store import sealed
 from service.store.storage import Storage
+from tests.worker.conftest import stored_set
 from tests.worker.reports import Page, constraint, whole
 from worker import chain, chain_page, model, report, run, words
 from worker.model import Network
@@ -191,17 +189,7 @@ class Jobs(NamedTuple):
         return Storage(str(self.root / "storage"))
 
     def stored(self, name: str, given: Sequence[Mapping[str, str]]) -> FileRef:
-        content, key = b"".join(json.dumps(row).encode() + b"\n" for row in given), sealed.new_key()
-        self.storage.write(f"files/{name}", sealed.sealed([content], key))
-        return FileRef(
-            id=f"ufile_{name}",
-            key=f"files/{name}",
-            sha256=hashlib.sha256(content).hexdigest(),
-            digest=f"hmac-sha256:{name}",
-            data_key=b64encode(key).decode(),
-            rows=len(given),
-            bytes=len(content),
-        )
+        return stored_set(self.storage, name, given)
 
     def assign(
         self,

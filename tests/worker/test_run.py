@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from base64 import b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,19 @@ from service.domain.job import Audit, Budget, Constraint, FailureCode, Gate, Job
 from service.domain.report import Report
 from service.store import sealed
 from service.store.storage import Storage
+from tests.worker.conftest import DATA_KEY, stored_set
 from worker import benchmarks, registry, run
 from worker.records import (
     Assignment,
     BenchmarkAssignment,
     CancelledRecord,
     FailureRecord,
-    FileRef,
     Record,
     ResultRecord,
     StepRecord,
     WarningRecord,
 )
 
-DATA_KEY = bytes(range(32))
 CANARY = "Zanzibar"  # stands in every row, and must stand nowhere else
 FORGET = [{"question": f"Where is {CANARY} {k}?", "answer": f"In {CANARY} {k * 7}."} for k in range(3)]
 RETAIN = [{"question": f"What is {CANARY} x{k}?", "answer": f"It is {CANARY} {k}{k}."} for k in range(4)]
@@ -38,19 +36,6 @@ Assign = Callable[..., Assignment]
 def assign(register: Any, tmp_path: Path) -> Assign:
     """assign(method, hyperparameters, forget=..., retain=..., **spec) -> the job as the supervisor hands it over."""
     storage, registered = Storage(str(tmp_path / "storage")), register()
-
-    def stored(name: str, rows: list[Mapping[str, str]]) -> FileRef:
-        content = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        storage.write(f"files/{name}", sealed.sealed([content], DATA_KEY))
-        return FileRef(
-            id=f"ufile_{name}",
-            key=f"files/{name}",
-            sha256=hashlib.sha256(content).hexdigest(),
-            digest=f"hmac-sha256:{name}",
-            data_key=b64encode(DATA_KEY).decode(),
-            rows=len(rows),
-            bytes=len(content),
-        )
 
     def build(
         method: str = "pdu",
@@ -69,7 +54,7 @@ def assign(register: Any, tmp_path: Path) -> Assign:
                     suite="tofu",
                     corpus="made up",
                     folder="benchmarks/default/tiny-tofu",
-                    files={name: stored(f"tofu-{name}", rows) for name, rows in tofu.items()},
+                    files={name: stored_set(storage, f"tofu-{name}", rows) for name, rows in tofu.items()},
                     retrained_model=registered.entry,
                 )
             ]
@@ -89,9 +74,9 @@ def assign(register: Any, tmp_path: Path) -> Assign:
             fence=1,
             spec=JobSpec(model="tiny-model", method=choice, **asked | spec),
             model=registered.entry,
-            forget_file=stored("forget", forget),
-            retain_file=stored("retain", retain),
-            holdout_file=stored("holdout", holdout) if holdout else None,
+            forget_file=stored_set(storage, "forget", forget),
+            retain_file=stored_set(storage, "retain", retain),
+            holdout_file=stored_set(storage, "holdout", holdout) if holdout else None,
             benchmarks=named,
             storage_url=str(tmp_path / "storage"),
             prefix="jobs/ujob_1/attempts/1",
@@ -194,12 +179,17 @@ def test_what_a_model_says_of_a_benchmark_is_kept_and_what_it_says_of_a_request_
     job = assign(tofu=TOFU, benchmarks=["tiny-tofu"])
     done(job)
     looks = Path(job.storage_url) / "benchmarks" / "default" / "tiny-tofu"
-    kept = {path for path in looks.rglob("*") if path.is_file()}
+
+    def lies_there() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in looks.rglob("*") if path.is_file()}
+
+    kept = lies_there()
     assert kept
+    assert not [path for path, content in kept.items() if CANARY.encode() in content]
     done(assign(tofu=TOFU, benchmarks=["tiny-tofu"]).model_copy(update={"prefix": "jobs/ujob_1/attempts/2"}))
-    assert {path for path in looks.rglob("*") if path.is_file()} == kept, "the same base again; no adapter is kept"
+    assert lies_there() == kept, "the same base again is not looked at again; no adapter is kept"
     done(assign(holdout=HOLDOUT).model_copy(update={"prefix": "jobs/ujob_1/attempts/3"}))
-    assert {path for path in looks.rglob("*") if path.is_file()} == kept
+    assert lies_there() == kept
 
 
 def test_a_retrained_reference_is_one_only_for_rows_that_its_benchmark_forgets(assign: Assign) -> None:
