@@ -4,13 +4,13 @@ from service.store.tables.base import Base, Json, Owned
 from service.store.tables.evidence import AuditCheck, AuditEvent, Certificate, SigningKey
 from service.store.tables.files import File
 from service.store.tables.identity import ApiKey, IdempotencyKey, Tenant
-from service.store.tables.jobs import Artifact, Job, JobCheck, JobEvent, JobStep
+from service.store.tables.jobs import Artifact, Job, JobCheck, JobCheckpoint, JobEvent, JobStep
 from service.store.tables.operations import Counter, Worker
 from service.store.tables.registry import Benchmark, Model
 from service.store.tables.requests import DeletionApproval, DeletionJob, DeletionPlan, DeletionRequest
 from service.store.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookMessage
 
-HEAD = "0008"  # the revision of migrations/ that makes these tables; a test holds the two together
+HEAD = "0009"  # the revision of migrations/ that makes these tables; a test holds the two together
 
 __all__ = [
     "HEAD",
@@ -30,6 +30,7 @@ __all__ = [
     "IdempotencyKey",
     "Job",
     "JobCheck",
+    "JobCheckpoint",
     "JobEvent",
     "JobStep",
     "Json",

@@ -17,11 +17,15 @@ class Tenant(Base):
     keep_files_days: Mapped[int | None]  # after which an uploaded set is purged; null: when somebody deletes it
     # that what a completed deletion request had forgotten is kept, for later jobs to measure it again
     keep_forgotten_days: Mapped[int] = mapped_column(server_default=text("0"))
+    max_running_jobs: Mapped[int | None]  # at once; more of them wait, whatever is free. null: no bound
+    max_open_jobs: Mapped[int | None]  # that have not ended; more are refused. null: no bound
 
     __table_args__ = (
         CheckConstraint("approvals BETWEEN 0 AND 2", name="approvals"),
         CheckConstraint("keep_files_days >= 0", name="keep_files_days"),
         CheckConstraint("keep_forgotten_days >= 0", name="keep_forgotten_days"),
+        CheckConstraint("max_running_jobs > 0", name="max_running_jobs"),
+        CheckConstraint("max_open_jobs > 0", name="max_open_jobs"),
     )
 
 

@@ -58,6 +58,7 @@ class Job(Owned, Base):
     beat_at: Mapped[datetime | None]
     rung_at: Mapped[datetime | None]
     not_before: Mapped[datetime | None]  # of a queued job that failed or was lost: its next attempt
+    micro_batch_tokens: Mapped[int | None]  # positions at once, where memory had no room for the usual number
 
     # how far it came
     step: Mapped[int] = mapped_column(server_default=text("0"))
@@ -143,6 +144,20 @@ class JobCheck(Base):
     best: Mapped[bool]
     rows: Mapped[int]
     seconds: Mapped[float]
+
+
+class JobCheckpoint(Base):
+    """What an attempt can go on from. It is one only with its row: the bytes may lie there without."""
+
+    __tablename__ = "job_checkpoints"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    fence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    key: Mapped[str]  # below the storage root
+    bytes: Mapped[int]
+    sha256: Mapped[str]  # of the stored bytes
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Artifact(Base):
