@@ -13,7 +13,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service service
 COPY worker worker
 COPY migrations migrations
-RUN pip install -c constraints.txt '.[service]'
+RUN pip install -c constraints.txt '.[service,s3]'
 
 USER unlearn
 WORKDIR /var/lib/unlearn

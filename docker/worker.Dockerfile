@@ -18,7 +18,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY service service
 COPY worker worker
 COPY migrations migrations
-RUN pip install -c constraints.txt '.[worker]'
+RUN pip install -c constraints.txt '.[worker,s3]'
 
 USER unlearn
 WORKDIR /var/lib/unlearn

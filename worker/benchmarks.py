@@ -27,7 +27,7 @@ class Benchmark(NamedTuple):
 
     def cache(self, job: Assignment) -> Storage:
         """Where what a registered model says of its texts is kept; DELETE /v1/benchmarks/NAME removes it with the rest."""
-        return files.sealed_with(f"{job.storage_url.rstrip('/')}/{self.given.folder}", self.given.files.values())
+        return files.sealed_with(job.storage_url, self.given.files.values(), below=self.given.folder)
 
 
 def read(job: Assignment, storage: Storage) -> list[Benchmark]:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import shutil
 from base64 import b64decode
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,16 +14,16 @@ from service.domain import rows
 from service.domain.errors import InvalidRequest, JobFailure, NotFound
 from service.domain.job import FailureCode
 from service.store.sealed import SealedStorage, open_sealed
-from service.store.storage import Storage
+from service.store.storage import Storage, Stored
 from worker.records import ArtifactFile, FileRef
 
 MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application/json", ".md": "text/markdown"}
 
 
-def sealed_with(url: str, of: Iterable[FileRef]) -> SealedStorage:
+def sealed_with(url: str, of: Iterable[FileRef], below: str = "") -> SealedStorage:
     """A storage for what models say of these files: who purges one of them has made it noise."""
     keys = sorted(file.data_key for file in of)
-    return SealedStorage(url, hashlib.sha256(" ".join(["said of", *keys]).encode()).digest())
+    return SealedStorage(url, hashlib.sha256(" ".join(["said of", *keys]).encode()).digest(), below)
 
 
 def read_set(storage: Storage, file: FileRef) -> list[rows.Example]:
@@ -84,11 +83,11 @@ def publish(storage: Storage, prefix: str, folder: Path, under: str) -> list[Art
 
 
 def fetch(storage: Storage, files: Sequence[ArtifactFile], folder: Path) -> Path:
-    """The published bytes as somebody who downloads them gets them."""
+    """The published bytes as somebody who downloads them gets them. Raises StorageDamaged where they are others."""
     folder.mkdir()
     for file in files:
-        with storage.open(file.key) as source, (folder / Path(file.name).name).open("wb") as target:
-            shutil.copyfileobj(source, target)
+        with (folder / Path(file.name).name).open("wb") as target:
+            target.writelines(storage.verified(file.key, Stored(file.bytes, file.sha256)))
     return folder
 
 

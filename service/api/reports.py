@@ -22,6 +22,7 @@ from service.domain.identity import Scope
 from service.domain.job import TERMINAL
 from service.domain.report import Report
 from service.store import artifacts, jobs
+from service.store.storage import Stored
 from service.store.tables import Artifact
 
 router = APIRouter(tags=["results"], route_class=Guarded)
@@ -119,9 +120,14 @@ def _headers(artifact: Artifact) -> dict[str, str]:
 
 
 def _content(here: Parts, artifact: Artifact, part: range | None = None) -> Iterator[bytes]:
-    """The first chunk is read at once: what is missing must be told before the answer begins."""
-    start, stop = (part.start, part.stop) if part else (0, artifact.bytes)
-    chunks = here.storage.read(artifact.key, start, stop)
+    """The first chunk is read at once: what is missing, or small and damaged, must be told before the answer begins.
+
+    Where a later chunk shows damage, the answer breaks off before its end. A part is checked by whoever puts it together.
+    """
+    if part is None:
+        chunks = here.storage.verified(artifact.key, Stored(artifact.bytes, artifact.sha256))
+    else:
+        chunks = here.storage.read(artifact.key, part.start, part.stop)
     return chain([next(chunks, b"")], chunks)
 
 

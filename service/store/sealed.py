@@ -66,8 +66,8 @@ def open_sealed(storage: Storage, key: str, data_key: bytes) -> Iterator[IO[byte
 class SealedStorage(Storage):
     """A storage all of whose files are sealed with one key."""
 
-    def __init__(self, url: str, data_key: bytes) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, data_key: bytes, below: str = "") -> None:
+        super().__init__(url, below)
         self._key = data_key
 
     def alias(self, name: str) -> str:
@@ -82,7 +82,11 @@ class SealedStorage(Storage):
         if start or end is not None:
             raise ValueError("a sealed file is read whole")
         with self.open(key) as source:
-            yield from opened(source, self._key)
+            yield from self.unsealed(source)
+
+    def unsealed(self, source: IO[bytes]) -> Iterator[bytes]:
+        """What was written, from the stored bytes."""
+        return opened(source, self._key)
 
 
 class _Raw(io.RawIOBase):

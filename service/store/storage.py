@@ -1,6 +1,6 @@
 """Files and artifacts below one fsspec root: a folder, or a bucket. No database here: the runner uses it too.
 
-Bytes appear under their key whole or not at all: they are written under another name and moved into place.
+Bytes appear under their key whole or not at all.
 """
 
 import errno
@@ -8,22 +8,23 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, NamedTuple
-from uuid import uuid4
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.core import split_protocol
 
-from service.domain.errors import NotFound, StorageFull, StorageUnavailable, TooLarge
+from service.domain.errors import NotFound, StorageDamaged, StorageFull, StorageUnavailable, TooLarge, UnlearnError
+from service.store.place import Place, folder
 
 CHUNK_BYTES = 2**20
 KEY = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*"
 )  # no part begins with a dot: no "..", no "."
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL_CODES = {"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}  # of Ceph, and of MinIO
 
 
 class Stored(NamedTuple):
@@ -32,34 +33,28 @@ class Stored(NamedTuple):
 
 
 class Storage:
-    """`url`: a folder, or what fsspec understands ("s3://bucket/prefix").
+    """`url`: a folder, or "s3://bucket/prefix"; `below`: a folder in it, of plain parts, that all keys are in.
 
     Every method raises ValueError for a key that is not plain (letters, digits, "._-", parts joined by "/"), StorageFull
-    when the disk or the quota is exhausted, StorageUnavailable for other errors of the outside world.
+    when the disk or the quota is exhausted, StorageUnavailable for other errors of the outside world: also for a root that
+    is gone, which is never made anew.
     """
 
-    def __init__(self, url: str) -> None:
-        self.fs, root = url_to_fs(url)
-        self.root = str(root).rstrip("/")
+    def __init__(self, url: str, below: str = "") -> None:
+        self._place = _place(url)
+        self.root = "/".join(part for part in (self._place.root.rstrip("/"), below) if part)
+
+    def create(self) -> None:
+        """The root, if it is a folder that is not there yet. A bucket is the operator's to make."""
+        with self._outside(absent=None):
+            self._place.create()
 
     def write(self, key: str, chunks: Iterable[bytes], max_bytes: int | None = None) -> Stored:
         """Stores the chunks under the key, replacing what was there. Raises TooLarge beyond `max_bytes`; then nothing is left."""
         path = self._path(key)
-        part = f"{path}.{uuid4().hex}.part"
-        with _outside(key):
-            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            try:
-                with self.fs.open(part, "wb") as file:
-                    stored = _copy(chunks, file, max_bytes)
-                    if isinstance(self.fs, LocalFileSystem):
-                        file.flush()
-                        os.fsync(file.fileno())  # else a crash may leave the new name on an empty file
-                self.fs.mv(part, path)
-            except BaseException:
-                with suppress(OSError):
-                    self.fs.rm_file(part)
-                raise
-        return stored
+        lost = StorageUnavailable("the storage lost what was being written")
+        with self._outside(absent=lost), self._place.new(path) as file:
+            return _copy(chunks, file, max_bytes)
 
     def put(self, key: str, source: Path) -> Stored:
         """A local file."""
@@ -68,8 +63,9 @@ class Storage:
 
     @contextmanager
     def open(self, key: str) -> Iterator[IO[bytes]]:
-        """For reading; iterable by lines. Raises NotFound."""
-        with _outside(key), self.fs.open(self._path(key), "rb") as file:
+        """For reading. Raises NotFound."""
+        path = self._path(key)
+        with self._outside(absent=NotFound("stored file", key)), self._place.fs.open(path, "rb") as file:
             yield file
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
@@ -81,26 +77,72 @@ class Storage:
                 yield chunk
                 left = None if left is None else left - len(chunk)
 
+    def verified(self, key: str, expected: Stored) -> Iterator[bytes]:
+        """All bytes in chunks, the last of them only once they were found to be what `write` returned that for.
+
+        Raises NotFound, or StorageDamaged in place of the last chunk: nobody takes wrong bytes for the whole.
+        """
+        held, size, digest = b"", 0, hashlib.sha256()
+        for chunk in self.read(key, end=expected.bytes + 1):
+            size += len(chunk)
+            digest.update(chunk)
+            if held and size <= expected.bytes:
+                yield held
+            held = chunk
+        if (size, digest.hexdigest()) != expected:
+            raise StorageDamaged("a stored file is not what was written")
+        yield held
+
     def ages(self, prefix: str) -> Iterator[tuple[str, timedelta]]:
         """Keys below the prefix, also half-written ones, and how long ago each was last written."""
         path = self._path(prefix)
-        with _outside(prefix):
-            self.fs.invalidate_cache(path)
-            for name in self.fs.find(path):
+        with self._outside(absent=None):
+            for name, when in self._place.written(path):
                 key = f"{prefix}{name.removeprefix(path)}"
-                with suppress(FileNotFoundError):  # somebody deletes it just now
-                    if KEY.fullmatch(key):
-                        yield key, datetime.now(UTC) - self.fs.modified(name)
+                if KEY.fullmatch(key):
+                    yield key, datetime.now(UTC) - when
 
     def delete(self, key: str) -> None:
         """Gone afterwards, whether or not it was there; a key that is a prefix ("jobs/x") takes along what is below it."""
-        with suppress(FileNotFoundError), _outside(key, absent_is_error=False):
-            self.fs.rm(self._path(key), recursive=True)
+        path = self._path(key)
+        with self._outside(absent=None):
+            self._place.remove(path)
 
     def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):
             raise ValueError(f"not a storage key: {key!r}")
         return f"{self.root}/{key}"
+
+    @contextmanager
+    def _outside(self, absent: UnlearnError | None) -> Iterator[None]:
+        """Errors of the outside world in our words; `absent`: that of a file that is not there, None if that is none."""
+        try:
+            try:
+                yield
+            except FileNotFoundError as error:
+                self._place.check()
+                if absent is not None:
+                    raise absent from error
+        except FileNotFoundError as error:
+            raise StorageUnavailable("the root of the storage is gone") from error
+        except self._place.errors as error:
+            if _full(error):
+                raise StorageFull("the storage takes no more") from error
+            number = getattr(error, "errno", None)  # its own words may name a path, or a bucket
+            said = os.strerror(number) if number else type(error).__name__
+            raise StorageUnavailable(f"the storage failed: {said}") from error
+
+
+def _place(url: str) -> Place:
+    """Raises ValueError for a root of another kind, ImportError for a bucket without the extra "s3"."""
+    match split_protocol(url)[0]:
+        case None | "file":
+            return folder(url)
+        case "s3":
+            from service.store.bucket import bucket  # what it needs is not installed everywhere, and slow to import
+
+            return bucket(url)
+    raise ValueError("STORAGE_URL is a folder, or s3://bucket/prefix")
 
 
 def _copy(chunks: Iterable[bytes], file: IO[bytes], max_bytes: int | None) -> Stored:
@@ -114,16 +156,11 @@ def _copy(chunks: Iterable[bytes], file: IO[bytes], max_bytes: int | None) -> St
     return Stored(size, digest.hexdigest())
 
 
-@contextmanager
-def _outside(key: str, absent_is_error: bool = True) -> Iterator[None]:
-    """Errors of the operating system in our words."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if not absent_is_error:
-            raise
-        raise NotFound("stored file", key) from error
-    except OSError as error:
-        if error.errno in FULL:
-            raise StorageFull("the storage takes no more") from error
-        raise StorageUnavailable(f"the storage failed: {error.strerror or type(error).__name__}") from error
+def _full(error: Exception) -> bool:
+    answer = getattr(error.__cause__, "response", {})  # what the bucket's server said
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return (
+        getattr(error, "errno", None) in FULL
+        or status == HTTPStatus.INSUFFICIENT_STORAGE
+        or answer.get("Error", {}).get("Code") in FULL_CODES
+    )

@@ -3,6 +3,7 @@
 import hashlib
 from base64 import b64encode
 from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jsonschema
@@ -138,6 +139,24 @@ def test_an_artifact_belongs_to_its_job_and_its_bytes_may_be_gone(
     Storage(settings.storage_url).delete(f"jobs/{artifact['job_id']}")
     gone = http.get(artifact["content"])
     assert (gone.status_code, gone.headers["Content-Type"]) == (404, "application/problem+json")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_bytes_that_are_not_those_of_the_digest_are_never_sent_as_the_whole(
+    place: int, http: TestClient, settings: Settings, done: dict[str, dict[str, Any]]
+) -> None:
+    for name, (content, _) in CONTENTS.items():
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        (path,) = Path(settings.storage_url).rglob(PurePosixPath(name).name)
+        path.write_bytes(damaged)
+    for name in ("report.json", "report.html"):
+        small = http.get(done[name]["content"])
+        assert (small.status_code, small.json()["detail"]) == (503, "a stored file is not what was written"), name
+    assert http.get(f"{JOBS}/{done['report.json']['job_id']}/report").status_code == 503
+    large = http.get(done["adapter/adapter_model.safetensors"]["content"])
+    assert len(large.content) < int(large.headers["Content-Length"]), "the answer breaks off"
+    assert large.headers["Content-Length"] == str(len(CONTENTS["adapter/adapter_model.safetensors"][0]))
 
 
 def test_the_schema_of_the_report_is_published_and_sound(http: TestClient) -> None:

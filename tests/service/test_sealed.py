@@ -2,11 +2,10 @@
 
 import io
 import os
-from pathlib import Path
 
 import pytest
 
-from service.domain.errors import StorageUnavailable
+from service.domain.errors import StorageDamaged, StorageUnavailable
 from service.store import sealed
 from service.store.secrets import SealBroken, Secrets
 from service.store.storage import Storage
@@ -53,12 +52,25 @@ def test_the_same_content_is_stored_in_other_bytes_each_time() -> None:
     assert stored(b"x") != stored(b"x")
 
 
-def test_a_sealed_file_is_read_by_lines(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+def test_a_sealed_file_is_read_by_lines(storage_url: str) -> None:
+    storage = Storage(storage_url)
     lines = [f"{number} {'x' * (number % 300)}\n".encode() for number in range(2000)]
     storage.write("f", sealed.sealed(iter(lines), KEY))
     with sealed.open_sealed(storage, "f", KEY) as file:
         assert list(file) == lines
+
+
+def test_a_sealed_storage_gives_back_what_it_was_given_or_nothing(storage_url: str) -> None:
+    storage, content = sealed.SealedStorage(storage_url, KEY, "below"), os.urandom(2 * CHUNK + 9)
+    stored = storage.write("f", [content])
+    assert b"".join(storage.read("f")) == content
+    plain = Storage(storage_url)
+    damaged = bytearray(b"".join(plain.read("below/f")))
+    assert len(damaged) == stored.bytes
+    damaged[CHUNK + 100] ^= 1
+    plain.write("below/f", [bytes(damaged)])
+    with pytest.raises(StorageDamaged):
+        list(storage.read("f"))
 
 
 def test_a_secret_is_opened_for_the_purpose_that_it_was_sealed_for() -> None:
