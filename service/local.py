@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.store.secrets import KEY_BYTES
 
 START_S = 60.0
+ROLE = "unlearn_service"  # as which every part connects: it does not own the tables
 PARTS = {
     "api": ("-m", "service.cli", "api"),
     "worker": ("-m", "worker.app"),
@@ -68,7 +69,8 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
     """Everything started and healthy, with its state below `folder`; everything stopped afterwards, in reverse order.
 
     Args:
-        knobs: fields of Settings; what is not given comes from the environment, the worker's metrics port is a free one.
+        knobs: fields of Settings; what is not given comes from the environment, the worker's metrics port is a free one,
+            the storage lies below `folder` unless it is given.
 
     Raises RuntimeError when a part does not come up.
     """
@@ -76,10 +78,11 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as opened:
+        owner_url = opened.enter_context(embedded.postgres(folder))
+        knobs = {"storage_url": str(folder / "storage")} | knobs
         knobs |= {
-            "database_url": opened.enter_context(embedded.postgres(folder)),
+            "database_url": embedded.role(owner_url, ROLE),
             "broker_url": opened.enter_context(embedded.valkey(folder)),
-            "storage_url": str(folder / "storage"),
             "models_root": folder / "models",
             "worker_scratch_dir": folder / "scratch",
             "worker_metrics_port": free_port(),
@@ -87,7 +90,7 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
             "metrics_public": True,  # to this machine
         }
         settings = Settings(**knobs)
-        migrate.upgrade(settings.database_url)
+        migrate.upgrade(owner_url, grant_to=ROLE)
         key = _kept(folder / "admin.key", lambda: register.first_key(settings))
         here = Stack(settings, os.environ | _as_environment(settings), {}, key)
         for name, arguments in PARTS.items():

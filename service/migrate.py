@@ -8,14 +8,21 @@ from alembic.config import Config
 from sqlalchemy import Connection, create_engine, text
 
 import migrations
+from service.grants import grant
 
 LOCK = 0x756E6C6561726E  # "unlearn": any number, as long as it is always the same
 
 
-def upgrade(database_url: str, revision: str = "head") -> None:
-    """All in one transaction. Replicas that start together wait for the first, and then find nothing to do."""
+def upgrade(database_url: str, revision: str = "head", grant_to: str | None = None) -> None:
+    """All in one transaction. Replicas that start together wait for the first, and then find nothing to do.
+
+    Args:
+        grant_to: the role of the service and the workers, where it is not the one that migrates. See service.grants.
+    """
     with _alone(database_url) as connection:
         command.upgrade(_config(connection), revision)
+        if grant_to is not None:
+            grant(connection, grant_to)
 
 
 def downgrade(database_url: str, revision: str) -> None:

@@ -11,16 +11,20 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import pytest
 import redis
 import structlog
+from fsspec.core import url_to_fs
 from pydantic import SecretStr
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from service import embedded, migrate
 from service.domain.job import Constraint, JobSpec, MethodChoice, ModelEntry, PromptFormat
+from service.local import ROLE
 from service.settings import Settings
 from service.store import files, jobs, models, tenancy
 from service.store.files import Kept
@@ -64,7 +68,8 @@ def cluster() -> Iterator[Cluster]:
             connection.execute(text("SELECT pg_reload_conf()"))
             connection.execute(text("CREATE DATABASE migrated"))
         there = Cluster(url, admin, count(1))
-        migrate.upgrade(there.database("migrated"))
+        embedded.role(url, ROLE)
+        migrate.upgrade(there.database("migrated"), grant_to=ROLE)
         yield there
         admin.dispose()
 
@@ -83,7 +88,14 @@ def empty_database_url(cluster: Cluster) -> Iterator[str]:
 
 @pytest.fixture
 def database_url(cluster: Cluster) -> Iterator[str]:
-    yield from _database(cluster, "migrated")
+    """Of the role of the service, which does not own the tables: every test shows that it can do the service's work."""
+    for url in _database(cluster, "migrated"):
+        yield make_url(url).set(username=ROLE).render_as_string(hide_password=False)
+
+
+def owner(sessions: Sessions) -> Engine:
+    """Who migrates, and could do anything to the same database."""
+    return create_engine(sessions.kw["bind"].url.set(username="postgres"), poolclass=NullPool)
 
 
 def _database(cluster: Cluster, template: str) -> Iterator[str]:
@@ -124,9 +136,47 @@ def broker_url(broker: str) -> str:
     return broker
 
 
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The endpoint of a server that speaks S3; whoever has the environment that `bucket` sets may do everything."""
+    from moto.server import ThreadedMotoServer  # slow to import
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a root in a bucket of its own. What is started from here finds it, too."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_ACCESS_KEY_ID": "ours",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"test-{uuid4().hex}"
+    fs, _ = url_to_fs("s3://", skip_instance_cache=True)
+    fs.call_s3("create_bucket", Bucket=name)
+    return f"s3://{name}/root"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty root, of either kind."""
+    if request.param == "bucket":
+        return str(request.getfixturevalue("bucket"))
+    (tmp_path / "root").mkdir()
+    return str(tmp_path / "root")
+
+
 @pytest.fixture
 def settings(database_url: str, broker_url: str, tmp_path: Path) -> Settings:
-    (tmp_path / "models").mkdir()
+    for name in ("models", "storage"):
+        (tmp_path / name).mkdir()
     return Settings(
         database_url=database_url,
         broker_url=broker_url,

@@ -94,6 +94,11 @@ class JobFigures(Collector):
         waiting = GaugeMetricFamily(
             "unlearn_queue_oldest_age_seconds", "How long the job that waits longest has waited", labels=["queue"]
         )
+        stalled = GaugeMetricFamily(
+            "unlearn_queue_stalled_age_seconds",
+            "How long the job has waited longest that neither busy workers nor its tenant's limit keep waiting",
+            labels=["queue"],
+        )
         silence = GaugeMetricFamily(
             "unlearn_running_heartbeat_age_seconds_max", "Since the most silent worker was heard of", labels=["queue"]
         )
@@ -104,9 +109,10 @@ class JobFigures(Collector):
             for status in Status:
                 jobs.add_metric([status, queue], found.jobs.get((status, queue), 0))
             waiting.add_metric([queue], found.queue_oldest_age_s.get(queue, 0.0))
+            stalled.add_metric([queue], found.queue_stalled_age_s.get(queue, 0.0))
             silence.add_metric([queue], found.heartbeat_age_max_s.get(queue, 0.0))
             workers.add_metric([queue], found.workers.get(queue, 0))
-        yield from (jobs, waiting, silence, workers)
+        yield from (jobs, waiting, stalled, silence, workers)
 
     def _counters(self, counts: list[Count]) -> Iterator[Metric]:
         """Every set of labels from the start, at 0: else the first increase of each would be invisible to rate()."""

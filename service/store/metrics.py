@@ -20,7 +20,7 @@ from service.store.tables import (
     WebhookDelivery,
     WebhookEndpoint,
 )
-from service.store.workers import heard
+from service.store.workers import busy, can_run, heard
 
 JOBS_FINISHED = "unlearn_jobs_finished_total"  # {status, method, failure_code}
 JOB_VERDICTS = "unlearn_job_verdicts_total"  # {result}
@@ -36,6 +36,7 @@ class Figures(NamedTuple):
     jobs: dict[tuple[Status, str], int]
     workers: dict[str, int]  # that were heard of lately and hear the class
     queue_oldest_age_s: dict[str, float]
+    queue_stalled_age_s: dict[str, float]  # of the jobs that wait for no reason that is known
     heartbeat_age_max_s: dict[str, float]
     requests: "Requests"
     outbox: "Outbox"
@@ -94,10 +95,32 @@ def figures(s: Session) -> Figures:
         {(status, gpu_class): count for status, gpu_class, count in jobs},
         dict(Collected(gpu_class for worker in heard(s) for gpu_class in {*worker.gpu_classes, "any"})),
         {gpu_class: float(age) for gpu_class, age in s.execute(waiting.group_by(Job.gpu_class))},
+        _stalled(s),
         {gpu_class: float(age) for gpu_class, age in s.execute(running.group_by(Job.gpu_class))},
         _requests(s),
         _outbox(s),
     )
+
+
+def _stalled(s: Session) -> dict[str, float]:
+    """How long the oldest job has waited that an idle worker should have taken, or that no worker can run.
+
+    Not one that waits after a failure, nor one whose tenant runs as many as it may, nor one of which all workers that can run it
+    are busy, be it in another class.
+    """
+    full = select(Job.tenant_id).join(Tenant, Tenant.id == Job.tenant_id).where(Job.status.in_(HELD))
+    full = full.group_by(Job.tenant_id, Tenant.max_running_jobs).having(func.count() >= Tenant.max_running_jobs)
+    age_s = func.extract("epoch", func.now() - func.greatest(Job.updated_at, Job.not_before))  # passes over a null
+    kinds = (Job.gpu_class, Job.min_vram_gib)
+    waiting = select(*kinds, func.max(age_s)).where(Job.status == Status.QUEUED, Job.tenant_id.not_in(full))
+    there, occupied = heard(s), busy(s)
+    ages = dict[str, float]()
+    for gpu_class, vram_gib, age in s.execute(waiting.group_by(*kinds)):
+        able = [worker for worker in there if can_run(worker, gpu_class, vram_gib)]
+        all_busy = able and all(worker.name in occupied for worker in able)
+        if age > 0 and not all_busy:
+            ages[gpu_class] = max(float(age), ages.get(gpu_class, 0.0))
+    return ages
 
 
 def _requests(s: Session) -> Requests:

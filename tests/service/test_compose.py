@@ -32,13 +32,17 @@ OF_LIBRARIES = {
     "PIP_DISABLE_PIP_VERSION_CHECK": "pip, while the image is built",
     "HF_HOME": "huggingface_hub: where pinned revisions of Hub models are kept",
     "TOKENIZERS_PARALLELISM": "tokenizers: no thread pool in a process that forks",
+    **dict.fromkeys(
+        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"), "botocore, under s3fs"
+    ),
 }
 OF_IMAGES = {
-    "postgres": {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD"},
+    "postgres": {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "SERVICE_PASSWORD"},  # the last: our script there
     "grafana": {"GF_SECURITY_ADMIN_PASSWORD", "GF_ANALYTICS_REPORTING_ENABLED", "GF_ANALYTICS_CHECK_FOR_UPDATES"}
     | {"GF_USERS_DEFAULT_THEME", "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"},
 }
 TORCH_CHOICES = ("docker/worker.Dockerfile", "docker-compose.yml", "docker/example.env")
+GIVEN = {"POSTGRES_PASSWORD": "owners", "SERVICE_PASSWORD": "services", "MASTER_KEY": "secret"}
 VARIABLE = re.compile(r"\$\{(?P<name>\w+)(?::(?P<how>[-?])(?P<word>[^}]*))?\}")
 
 
@@ -69,7 +73,8 @@ def settings_of(name: str, monkeypatch: pytest.MonkeyPatch) -> Settings:
         for field in Settings.model_fields:
             patch.delenv(field.upper(), raising=False)
         for key, value in (image_environment(dockerfile_of(name)) | SERVICES[name]["environment"]).items():
-            patch.setenv(key, substituted(value, {"POSTGRES_PASSWORD": "secret", "MASTER_KEY": "secret"}))
+            if value is not None:  # else it is passed on where it is set
+                patch.setenv(key, substituted(value, GIVEN))
         return Settings()
 
 
@@ -149,8 +154,9 @@ def test_every_package_of_the_project_is_in_the_images() -> None:
 )
 def test_an_image_lacks_what_the_other_plane_needs(image: str, extra: str, never: set[str]) -> None:
     dockerfile = ROOT / f"docker/{image}.Dockerfile"
-    assert extras_installed(dockerfile) == {extra}
-    installed = closure([*PYPROJECT["project"]["dependencies"], *PYPROJECT["project"]["optional-dependencies"][extra]])
+    assert extras_installed(dockerfile) == {extra, "s3"}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    installed = closure([*PYPROJECT["project"]["dependencies"], *extras[extra], *extras["s3"]])
     assert not installed & never
     pinned = {canonicalize_name(line.split("==")[0]) for line in text("constraints.txt").splitlines() if "==" in line}
     assert installed - pinned <= closure(["torch"]), "TORCH_INSTALL_ARGS chooses torch, constraints.txt all the rest"
@@ -184,8 +190,9 @@ def test_every_environment_variable_has_a_reader(name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_the_settings_accept_what_a_service_is_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(name, monkeypatch)
-    assert settings.database_url == "postgresql+psycopg://unlearn:secret@postgres:5432/unlearn"
-    assert settings.broker_url.startswith("redis://redis:6379/")
+    who = "unlearn:owners" if name == "migrate" else "unlearn_service:services"
+    assert settings.database_url == f"postgresql+psycopg://{who}@postgres:5432/unlearn"
+    assert name == "migrate" or settings.broker_url.startswith("redis://redis:6379/")
     assert set(settings.worker_gpu_classes) <= set(settings.gpu_classes), "a class without a bell queue is never rung"
 
 
@@ -228,8 +235,9 @@ def test_our_services_are_hardened_and_write_to_volumes_alone(name: str) -> None
 def test_the_command_of_a_service_exists(name: str) -> None:
     command = SERVICES[name].get("command") or json.loads(values(dockerfile_of(name), "CMD")[-1])
     match command:
-        case ["unlearn", subcommand]:
-            assert subcommand in typer.main.get_group(app).commands
+        case ["unlearn", subcommand, *options]:
+            known = typer.main.get_group(app).commands[subcommand].params
+            assert {word for word in options if word.startswith("-")} <= {name for one in known for name in one.opts}
         case ["python", "-m", module]:
             tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
             assert any(
@@ -303,3 +311,10 @@ def test_grafana_asks_the_prometheus_of_the_compose_file() -> None:
     home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
     assert home.parent == Path(provider["options"]["path"])
     assert (ROOT / mounted[str(home.parent)] / home.name).exists()
+
+
+def test_a_worker_that_is_stopped_has_time_for_its_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    for profile in ("gpu", "cpu"):
+        settings = settings_of(f"worker-{profile}", monkeypatch)
+        engine_waits_s = int(SERVICES[f"worker-{profile}"]["stop_grace_period"].removesuffix("s"))
+        assert settings.drain_grace_s + settings.term_grace_s + settings.lease_s / 4 <= engine_waits_s
