@@ -21,6 +21,7 @@ from service.domain import rows, scores
 from service.domain.errors import FieldProblem, InvalidRequest, JobFailure
 from service.domain.job import ModelEntry, PromptFormat
 from service.domain.report import Figure, RowPoint
+from service.evidence.rowdigest import row_digests
 from service.store.storage import Storage
 from worker import model, registry, scoring
 from worker.measure import Sets
@@ -90,15 +91,25 @@ def figures(request: Request, before: Results, after: Results) -> list[Figure]:
     return table
 
 
-def row_points(request: Request, before: Results, after: Results) -> dict[str, list[RowPoint]]:
-    """The probability of each row's answer, before and after, by the row's number in its file."""
+def row_points(
+    request: Request, before: Results, after: Results, examples: Mapping[str, Sequence[rows.Example]], row_key: bytes
+) -> dict[str, list[RowPoint]]:
+    """The probability of each row's answer, before and after, by the row's number in its file and by its digest.
+
+    Args:
+        examples: all rows of both files.
+        row_key: what they are digested with.
+    """
     points = {}
     for of in ("forget", "retain"):
         name = f"{of}/probability"
         old, new = before[name].by_row, after[name].by_row
+        shared = sorted(old.keys() & new.keys())
+        places = [request.places[of][i] for i in shared]
+        digests = row_digests(row_key, (examples[of][place] for place in places))
         points[name] = [
-            RowPoint(row=request.places[of][i] + 1, before=old[i], after=new[i])
-            for i in sorted(old.keys() & new.keys())
+            RowPoint(row=place + 1, digest=digest, before=old[i], after=new[i])
+            for i, place, digest in zip(shared, places, digests, strict=True)
         ]
     return points
 

@@ -1,7 +1,7 @@
 """Deletion requests: submit, look, decide."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +25,7 @@ from service.domain.deletion import (
 )
 from service.domain.errors import UnlearnError
 from service.domain.identity import Principal, Scope
-from service.domain.job import Strict, Time
+from service.domain.job import EXACT_MAX, Strict, Time
 from service.store import deletion_reads, deletions, digests
 from service.store.tables import DeletionRequest
 
@@ -40,8 +40,27 @@ class RequestsQuery(PageQuery):
     status: RequestStatus | None = None
     regulation: Regulation | None = None
     due_before: Time | None = None
-    subject: Subject | None = Field(default=None, description="an identifier as it was submitted")
     external_reference: str | None = Field(default=None, max_length=255)
+
+
+class Search(RequestsQuery):
+    subject: Subject = Field(description="an identifier as it was submitted, capitals aside")
+
+
+class RowsQuery(Strict):
+    after: int = Field(default=0, ge=0, le=EXACT_MAX, description="the number of the row after which to begin")
+    limit: int = Field(default=1000, ge=1, le=10_000)
+
+
+class RequestedRow(BaseModel):
+    row: int = Field(description="its number in the request's forget set, from 1")
+    digest: str = Field(description="keyed: who has no key cannot try out what the row said")
+
+
+class RequestedRows(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[RequestedRow]
+    has_more: bool
 
 
 class Batch(Strict):
@@ -114,17 +133,26 @@ def _item(here: Parts, who: Principal, request: Request, index: int, given: dict
 
 @router.get("", summary="List deletion requests", dependencies=[needs(Scope.REQUESTS_READ)], responses=declared(503))
 def list_requests(
-    here: Here, who: Who, query: Annotated[RequestsQuery, Query()], request: Request, response: Response
+    here: Here, query: Annotated[RequestsQuery, Query()], request: Request, response: Response
 ) -> Page[DeletionRequestObject]:
-    """`subject` finds those about a person; identifiers are compared as keyed digests, capitals aside."""
-    asked = query.model_dump()
-    if query.subject is not None:
-        asked["subject"] = digests.subject_digest(here.secrets, who.tenant, query.subject)
-    with here.sessions.begin() as s:
-        found, has_more = deletion_reads.page(s, **asked)
-        answer = page(intake.shown(s, found), [row.id for row in found], has_more)
+    answer = _page(here, **query.model_dump())
     link_next(request, response, query, answer)
     return answer
+
+
+@router.post(
+    "/search",
+    summary="Find the requests about a person",
+    dependencies=[needs(Scope.REQUESTS_READ, Scope.SUBJECTS_READ), Depends(Reads("application/json"))],
+    responses=declared(400, 413, 415, 503),
+)
+def search(here: Here, who: Who, asked: Search) -> Page[DeletionRequestObject]:
+    """In a body, since URLs are logged on their way. The next page: the same, with `last_id` as `after`.
+
+    To know whether a person has asked is to know something about the person: hence a scope of its own.
+    """
+    digest = digests.subject_digest(here.secrets, who.tenant, asked.subject)
+    return _page(here, **asked.model_dump() | {"subject": digest})
 
 
 @router.get(
@@ -137,6 +165,21 @@ def get(here: Here, request_id: str, response: Response) -> DeletionRequestObjec
     """`If-None-Match` is heard. The `ETag` is what `If-Match` of the verbs below takes."""
     with here.sessions.begin() as s:
         return _tagged(response, _one(s, deletions.get(s, request_id)))
+
+
+@router.get(
+    "/{request_id}/rows",
+    summary="The digests of a request's rows",
+    dependencies=[needs(Scope.REQUESTS_READ)],
+    responses=declared(404, 503),
+)
+def rows(here: Here, request_id: str, query: Annotated[RowsQuery, Query()]) -> RequestedRows:
+    """A report names each row that it measured by this digest, too, and both stay when the rows are purged."""
+    with here.sessions.begin() as s:
+        found = deletions.get(s, request_id).row_digests
+    chosen = found[query.after : query.after + query.limit]
+    data = [RequestedRow(row=number, digest=digest) for number, digest in enumerate(chosen, query.after + 1)]
+    return RequestedRows(data=data, has_more=query.after + len(chosen) < len(found))
 
 
 @router.post(
@@ -204,6 +247,12 @@ def close(
     """
     with here.sessions.begin() as s:
         return _tagged(response, _one(s, deletions.close(s, request_id, closing, versions)))
+
+
+def _page(here: Parts, **asked: Any) -> Page[DeletionRequestObject]:
+    with here.sessions.begin() as s:
+        found, has_more = deletion_reads.page(s, **asked)
+        return page(intake.shown(s, found), [row.id for row in found], has_more)
 
 
 def _one(s: Session, row: DeletionRequest) -> DeletionRequestObject:

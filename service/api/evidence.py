@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
+from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
 from service.api.deps import Everybody, Here, Who, unchanged
@@ -21,6 +22,7 @@ from service.domain.job import EXACT_MAX, TERMINAL, Status, Strict
 from service.evidence.chain import genesis
 from service.evidence.dsse import MEDIA_TYPE
 from service.store import audit, evidence, evidence_keys, jobs
+from service.store.tables import Certificate
 
 router = APIRouter(tags=["evidence"], route_class=Guarded)
 public = APIRouter(tags=["evidence"])
@@ -85,8 +87,31 @@ def certificate(here: Here, job_id: str, request: Request) -> Response:
     409 until it is issued, moments after the job has succeeded; 404 if the job ended without an adapter.
     """
     with here.sessions.begin() as s:
-        job = jobs.get(s, job_id)
-        decided = evidence.of_job(s, job_id)
+        envelope = _issued(s, job_id).envelope
+    assert envelope is not None
+    return _envelope(request, envelope.encode(), f"{job_id}-certificate.json")
+
+
+@router.get(
+    f"{JOBS_PATH}/{{job_id}}/test-result",
+    summary="The verdict for policy engines",
+    dependencies=[needs(Scope.CERTIFICATES_READ)],
+    response_class=Response,
+    responses=declared(404, 409, 503) | {200: {"content": {MEDIA_TYPE: {}}}, 304: {"description": "Not modified"}},
+)
+def test_result(here: Here, job_id: str, request: Request) -> Response:
+    """What the certificate says in the terms of in-toto's test-result v0.1, each gate a test, about the same files.
+
+    For who decides on an adapter and knows nothing of unlearning. Signed by the key that signs now; 409 as for the certificate.
+    """
+    with here.sessions.begin() as s:
+        content = evidence.generic_result(s, here.secrets, _issued(s, job_id))
+    return _envelope(request, content, f"{job_id}-test-result.json")
+
+
+def _issued(s: Session, job_id: str) -> Certificate:
+    """A job's certificate, not merely why it has none."""
+    job, decided = jobs.get(s, job_id), evidence.of_job(s, job_id)
     if job.status not in TERMINAL:
         raise NotReady(f"the job is {job.status}; its certificate comes when it has succeeded")
     if job.status is not Status.SUCCEEDED:
@@ -95,11 +120,14 @@ def certificate(here: Here, job_id: str, request: Request) -> Response:
         raise NotReady("the job has succeeded; its certificate is about to be issued")
     if decided.envelope is None:
         raise NotFound("certificate", f"{job_id}: {decided.refusal}")
-    content = decided.envelope.encode()
+    return decided
+
+
+def _envelope(request: Request, content: bytes, name: str) -> Response:
     headers = {"ETag": f'"{sha256(content).hexdigest()}"'}
     if unchanged(request, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    headers["Content-Disposition"] = f'attachment; filename="{job_id}-certificate.json"'
+    headers["Content-Disposition"] = f'attachment; filename="{name}"'
     return Response(content, headers=headers, media_type=MEDIA_TYPE)
 
 

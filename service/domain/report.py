@@ -1,6 +1,7 @@
 """The report of a job: what was asked, what was done, what was measured, what is promised and what is not.
 
-No text of the forget or retain set stands in it. A figure that could not be measured is null with its reason, never 0.
+No text of the forget or retain set stands in it, and no request can ask for any: rows are named by number and keyed digest,
+which stay when the sets are purged. A figure that could not be measured is null with its reason, never 0.
 Published as JSON Schema at /v1/schemas/report.
 """
 
@@ -139,9 +140,10 @@ class Figure(Part):
 
 
 class RowPoint(Part):
-    """One row, by its number in the file: no text of it."""
+    """One row, by its number in the file and by the digest that a deletion request has of it: of the row's text, nothing."""
 
     row: int  # 1-based
+    digest: str | None = None  # keyed, as service.evidence.rowdigest makes it; null: of an earlier worker
     before: Measured
     after: Measured
 
@@ -256,6 +258,7 @@ class Trajectory(Part):
     feasible_checks: int
     feasible_steps: int  # steps whose batch kept the bound
     logged: dict[str, Logged]  # what the solver alone logs, over all steps
+    resumed: list[int] = Field(default_factory=list)  # the steps after which an attempt went on from a checkpoint
 
 
 class StopFacts(Part):
@@ -310,7 +313,8 @@ class Report(Part):
     constraint: ConstraintFacts
     figures: list[Figure]
     rows: dict[str, list[RowPoint]] = Field(
-        default_factory=dict, description="per row, without text: forget/probability and retain/probability"
+        default_factory=dict,
+        description="per row, by number and keyed digest: forget/probability and retain/probability",
     )
     deletion_requests: list[RequestFigures] = Field(default_factory=list, description="that the job serves")
     benchmarks: list[BenchmarkFacts] = Field(default_factory=list)

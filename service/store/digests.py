@@ -3,20 +3,19 @@
 from collections.abc import Iterable, Iterator
 
 from service.domain.deletion import plain_subject
-from service.domain.rows import FORMS, Example
-from service.evidence import canonical
+from service.domain.rows import Example
+from service.evidence import rowdigest
 from service.store.files import digest_purpose
 from service.store.secrets import Secrets
 
 
 def row_digests(secrets: Secrets, tenant_id: str, rows: Iterable[Example]) -> Iterator[str]:
-    """Of each row's canonical JSON, its form's fields alone: what else a row has changes nothing of what is forgotten."""
-    keyed = secrets.mac(digest_purpose(tenant_id))
-    for row in rows:
-        mac = keyed.copy()
-        said = (row.answer,) if row.kind == "text" else (row.prompt, row.answer)
-        mac.update(canonical.dumps(dict(zip(FORMS[row.kind], said, strict=True))))
-        yield mac.hexdigest()
+    return rowdigest.row_digests(row_key(secrets, tenant_id), rows)
+
+
+def row_key(secrets: Secrets, tenant_id: str) -> bytes:
+    """What a tenant's rows are digested with, and nothing else is: who runs a job has it, and reads the job's rows anyway."""
+    return secrets.key(f"rows of {tenant_id}")
 
 
 def subject_digest(secrets: Secrets, tenant_id: str, identifier: str) -> str:

@@ -10,14 +10,14 @@ from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.domain.errors import NotFound
+from service.domain.errors import NotFound, StorageDamaged
 from service.domain.job import Status
 from service.domain.report import Report
 from service.evidence import certificate, dsse, of_report
 from service.store import artifacts, audit, deletions, evidence_keys, lineage, moves, outbox
 from service.store.ids import new_id
 from service.store.rows import Event
-from service.store.secrets import Secrets
+from service.store.secrets import SealBroken, Secrets
 from service.store.session import Sessions
 from service.store.storage import Storage
 from service.store.tables import Artifact, Certificate, File, Job
@@ -61,6 +61,23 @@ def decide(sessions: Sessions, storage: Storage, secrets: Secrets, job_id: str) 
 
 def of_job(s: Session, job_id: str) -> Certificate | None:
     return s.scalar(select(Certificate).where(Certificate.job_id == job_id))
+
+
+def generic_result(s: Session, secrets: Secrets, row: Certificate) -> bytes:
+    """What an issued certificate says, in in-toto's test-result v0.1: an envelope, signed by the key that signs now.
+
+    Raises StorageDamaged where the stored certificate is not as it was signed, else this would sign whatever somebody put there;
+    and where a key is of another MASTER_KEY.
+    """
+    assert row.envelope is not None
+    assert row.key_id is not None
+    try:
+        signed = dsse.from_json(row.envelope.encode())
+        dsse.signers(signed, {row.key_id: evidence_keys.of_id(s, secrets, row.key_id).private.public_key()})
+        key = evidence_keys.active(s, secrets)
+    except (ValueError, SealBroken) as error:
+        raise StorageDamaged(f"certificate {row.id} cannot be attested: {error}") from error
+    return dsse.to_json(certificate.issue(certificate.generic_result(certificate.read(signed)), key))
 
 
 def ids(s: Session, job_ids: Collection[str]) -> dict[str, str]:

@@ -21,7 +21,12 @@ def active(s: Session, secrets: Secrets) -> SigningKey:
     if row is None:
         _alone(s)
         row = s.scalar(select(tables.SigningKey).where(IN_USE)) or _make(s, secrets)
-    return keys.from_private_bytes(secrets.open(_purpose(row.id), row.sealed_private))
+    return _opened(secrets, row)
+
+
+def of_id(s: Session, secrets: Secrets, key_id: str) -> SigningKey:
+    """The one that signs or one before it, as only who has the master key can have stored it. Raises SealBroken."""
+    return _opened(secrets, s.get_one(tables.SigningKey, key_id))
 
 
 def rotate(s: Session, secrets: Secrets) -> str:
@@ -53,6 +58,10 @@ def _make(s: Session, secrets: Secrets) -> tables.SigningKey:
     s.add(row)
     s.flush()
     return row
+
+
+def _opened(secrets: Secrets, row: tables.SigningKey) -> SigningKey:
+    return keys.from_private_bytes(secrets.open(_purpose(row.id), row.sealed_private))
 
 
 def _alone(s: Session) -> None:

@@ -32,7 +32,7 @@ class Secrets:
 
     def mac(self, purpose: str) -> hmac.HMAC:
         """An HMAC-SHA-256 to be fed; for what is too long to hold."""
-        return hmac.new(self._derived(purpose), digestmod="sha256")
+        return hmac.new(self.key(purpose), digestmod="sha256")
 
     def digest(self, purpose: str, content: bytes) -> str:
         """64 hex digits. Who lacks the key cannot try what was digested."""
@@ -43,18 +43,19 @@ class Secrets:
     def seal(self, purpose: str, content: bytes) -> str:
         """AES-256-GCM with a random nonce; only `open` with the same purpose reads it."""
         nonce = os.urandom(NONCE_BYTES)
-        sealed = AESGCM(self._derived(purpose)).encrypt(nonce, content, VERSION.encode())
+        sealed = AESGCM(self.key(purpose)).encrypt(nonce, content, VERSION.encode())
         return VERSION + urlsafe_b64encode(nonce + sealed).decode()
 
     def open(self, purpose: str, sealed: str) -> bytes:
         """Raises SealBroken."""
         try:
             raw = urlsafe_b64decode(sealed.removeprefix(VERSION))
-            return AESGCM(self._derived(purpose)).decrypt(raw[:NONCE_BYTES], raw[NONCE_BYTES:], VERSION.encode())
+            return AESGCM(self.key(purpose)).decrypt(raw[:NONCE_BYTES], raw[NONCE_BYTES:], VERSION.encode())
         except (InvalidTag, ValueError) as error:
             raise SealBroken(f"a sealed {purpose} cannot be opened: altered, or of another MASTER_KEY") from error
 
-    def _derived(self, purpose: str) -> bytes:
+    def key(self, purpose: str) -> bytes:
+        """32 bytes, from which neither the master key nor another purpose's can be computed."""
         return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"unlearning-service:{purpose}".encode()).derive(self._master)
 
 

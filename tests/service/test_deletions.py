@@ -1,12 +1,11 @@
-"""The whole life of a deletion request, over HTTP, with the sweep and what a worker does to its jobs."""
+"""The life of a deletion request, over HTTP: what comes in, what people decide, the jobs that serve it, its deadline."""
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,118 +14,40 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from service import batches
 from service.api.deps import Parts
-from service.batches import serve_deletions
-from service.domain import catalog, deletion
+from service.domain import deletion
 from service.domain.deletion import TRANSITIONS, Denial, DenialReason, Regulation, RequestStatus
 from service.domain.errors import InvalidTransition
-from service.domain.identity import Principal
-from service.domain.job import Failure, FailureCode, JobSpec, ModelEntry, PromptFormat, Verdict
+from service.domain.job import JobSpec, ModelEntry, PromptFormat
 from service.settings import Settings
-from service.store import deletion_plans, deletions, files, jobs, models, tenancy
-from service.store.rows import ArtifactRow, Claim
-from service.store.secrets import Secrets, secrets_of
-from service.store.session import Sessions, make_sessions
+from service.store import deletions, files, jobs, models, tenancy
+from service.store.secrets import secrets_of
+from service.store.session import Sessions
 from service.store.storage import Storage
-from service.store.tables import AuditEvent, DeletionApproval, DeletionPlan, DeletionRequest, File, Job, Tenant
-from service.sweep import purge_due, sweep_once
-from tests.service.conftest import Bell
+from service.store.tables import AuditEvent, DeletionApproval, DeletionRequest, File
+from service.sweep import purge_due
+from tests.service import deleting
+from tests.service.deleting import (
+    ADA,
+    BOB,
+    EVE,
+    FAILED,
+    JOBS,
+    PASSED,
+    REQUESTS,
+    Desk,
+    as_,
+    asked,
+    job_body,
+    problem,
+    show,
+)
 from worker.assignment import assignment
 
-REQUESTS = "/v1/deletion-requests"
-PLANS = "/v1/deletion-plans"
-JOBS = "/v1/unlearning/jobs"
-ADA = {"question": "Who is Ada?", "answer": "A poet."}
-EVE = {"text": "Eve lives in Ghent."}
-BOB = {"question": "Who is Bob?", "answer": "A baker."}
-PASSED = Verdict(result="PASSED", gates=[], message="passed")
-FAILED = Verdict(result="FAILED", gates=[], message="failed")
-ADAPTER = ArtifactRow("adapter/adapter_model.safetensors", "jobs/a", "application/octet-stream", 1, "0" * 64)
-
-
-def asked(*rows: dict[str, str], **fields: Any) -> dict[str, Any]:
-    return {"regulation": "gdpr", "models": ["m"], "forget_set": list(rows or [ADA]), **fields}
-
-
-@pytest.fixture
-def approvals(sessions: Sessions) -> Callable[[int], None]:
-    """approvals(n): the default tenant wants as many from now on."""
-
-    def want(count: int) -> None:
-        with sessions.begin() as s:
-            s.execute(update(Tenant).values(approvals=count))
-
-    return want
-
-
-@pytest.fixture
-def submit(http: TestClient) -> Callable[..., dict[str, Any]]:
-    """submit(*rows, **fields) -> the request as it was answered with."""
-
-    def send(*rows: dict[str, str], **fields: Any) -> dict[str, Any]:
-        reply = http.post(REQUESTS, json=asked(*rows, **fields))
-        assert reply.status_code == 201, reply.text
-        return dict(reply.json())
-
-    return send
-
-
-@pytest.fixture
-def parts(settings: Settings, http: TestClient, sessions: Sessions, bell: Bell) -> Parts:
-    """The sweep's: they see every tenant."""
-    unbound = make_sessions(sessions.kw["bind"])
-    storage = Storage(settings.storage_url)
-    return Parts(settings, unbound, storage, bell, catalog.load(), secrets_of(settings), None)
-
-
-class Desk(NamedTuple):
-    """A worker, to the database."""
-
-    sessions: Sessions
-
-    def claim(self) -> Claim:
-        with self.sessions.begin() as s:
-            claim = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
-            assert claim is not None
-            return claim
-
-    def end(self, verdict: Verdict = PASSED) -> str:
-        """The next job ends with this verdict: its id."""
-        claim = self.claim()
-        with self.sessions.begin() as s:
-            assert jobs.succeed(s, claim.job_id, claim.fence, verdict, [ADAPTER])
-        return claim.job_id
-
-    def fail(self) -> str:
-        claim = self.claim()
-        failure = Failure.of(FailureCode.NON_FINITE_LOSS, "it blew up")
-        with self.sessions.begin() as s:
-            jobs.fail(s, claim.job_id, claim.fence, failure)
-        return claim.job_id
-
-
-@pytest.fixture
-def worker(parts: Parts) -> Desk:
-    return Desk(parts.sessions)
-
-
-def show(http: TestClient, request: dict[str, Any]) -> dict[str, Any]:
-    reply = http.get(f"{REQUESTS}/{request['id']}")
-    assert reply.status_code == 200, reply.text
-    return dict(reply.json())
-
-
-def as_(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
-
-
-def problem(reply: Any, status: int, kind: str) -> dict[str, Any]:
-    assert reply.status_code == status, reply.text
-    assert reply.headers["content-type"] == "application/problem+json"
-    found: dict[str, Any] = reply.json()
-    assert found["type"].endswith(f"#{kind}")
-    return found
+approvals = deleting.approvals
+parts = deleting.parts
+submit = deleting.submit
+worker = deleting.worker
 
 
 # --- what comes in
@@ -156,18 +77,43 @@ def test_a_request_is_kept_without_its_subject_and_its_rows(
     assert "T-7" not in json.dumps([event.data for event in told])
 
 
+def test_the_digests_of_its_rows_come_in_order_and_in_pages(
+    http: TestClient, submit: Callable[..., dict[str, Any]]
+) -> None:
+    def rows(of: dict[str, Any], **query: int) -> tuple[list[tuple[int, str]], bool]:
+        told = http.get(f"{REQUESTS}/{of['id']}/rows", params=query).json()
+        return [(one["row"], one["digest"]) for one in told["data"]], told["has_more"]
+
+    first, second = submit(ADA, EVE, BOB), submit(BOB)
+    whole, more = rows(first)
+    assert ([row for row, _ in whole], more) == ([1, 2, 3], False)
+    assert len({digest for _, digest in whole}) == 3
+    assert rows(first, limit=2) == (whole[:2], True)
+    assert rows(first, after=2) == (whole[2:], False)
+    assert rows(second) == ([(1, whole[2][1])], False), "the same row has the same digest"
+
+
 def test_a_request_is_found_by_its_subject_whatever_its_capitals(
     http: TestClient, submit: Callable[..., dict[str, Any]], make_key: Callable[..., str]
 ) -> None:
+    """Who is looked for lies in a body: URLs are logged on their way."""
     ada, _ = submit(subjects=["Ada@Example.org", "ada-7"]), submit(subjects=["eve@example.org"])
 
-    def found(**query: str) -> list[str]:
-        return [one["id"] for one in http.get(REQUESTS, params=query).json()["data"]]
+    def found(subject: str, **asked: Any) -> list[str]:
+        reply = http.post(f"{REQUESTS}/search", json={"subject": subject, **asked})
+        return [one["id"] for one in reply.json()["data"]]
 
-    assert found(subject=" ada@example.ORG ") == [ada["id"]] == found(subject="ada-7")
-    assert found(subject="ada") == []
-    other = make_key("admin", "other")
-    assert http.get(REQUESTS, params={"subject": "ada-7"}, headers=as_(other)).json()["data"] == []
+    assert found(" ada@example.ORG ") == [ada["id"]] == found("ada-7")
+    assert found("ada") == []
+    assert (found("ada-7", status="approved"), found("ada-7", status="denied")) == ([ada["id"]], [])
+    again = submit(subjects=["ada-7"])
+    assert (found("ada-7", limit=1), found("ada-7", after=again["id"])) == ([again["id"]], [ada["id"]])
+    other = as_(make_key("admin", "other"))
+    assert http.post(f"{REQUESTS}/search", json={"subject": "ada-7"}, headers=other).json()["data"] == []
+    engineer = as_(make_key("mlops"))  # may read requests, but not learn who has made one
+    refused = http.post(f"{REQUESTS}/search", json={"subject": "ada-7"}, headers=engineer)
+    assert problem(refused, 403, "insufficient-scope")["required_scopes"] == ["subjects:read"]
+    assert problem(http.get(REQUESTS, params={"subject": "ada-7"}), 422, "validation-error")
 
 
 def test_lists_have_filters_and_pages(http: TestClient, submit: Callable[..., dict[str, Any]]) -> None:
@@ -425,18 +371,6 @@ def test_a_deadline_is_extended_once_by_what_the_law_allows(
 # --- the jobs that serve it
 
 
-def job_body(forget: list[dict[str, str]], requests: list[str], **fields: Any) -> dict[str, Any]:
-    return {
-        "model": "m",
-        "method": {"type": "pdu"},
-        "constraint": {"epsilon": 0.3},
-        "forget_set": forget,
-        "retain_set": [BOB],
-        "deletion_requests": requests,
-        **fields,
-    }
-
-
 def test_a_job_serves_the_requests_whose_rows_it_has(
     http: TestClient,
     submit: Callable[..., dict[str, Any]],
@@ -554,375 +488,6 @@ def test_who_submitted_what_wanted_approval_does_not_close_it(
     path = f"{REQUESTS}/{made['id']}/close"
     assert "does not close it" in problem(http.post(path, json={"reason": "r"}), 409, "invalid-transition")["detail"]
     assert http.post(path, json={"reason": "r"}, headers=other).json()["status"] == "completed"
-
-
-# --- the jobs that are made for it
-
-
-@pytest.fixture
-def plan(http: TestClient, upload: Callable[..., str]) -> Callable[..., dict[str, Any]]:
-    """plan(window_seconds, requests_max, **fields of the job) -> as it was answered with."""
-
-    def put(window_seconds: int = 0, requests_max: int = 2, **fields: Any) -> dict[str, Any]:
-        job = {"method": {"type": "pdu"}, "constraint": {"epsilon": 0.3}, "retain_set": upload("retain_set", [BOB])}
-        body = {"job": job | fields, "window_seconds": window_seconds, "requests_max": requests_max}
-        reply = http.put(f"{PLANS}/m", json=body)
-        assert reply.status_code == 200, reply.text
-        return dict(reply.json())
-
-    return put
-
-
-def the_job(http: TestClient, request: dict[str, Any]) -> dict[str, Any]:
-    [job] = show(http, request)["jobs"]
-    return dict(http.get(f"{JOBS}/{job['id']}").json())
-
-
-def test_as_many_as_the_plan_says_make_one_job_with_the_rows_of_all(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    bell: Bell,
-) -> None:
-    plan(window_seconds=3600, requests_max=2, gates=[{"metric": "forget/rouge_l_recall", "op": "<=", "threshold": 0.5}])
-    ada = submit(ADA, regulation="other", due_at="2998-01-01T00:00:00Z")
-    assert serve_deletions(parts) == 0  # it waits for others
-    eve, third = submit(EVE, ADA), submit({"text": "third"})
-    assert (serve_deletions(parts), serve_deletions(parts)) == (1, 0)
-    job = the_job(http, ada)
-    assert job == the_job(http, eve)
-    assert (job["created_by"], job["due_at"], job["parent"]) == ("system", min(eve["due_at"], ada["due_at"]), None)
-    assert (job["deletion_requests"], len(job["gates"])) == ([ada["id"], eve["id"]], 1)
-    with parts.sessions.begin() as s:
-        file = files.get(s, job["forget_set"])
-        with files.content(parts.storage, parts.secrets, file) as rows:
-            assert [json.loads(line) for line in rows] == [ADA, EVE]
-        assert (file.rows, file.created_by, file.purge_at) == (2, "system", None)
-        numbers = {link.request_id: link.row_numbers for link in deletions.served(s, job["id"])}
-    assert numbers == {ada["id"]: [1], eve["id"]: [1, 2]}
-    assert (show(http, third)["status"], bell.rung) == ("approved", ["any"])
-
-
-def test_the_window_ends_the_wait_and_the_next_job_starts_from_the_adapter_of_the_last(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    worker: Desk,
-) -> None:
-    plan(window_seconds=3600, requests_max=64)
-
-    def an_hour_later() -> None:
-        with parts.sessions.begin() as s:
-            s.execute(update(DeletionRequest).values(approved_at=DeletionRequest.approved_at - timedelta(hours=1)))
-
-    ada = submit(ADA)
-    assert serve_deletions(parts) == 0
-    an_hour_later()
-    assert serve_deletions(parts) == 1
-    eve = submit(EVE)
-    an_hour_later()
-    assert serve_deletions(parts) == 0  # the first still runs, and it is its adapter that the second must start from
-    first = worker.end()
-    assert show(http, ada)["status"] == "completed"
-    assert serve_deletions(parts) == 1
-    assert the_job(http, eve)["parent"] == first
-
-
-def test_a_job_for_requests_starts_where_the_last_one_ended(
-    http: TestClient, submit: Callable[..., dict[str, Any]], worker: Desk, parts: Parts
-) -> None:
-    def ask(**fields: Any) -> Any:
-        row = dict(ADA, answer=str(len(http.get(REQUESTS).json()["data"])))
-        return http.post(JOBS, json=job_body([row], [submit(row)["id"]], **fields))
-
-    assert ask().status_code == 201
-    first = worker.end()
-    for wrong in ({}, {"parent": None}):
-        found = problem(ask(**wrong), 422, "validation-error")["errors"]
-        assert [(one["pointer"], one["code"], first in one["detail"]) for one in found] == [("/parent", "fork", True)]
-    assert http.post(JOBS, json=job_body([EVE], [])).status_code == 201  # it serves none: no model of theirs
-    beside = worker.end()
-    assert problem(ask(parent=beside), 422, "validation-error")["errors"][0]["code"] == "fork"
-    assert http.post(JOBS, json=job_body([EVE], [], parent=first)).status_code == 201
-    assert ask(parent=worker.end()).status_code == 201  # what the first forgot is forgotten there, too
-    second = worker.end()
-    with parts.sessions.begin() as s:
-        assert deletion_plans.latest(s, "default", "m") == second
-
-
-def test_two_sweeps_make_one_job(
-    http: TestClient, submit: Callable[..., dict[str, Any]], plan: Callable[..., dict[str, Any]], parts: Parts
-) -> None:
-    plan()
-    made = [submit(dict(ADA, answer=str(number))) for number in range(2)]
-    with ThreadPoolExecutor(3) as pool:
-        served = [task.result() for task in [pool.submit(serve_deletions, parts) for _ in range(3)]]
-    assert sum(served) == 1
-    assert [len(show(http, one)["jobs"]) for one in made] == [1, 1]
-    with parts.sessions.begin() as s:
-        unused = select(File).where(File.created_by == "system", File.purged_at.is_(None))
-        assert len(s.scalars(unused).all()) == 1
-        assert s.scalars(select(DeletionPlan.status_reason)).all() == [None]
-
-
-def test_a_request_for_what_must_be_kept_fails_and_the_others_go_on(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    upload: Callable[..., str],
-    worker: Desk,
-) -> None:
-    plan(requests_max=3)
-    bob, too, ada = submit(EVE, BOB), submit(BOB), submit(ADA)
-    assert serve_deletions(parts) == 1
-    assert the_job(http, ada)["deletion_requests"] == [ada["id"]]
-    shown = show(http, bob)
-    assert (shown["status"], shown["jobs"]) == ("failed", [])
-    assert shown["status_reason"] == "model 'm': its row 2 is row 1 of the plan's retain set"
-    assert show(http, too)["status"] == "failed"
-    assert http.post(f"{REQUESTS}/{bob['id']}/cancel").json()["status"] == "cancelled"
-    worker.end()
-    assert serve_deletions(parts) == 0
-    plan(requests_max=1, retain_set=upload("retain_set", [{"text": "other"}]))
-    assert serve_deletions(parts) == 1
-    assert (show(http, too)["status"], show(http, too)["status_reason"]) == ("in_progress", None)
-
-
-def test_what_is_damaged_fails_alone(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-) -> None:
-    long = {"text": "x" * 70_000}  # more than one chunk: it is the second that cannot be read
-    plan(requests_max=4)
-    whole, cut, lost, other = submit(ADA), submit(EVE, long), submit({"text": "lost"}), submit({"text": "other"})
-    with parts.sessions.begin() as s:
-        path = Path(parts.settings.storage_url.removeprefix("file://")) / files.get(s, cut["forget_set"]).key
-        key = files.get(s, other["forget_set"]).sealed
-        s.execute(update(File).where(File.id == lost["forget_set"]).values(sealed=key))
-    path.write_bytes(path.read_bytes()[:-1])
-    assert serve_deletions(parts) == 1
-    assert the_job(http, whole)["deletion_requests"] == [whole["id"], other["id"]]
-    assert "damaged" in show(http, cut)["status_reason"]
-    assert "cannot be opened" in show(http, lost)["status_reason"]
-    assert serve_deletions(parts) == 0
-
-
-def test_a_wrong_master_key_is_no_requests_fault(
-    http: TestClient, submit: Callable[..., dict[str, Any]], plan: Callable[..., dict[str, Any]], parts: Parts
-) -> None:
-    plan(requests_max=1)
-    made = submit(ADA)
-    assert serve_deletions(parts._replace(secrets=Secrets(b"?" * 32))) == 0
-    assert show(http, made)["status"] == "approved"
-    assert "another MASTER_KEY" in http.get(f"{PLANS}/m").json()["status_reason"]
-
-
-def test_the_trouble_of_one_batch_does_not_stop_the_others(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    sessions: Sessions,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made = plan(requests_max=1)
-    with sessions.begin() as s:
-        models.add(s, ModelEntry(name="n", source="path", location="n", prompt_format=PromptFormat()))
-    http.put(f"{PLANS}/n", json={name: made[name] for name in ("job", "window_seconds", "requests_max")})
-    one, two = submit(ADA), submit(EVE, models=["n"])
-    serve, tried = batches._serve, list[str]()
-
-    def once_broken(here: Parts, who: Principal, batch: deletion_plans.Batch) -> bool:
-        tried.append(batch.plan.model)
-        if len(tried) == 1:
-            raise ValueError("unforeseen")
-        return serve(here, who, batch)
-
-    monkeypatch.setattr(batches, "_serve", once_broken)
-    assert serve_deletions(parts) == 1
-    assert sorted(tried) == ["m", "n"]
-    assert {show(http, one)["status"], show(http, two)["status"]} == {"approved", "in_progress"}
-
-
-def test_what_failed_for_one_model_is_served_for_the_others(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    sessions: Sessions,
-    worker: Desk,
-) -> None:
-    with sessions.begin() as s:
-        models.add(s, ModelEntry(name="n", source="path", location="n", prompt_format=PromptFormat()))
-    plan_of_n = plan(requests_max=1)
-    failed, unfit = submit(ADA, models=["m", "n"]), submit(BOB, models=["m", "n"])
-    assert serve_deletions(parts) == 1
-    bad = worker.end(FAILED)
-    assert serve_deletions(parts) == 0  # what the plan wants kept
-    assert [show(http, one)["status"] for one in (failed, unfit)] == ["failed", "failed"]
-    body = {name: plan_of_n[name] for name in ("job", "window_seconds")}
-    http.put(f"{PLANS}/n", json=body | {"requests_max": 1})
-    assert serve_deletions(parts) == 1
-    shown, told = show(http, failed), f"job {bad} on model 'm': the verdict is FAILED"
-    assert (shown["status"], shown["status_reason"]) == ("in_progress", told)  # nobody takes it back meanwhile
-    worker.end()
-    assert (show(http, failed)["status"], show(http, failed)["status_reason"]) == ("failed", told)
-    assert (serve_deletions(parts), serve_deletions(parts)) == (0, 0)
-    assert show(http, unfit)["status_reason"].count("is row 1 of the plan's retain set") == 2
-    third = submit({"text": "third"})
-    assert serve_deletions(parts) == 1  # though an older one is there that cannot be served
-    assert the_job(http, third)["deletion_requests"] == [third["id"]]
-
-
-def test_a_plan_of_which_no_job_can_be_made_is_suspended_until_it_is_put_anew(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    upload: Callable[..., str],
-) -> None:
-    plan(holdout_set=upload("holdout_set", [ADA]))
-    made = submit(ADA)
-    assert serve_deletions(parts) == 0
-    assert "holdout row 1 is forget row 1" in http.get(f"{PLANS}/m").json()["status_reason"]
-    assert show(http, made)["status"] == "approved"
-    with parts.sessions.begin() as s:
-        assert s.scalars(select(File.purged_at).where(File.created_by == "system")).one() is not None
-    assert plan()["status_reason"] is None
-    assert serve_deletions(parts) == 1
-
-
-def test_plans_are_judged_shown_and_removed(
-    http: TestClient, plan: Callable[..., dict[str, Any]], make_key: Callable[..., str], sessions: Sessions
-) -> None:
-    made = plan(window_seconds=60)
-    assert (made["id"], made["window_seconds"], made["job"]["budget"]["max_steps"]) == ("m", 60, 300)
-    file = made["job"]["retain_set"]
-    body = {name: made[name] for name in ("job", "window_seconds", "requests_max")}
-    assert http.put(f"{PLANS}/m", json=body).status_code == 200  # what was shown can be put
-    problem(http.put(f"{PLANS}/nobody", json=body), 404, "not-found")
-    for change, pointer in [
-        ({"method": {"type": "magic"}}, "/job/method/type"),
-        ({"retain_set": "ufile_" + "0" * 32}, "/job/retain_set"),
-        ({"refusal_set": file}, "/job/refusal_set"),
-        ({"forget_set": file}, "/job/forget_set"),
-        ({"benchmarks": ["none"]}, "/job/benchmarks/0"),
-    ]:
-        found = problem(http.put(f"{PLANS}/m", json=body | {"job": body["job"] | change}), 422, "validation-error")
-        assert found["errors"][0]["pointer"] == pointer
-    problem(http.delete(f"/v1/files/{file}"), 409, "invalid-transition")
-    problem(http.get(f"{PLANS}/m", headers=as_(make_key("admin", "other"))), 404, "not-found")
-    problem(http.delete(f"{PLANS}/m", headers=as_(make_key("admin", "other"))), 404, "not-found")
-    with pytest.raises(InvalidTransition, match="plan"), sessions.begin() as s:
-        models.remove(s, "m")
-    assert http.delete(f"{PLANS}/m").status_code == 204
-    problem(http.get(f"{PLANS}/m"), 404, "not-found")
-
-
-def ended_by(http: TestClient, worker: Desk, request: dict[str, Any], end: str) -> None:
-    """Its job ends, and then so does it."""
-    path = f"{REQUESTS}/{request['id']}"
-    if end == "passed":
-        worker.end()
-    elif end == "closed":
-        worker.end(FAILED)
-        http.post(f"{path}/close", json={"reason": "r"})
-    else:
-        worker.fail() if end == "failed, cancelled" else worker.end(FAILED)
-        http.post(f"{path}/cancel")
-
-
-@pytest.mark.parametrize("end", ["passed", "closed", "failed, cancelled", "not passed, cancelled"])
-def test_no_row_is_left_of_a_request_that_has_ended(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    worker: Desk,
-    end: str,
-) -> None:
-    plan(requests_max=1)
-    made = submit(ADA)
-    assert made["files"] == [made["forget_set"]]
-    assert serve_deletions(parts) == 1
-    batch = the_job(http, made)["forget_set"]
-    assert purge_due(parts.sessions, parts.storage) == 0
-    ended_by(http, worker, made, end)
-    assert show(http, made)["files"] == [made["forget_set"], batch]
-    assert purge_due(parts.sessions, parts.storage) == 2
-    for file in (made["forget_set"], batch):
-        assert http.get(f"/v1/files/{file}").json()["purged_at"] is not None
-
-
-def test_what_was_forgotten_is_kept_as_long_as_the_tenant_says(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    worker: Desk,
-) -> None:
-    with parts.sessions.begin() as s:
-        s.execute(update(Tenant).values(keep_forgotten_days=30))
-    plan()
-    one, two = submit(ADA), submit(EVE)
-    assert serve_deletions(parts) == 1
-    batch = the_job(http, one)["forget_set"]
-    worker.end()
-    assert purge_due(parts.sessions, parts.storage) == 0
-    for file in (one["forget_set"], two["forget_set"], batch):
-        purge_at = datetime.fromisoformat(http.get(f"/v1/files/{file}").json()["purge_at"])
-        assert timedelta(days=29) < purge_at - datetime.now(UTC) <= timedelta(days=30)
-    with parts.sessions.begin() as s:
-        s.execute(update(File).values(purge_at=File.purge_at - timedelta(days=30)))
-    assert purge_due(parts.sessions, parts.storage) == 3
-
-
-def test_rows_that_another_open_request_needs_stay_until_it_ends(
-    http: TestClient,
-    submit: Callable[..., dict[str, Any]],
-    plan: Callable[..., dict[str, Any]],
-    parts: Parts,
-    worker: Desk,
-) -> None:
-    plan()
-    one, two = submit(ADA), submit(EVE)
-    assert serve_deletions(parts) == 1
-    batch = the_job(http, one)["forget_set"]
-    worker.fail()
-    http.post(f"{REQUESTS}/{one['id']}/cancel")
-    assert purge_due(parts.sessions, parts.storage) == 1  # its own
-    assert http.get(f"/v1/files/{batch}").json()["purge_at"] is None
-    http.post(f"{REQUESTS}/{two['id']}/close", json={"reason": "r"})
-    assert purge_due(parts.sessions, parts.storage) == 2
-
-
-def test_what_the_sweep_settles_is_settled_job_by_job(
-    http: TestClient, submit: Callable[..., dict[str, Any]], worker: Desk, parts: Parts
-) -> None:
-    """With the locks of several jobs' requests at once, two could wait for each other."""
-    requests = [submit(row) for row in (ADA, EVE)]
-    for row, request in zip((ADA, EVE), requests, strict=True):
-        http.post(JOBS, json=job_body([row], [request["id"]]))
-    late = [worker.claim().job_id for _ in requests]
-    with parts.sessions.begin() as s:
-        for minutes, job in zip((2, 1), late, strict=True):
-            s.execute(update(Job).where(Job.id == job).values(lease_until=func.now() - timedelta(minutes=minutes)))
-    never = parts.settings.model_copy(update={"infra_losses_max": 0})
-    with ThreadPoolExecutor(1) as pool:
-        with parts.sessions.begin() as s:
-            deletions.locked(s, requests[1]["id"])
-            swept = pool.submit(sweep_once, parts.sessions, parts.dispatcher, never)
-            until = time.monotonic() + 10
-            while show(http, requests[0])["status"] != "failed" and time.monotonic() < until:
-                time.sleep(0.02)
-            assert [show(http, one)["status"] for one in requests] == ["failed", "in_progress"]
-        assert swept.result().expired == 2
-    assert show(http, requests[1])["status"] == "failed"
 
 
 # --- deadlines

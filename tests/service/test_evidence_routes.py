@@ -1,6 +1,7 @@
 """Evidence in the running service: the audit log in the database, certificates by the sweep, and what an auditor fetches."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import uvicorn
-from sqlalchemy import text
+from sqlalchemy import text, update
 from sqlalchemy.exc import DBAPIError
 from starlette.testclient import TestClient
 from typer.testing import CliRunner, Result
@@ -19,18 +20,19 @@ from typer.testing import CliRunner, Result
 from service import attest
 from service.app import create_app
 from service.cli import app
+from service.client import Client
 from service.domain.identity import SYSTEM
 from service.domain.job import Failure, FailureCode
 from service.domain.report import AdapterFile, Released
 from service.evidence import canonical, certificate, chain, dsse, keys
 from service.settings import Settings
-from service.store import audit, evidence, evidence_keys, files, jobs, tenancy, tenants
+from service.store import audit, evidence, evidence_keys, files, jobs, tables, tenancy, tenants
 from service.store.rows import ArtifactRow
 from service.store.secrets import SealBroken, Secrets, secrets_of
 from service.store.session import Sessions
 from service.store.storage import Storage
 from service.store.tenants import DEFAULT
-from tests.conftest import MASTER_KEY
+from tests.conftest import MASTER_KEY, owner
 from tests.service.conftest import JOBS, Bell, ClientOf
 from tests.worker import reports
 
@@ -62,7 +64,7 @@ def checked(sessions: Sessions, tenant: str = DEFAULT) -> chain.Checked:
 
 def forge(sessions: Sessions, statement: str) -> None:
     """What only the owner of the database can do."""
-    with sessions.begin() as s:
+    with owner(sessions).begin() as s:
         s.execute(text("ALTER TABLE audit_events DISABLE TRIGGER audit_events_append_only"))
         s.execute(text(statement))
         s.execute(text("ALTER TABLE audit_events ENABLE TRIGGER audit_events_append_only"))
@@ -110,7 +112,7 @@ def issue(sessions: Sessions, settings: Settings) -> int:
 )
 def test_the_database_refuses_to_change_an_entry(sessions: Sessions, statement: str) -> None:
     noted(sessions)
-    with pytest.raises(DBAPIError, match="append-only"), sessions.begin() as s:
+    with pytest.raises(DBAPIError, match="append-only"), owner(sessions).begin() as s:
         s.execute(text(statement))
     assert checked(sessions)[::2] == (1, None)
 
@@ -512,6 +514,59 @@ def test_a_job_that_cannot_be_certified_keeps_nobody_waiting(
         assert other is not None
         assert other.envelope is not None
         assert (row.refusal if row else None) == ("beyond 2**53" if isinstance(error, ValueError) else None)
+
+
+# --- the same for policy engines
+
+
+def test_the_verdict_is_attested_in_in_totos_terms_for_the_files_of_the_certificate(
+    sessions: Sessions, settings: Settings, new_job: NewJob, http: TestClient, url: str, tmp_path: Path
+) -> None:
+    job_id = new_job()
+    path, told = f"{JOBS}/{job_id}/test-result", tmp_path / "told.json"
+    assert http.get(path).json()["type"] == "/docs#not-ready"
+    succeed(sessions, settings, job_id)
+    assert http.get(path).status_code == 409
+    issue(sessions, settings)
+    with sessions.begin() as s:
+        evidence_keys.rotate(s, secrets_of(settings))
+    with Client(url, os.environ["UNLEARN_API_KEY"]) as auditor:
+        auditor.test_result(job_id, told)
+    published = keys.parse_jwks(http.get("/.well-known/unlearning-keys").content)
+    envelope = dsse.from_json(told.read_bytes())
+    assert dsse.signers(envelope, published) == [list(published)[-1]], "by the key that signs now"
+    assert envelope.payload_type == "application/vnd.in-toto+json"
+    of_certificate = json.loads(dsse.from_json(http.get(f"{JOBS}/{job_id}/certificate").content).payload)
+    said = json.loads(envelope.payload)
+    assert said["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
+    assert said["subject"] == of_certificate["subject"]
+    assert said["predicate"]["result"] == of_certificate["predicate"]["verdict"]["result"]
+    reply = http.get(path)
+    assert reply.content == told.read_bytes()
+    assert http.get(path, headers={"If-None-Match": reply.headers["ETag"]}).status_code == 304
+
+
+def test_what_somebody_put_in_a_certificates_place_is_not_attested(
+    sessions: Sessions, settings: Settings, new_job: NewJob, http: TestClient
+) -> None:
+    """Not with a key of his own, either, that he published as ours."""
+    job_id = new_job()
+    succeed(sessions, settings, job_id)
+    issue(sessions, settings)
+    theirs = keys.generate()
+    real = dsse.from_json(http.get(f"{JOBS}/{job_id}/certificate").content)
+    forged = certificate.issue(certificate.read(real), theirs)
+    assert http.get(f"{JOBS}/{job_id}/test-result").status_code == 200
+    with sessions.begin() as s:
+        s.execute(update(tables.SigningKey).values(public_jwk=keys.jwk(theirs.private.public_key())))
+    for envelope in (
+        forged,
+        forged._replace(signatures=(forged.signatures[0]._replace(keyid=real.signatures[0].keyid),)),
+    ):
+        with owner(sessions).begin() as s:
+            s.execute(update(tables.Certificate).values(envelope=dsse.to_json(envelope).decode()))
+        reply = http.get(f"{JOBS}/{job_id}/test-result")
+        assert reply.status_code == 503
 
 
 # --- keys

@@ -9,6 +9,7 @@ import pytest
 
 from service.domain.job import Lora, PromptFormat
 from service.domain.rows import Example
+from service.evidence.rowdigest import row_digests
 from worker import data, evaluate, measure, model
 from worker.losses.retain.nll import nll
 from worker.views import Term
@@ -24,14 +25,16 @@ def test_a_row_keeps_its_number_in_the_file_also_where_others_are_left_out(regis
     form = PromptFormat()
     entry = network.entry.model_copy(update={"prompt_format": form})
     network = network._replace(entry=entry)
-    encoded = data.encode([Example("question", r["question"], r["answer"]) for r in rows], network.tokenizer, form, 128)
+    examples = [Example("question", r["question"], r["answer"]) for r in rows]
+    encoded = data.encode(examples, network.tokenizer, form, 128)
     assert encoded.unmeasured == [1]
     term = Term(nll(), {"answer": encoded})
     request = evaluate.request(measure.sets(term, term, 0), rows, rows, [])
     assert request.sets.keys() == {"forget", "retain"}
     results = evaluate.run(network, request.suite, request.sets)
-    points = evaluate.row_points(request, results, results)
+    points = evaluate.row_points(request, results, results, {"forget": examples, "retain": examples}, bytes(32))
     assert [point.row for point in points["forget/probability"]] == [2, 3, 4, 5]
+    assert [point.digest for point in points["forget/probability"]] == [*row_digests(bytes(32), examples)][1:]
     alone = evaluate.run(network, request.suite, {"forget": [ROWS[2]], "retain": [ROWS[0]]})
     assert points["forget/probability"][2].before == pytest.approx(alone["forget/probability"].value)
     table = {(f.set, f.metric): f for f in evaluate.figures(request, results, results)}
