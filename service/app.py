@@ -58,10 +58,12 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = make_engine(settings.database_url)
         bell = dispatcher or CeleryDispatcher(settings)
+        storage = Storage(settings.storage_url)
+        storage.create()
         parts = Parts(
             settings,
             make_sessions(engine),
-            Storage(settings.storage_url),
+            storage,
             bell,
             catalog.load(),
             secrets,

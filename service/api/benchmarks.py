@@ -10,6 +10,7 @@ from service import hub
 from service.api.deps import Here, Page, Parts, Reads, Who, page, uploaded
 from service.api.errors import declared, escaped
 from service.api.guard import Guarded, needs
+from service.api.once import OnceOnly
 from service.api.shapes import BENCHMARKS_PATH, BenchmarkObject, SuiteObject, benchmark_object
 from service.domain import gates, rows, scores
 from service.domain.catalog import Suite, SuiteSet
@@ -49,7 +50,7 @@ def list_suites(here: Here) -> Page[SuiteObject]:
     dependencies=[needs(Scope.JOBS_CREATE), Depends(Reads("application/json"))],
     responses=declared(400, 409, 413, 415, 503, 507),
 )
-def register(here: Here, who: Who, request: BenchmarkCreate, response: Response) -> BenchmarkObject:
+def register(here: Here, who: Who, once: OnceOnly, request: BenchmarkCreate, response: Response) -> BenchmarkObject:
     """Files that were uploaded as `eval_set`, under the names that `GET /v1/suites` gives the sets; one may serve twice.
 
     Instead of a file's id, a set may be a file of a public data set on the Hugging Face Hub, at one commit, where this
@@ -65,10 +66,13 @@ def register(here: Here, who: Who, request: BenchmarkCreate, response: Response)
         ids = {of: one.kept.file_id for of, one in fetched.items()}
         spec = BenchmarkSpec.model_validate(request.model_dump() | {"sets": request.sets | ids})
         with here.sessions.begin() as s:
+            once.first(s)
             for one in fetched.values():
                 files.insert(s, one.kept, purpose="eval_set", rows=one.rows)
             answer = benchmark_object(benchmarks.add(s, spec))
-    response.headers["Location"] = f"{BENCHMARKS_PATH}/{answer.id}"
+            headers = {"Location": f"{BENCHMARKS_PATH}/{answer.id}"}
+            once.keep(s, answer, headers)
+    response.headers.update(headers)
     return answer
 
 

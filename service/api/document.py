@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from service.api import errors
+from service.api import errors, headers
 from service.api.examples import EXAMPLES
 
 HEARD: Mapping[str, Mapping[str, str]] = {  # request headers, by the status that says that they are heard
@@ -29,6 +29,7 @@ def complete(openapi: dict[str, Any]) -> None:
             del operation["responses"]["422"]  # nothing can be wrong: an id that is any string is there, or is not
         for content in operation.get("requestBody", {}).get("content", {}).values():
             content["example"] = EXAMPLES[method, path]
+    headers.declare(openapi)
 
 
 def _operations(openapi: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -44,9 +45,9 @@ def _any_string(schema: Mapping[str, Any]) -> bool:
 
 
 def _conditional(responses: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for status, headers in HEARD.items():
+    for status, heard in HEARD.items():
         if status in responses:
-            for name, description in headers.items():
+            for name, description in heard.items():
                 yield {"name": name, "in": "header", "schema": {"type": "string"}, "description": description}
 
 

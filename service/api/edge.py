@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import suppress
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -29,6 +30,10 @@ HEADERS = {
     "Cache-Control": "private, no-cache",
     "Vary": "Accept, Authorization",
 }
+
+
+class _HeadersSent(Exception):
+    """All that a HEAD asks for: what would write the body is not to read on."""
 
 
 class HttpFigures:
@@ -62,6 +67,10 @@ class Edge:
             request_id = new_id("req")
         added: dict[str, str] = {}  # to the answer, whatever it will be
         scope.setdefault("state", {}).update(request_id=request_id, headers=added)
+        head = scope["method"] == "HEAD"
+        asked = (
+            {**scope, "method": "GET"} if head else scope
+        )  # RFC 9110, section 9.3.2: the answer to a GET, without body
         code = 0
 
         async def answer(message: Message) -> None:
@@ -74,20 +83,26 @@ class Edge:
                 for name, value in HEADERS.items():
                     sent.setdefault(name, value)
             await send(message)
+            if head and code:
+                await send({"type": "http.response.body"})
+                raise _HeadersSent
 
         began = time.perf_counter()
         with self.figures.in_flight.track_inprogress(), bound_contextvars(**_names(headers, request_id)):
             try:
-                await self.app(scope, self._limited(scope, headers, receive), answer)
+                await self.app(asked, self._limited(scope, headers, receive), answer)
+            except _HeadersSent:
+                pass
             except Exception:
                 log.exception("request failed", method=scope["method"], path=scope["path"])
                 if code:  # half an answer is on its way: only breaking it off tells the client
                     raise
                 failed = problem(scope, INTERNAL_ERROR, "The failure is logged under this request_id.")
-                await failed(scope, receive, answer)
+                with suppress(_HeadersSent):
+                    await failed(scope, receive, answer)
             finally:
                 method = scope["method"] if scope["method"] in METHODS else "other"
-                route = getattr(scope.get("route"), "path", "unmatched")
+                route = getattr(asked.get("route"), "path", "unmatched")
                 self.figures.requests.labels(method, route, str(code)).inc()
                 self.figures.duration.labels(method, route).observe(time.perf_counter() - began)
 

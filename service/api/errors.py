@@ -73,7 +73,7 @@ KINDS = (
     RANGE_NOT_SATISFIABLE := Kind(416, "range-not-satisfiable", "The range lies outside the content"),
     VALIDATION_ERROR := Kind(422, "validation-error", "The request cannot be carried out as written"),
     KEY_REUSED := Kind(422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
-    QUOTA_EXCEEDED := Kind(429, "quota-exceeded", "Too much was asked for in too short a time", registered=True),
+    QUOTA_EXCEEDED := Kind(429, "quota-exceeded", "More was asked for than a quota allows", registered=True),
     INTERNAL_ERROR := Kind(500, "internal-error", "The service failed"),
     SERVICE_UNAVAILABLE := Kind(503, "service-unavailable", "Something that the service needs does not answer"),
     STORAGE_FULL := Kind(507, "storage-full", "The storage takes no more"),
@@ -208,7 +208,8 @@ def _allowed(request: Request) -> str:
     """All methods of the path: the framework names those of the first route that has it, and a path has several."""
     routes = list(_routes(request.app))
     path = next(route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE)
-    return ", ".join(sorted({method for route in routes if route.path == path for method in route.methods or ()}))
+    methods = {method for route in routes if route.path == path for method in route.methods or ()}
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))  # see edge.py
 
 
 def _routes(router: FastAPI | APIRouter) -> Iterator[Route]:

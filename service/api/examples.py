@@ -23,6 +23,7 @@ EXAMPLES: Mapping[tuple[str, str], Any] = {
     ("post", JOBS_PATH): {"model": MODEL, **RECIPE, "forget_set": [FORGET], "retain_set": [RETAIN]},
     ("post", REQUESTS_PATH): REQUEST,
     ("post", f"{REQUESTS_PATH}/batch"): {"requests": [REQUEST]},
+    ("post", f"{REQUESTS_PATH}/search"): {"subject": "ada@example.org", "status": "completed"},
     ("post", f"{REQUESTS_PATH}/{{request_id}}/deny"): {"reason": "no_match", "note": "not in the training data"},
     ("post", f"{REQUESTS_PATH}/{{request_id}}/extend"): {"reason": "many requests at once"},
     ("post", f"{REQUESTS_PATH}/{{request_id}}/close"): {"reason": "the model is withdrawn"},

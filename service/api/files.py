@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from service.api.deps import Here, Page, PageQuery, Reads, Who, link_next, page
 from service.api.errors import declared
 from service.api.guard import Guarded, needs
+from service.api.once import OnceOnly
 from service.api.shapes import FILES_PATH, FileObject, file_object
 from service.domain import rows, scores
 from service.domain.errors import UnlearnError
@@ -34,10 +35,14 @@ class Upload(Strict):
     status_code=201,
     summary="Upload a set, or stored figures",
     dependencies=[needs(Scope.FILES_WRITE), Depends(Reads("multipart/form-data"))],
-    responses=declared(400, 413, 415, 503, 507),
+    responses=declared(400, 409, 413, 415, 503, 507),
 )
 def upload(
-    here: Here, who: Who, form: Annotated[Upload, Form(media_type="multipart/form-data")], response: Response
+    here: Here,
+    who: Who,
+    once: OnceOnly,
+    form: Annotated[Upload, Form(media_type="multipart/form-data")],
+    response: Response,
 ) -> FileObject:
     """Of a set: one JSON object per line, with `question` and `answer`, or `prompt` and `completion`, or `text`.
 
@@ -53,13 +58,16 @@ def upload(
     kept = files.keep(here.storage, here.secrets, who.tenant, name, _chunks(source), limit)
     with here.sessions.begin() as s:
         try:
+            once.first(s)
             row = files.insert(s, kept, purpose=form.purpose, rows=count)
+            answer, headers = file_object(here.secrets, row), {"Location": f"{FILES_PATH}/{row.id}"}
+            once.keep(s, answer, headers)
         except Exception:  # nothing is committed yet; where the commit fails, nobody knows, and the sweep looks later
             with suppress(UnlearnError):
                 here.storage.delete(files.file_key(kept.file_id))
             raise
-    response.headers["Location"] = f"{FILES_PATH}/{row.id}"
-    return file_object(here.secrets, row)
+    response.headers.update(headers)
+    return answer
 
 
 @router.get("", summary="List files", dependencies=[needs(Scope.FILES_READ)], responses=declared(503))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from service.api.deps import Here, Page, PageQuery, Reads, Who, link_next, page
 from service.api.errors import declared
 from service.api.guard import Guarded, needs
+from service.api.once import OnceOnly
 from service.domain.errors import FieldProblem, InvalidRequest
 from service.domain.identity import ROLES, Scope
 from service.domain.job import Strict, Time
@@ -40,7 +41,7 @@ class KeyObject(BaseModel):
 
 
 class NewKeyObject(KeyObject):
-    secret: str = Field(description="shown now and never again")
+    secret: str = Field(description="shown once, or again to who asks with the same Idempotency-Key")
 
 
 @router.post(
@@ -48,9 +49,9 @@ class NewKeyObject(KeyObject):
     status_code=201,
     summary="Make a key",
     dependencies=[needs(Scope.KEYS_MANAGE), Depends(Reads("application/json"))],
-    responses=declared(400, 413, 415, 503),
+    responses=declared(400, 409, 413, 415, 503),
 )
-def create(here: Here, who: Who, request: KeyCreate, response: Response) -> NewKeyObject:
+def create(here: Here, who: Who, once: OnceOnly, request: KeyCreate, response: Response) -> NewKeyObject:
     """For the same tenant, with scopes that the key which makes it has itself. To rotate a key: make another, revoke it."""
     if request.role is not None and request.role not in ROLES:
         raise InvalidRequest(FieldProblem("/role", f"the roles are: {', '.join(ROLES)}", "enum"))
@@ -62,10 +63,13 @@ def create(here: Here, who: Who, request: KeyCreate, response: Response) -> NewK
     if request.expires_at is not None and request.expires_at <= datetime.now(UTC) + timedelta(seconds=1):
         raise InvalidRequest(FieldProblem("/expires_at", "lies in the past", "past"))
     with here.sessions.begin() as s:
+        once.first(s)
         made = keys.create(s, here.secrets, name=request.name, scopes=scopes, expires_at=request.expires_at, maker=who)
-    response.headers["Location"] = f"{KEYS_PATH}/{made.row.id}"
-    response.headers["Cache-Control"] = "no-store"
-    return NewKeyObject(**key_object(made.row).model_dump(), secret=made.secret)
+        answer = NewKeyObject(**key_object(made.row).model_dump(), secret=made.secret)
+        headers = {"Location": f"{KEYS_PATH}/{made.row.id}", "Cache-Control": "no-store"}
+        once.keep(s, answer, headers)
+    response.headers.update(headers)
+    return answer
 
 
 @router.get("", summary="List keys", dependencies=[needs(Scope.KEYS_MANAGE)], responses=declared(503))

@@ -5,17 +5,20 @@ and `once.keep(s, answer, headers)` after it. What is sent again gets the stored
 that it names may have been purged meanwhile.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from typing import Annotated
 
 import rfc8785
+from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, Header, Request, Response
 from pydantic import BaseModel, JsonValue
 from sqlalchemy.orm import Session
+from starlette.datastructures import FormData, UploadFile
 
-from service.api.deps import Here, Who
+from service.api.deps import Here, Who, media_type
 from service.domain.errors import FieldProblem, InvalidRequest, UnlearnError
 from service.store import idempotency
 from service.store.idempotency import Answer, Asked
@@ -24,6 +27,7 @@ from service.store.secrets import Secrets
 KEY_MAX = 255
 QUOTED = re.compile(r'"(?P<inner>(?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 9651
 BARE = re.compile(r"[!#-+\--~]+")  # visible, without quotes and commas
+EITHER = rf"^(?:{QUOTED.pattern.replace('?P<inner>', '?:')}|{BARE.pattern})$"
 REPLAYED = {"Idempotent-Replayed": "true"}
 
 
@@ -77,7 +81,11 @@ async def _asked(
     who: Who,
     idempotency_key: Annotated[
         str | None,
-        Header(alias="Idempotency-Key", description="for a day: who sends the same again gets the same answer"),
+        Header(
+            alias="Idempotency-Key",
+            description="for a day: who sends the same again gets the same answer",
+            json_schema_extra={"pattern": EITHER},  # told, not judged: see `read_key`
+        ),
     ] = None,
 ) -> Asked | None:
     if idempotency_key is None:
@@ -88,7 +96,11 @@ async def _asked(
         raise InvalidRequest(FieldProblem("", detail, "idempotency_key"))
     query = f"?{request.url.query}" if request.url.query else ""
     route = f"{request.method} {request.url.path}{query}"
-    return Asked(who.id, route, key, _fingerprint(here.secrets, await request.body()))
+    if media_type(request.headers) == "multipart/form-data":
+        content = await run_sync(_form, await request.form())
+    else:
+        content = await request.body()
+    return Asked(who.id, route, key, _fingerprint(here.secrets, content))
 
 
 def _once(here: Here, asked: Annotated[Asked | None, Depends(_asked)]) -> Once:
@@ -121,6 +133,20 @@ def _fingerprint(secrets: Secrets, body: bytes) -> str:
     except (ValueError, RecursionError):
         canonical = body
     return secrets.digest("idempotency", canonical)
+
+
+def _form(form: FormData) -> bytes:
+    """What it says, however it is cut into parts: of a file, what the client calls it and the digest of its bytes."""
+    said = list[list[str]]()
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            value.file.seek(0)
+            digest = hashlib.file_digest(value.file, "sha256").hexdigest()  # type: ignore[arg-type]  # reads like a file
+            value.file.seek(0)
+            said.append([name, value.filename or "", digest])
+        else:
+            said.append([name, value])
+    return json.dumps(sorted(said)).encode()
 
 
 def install(app: FastAPI) -> None:

@@ -56,7 +56,7 @@ class EndpointObject(BaseModel):
 
 
 class NewSecretObject(EndpointObject):
-    secret: str = Field(description="whsec_...: signs each call; shown now and never again")
+    secret: str = Field(description="whsec_...: signs each call; shown once, or again with the same Idempotency-Key")
 
 
 class DeliveryAttempt(BaseModel):
@@ -142,14 +142,16 @@ def delete(here: Here, endpoint_id: str) -> None:
     ENDPOINTS_PATH + "/{endpoint_id}/rotate-secret",
     summary="Give it another secret",
     dependencies=[MANAGE],
-    responses=declared(404, 503),
+    responses=declared(404, 409, 503),
 )
-def rotate_secret(here: Here, endpoint_id: str, response: Response) -> NewSecretObject:
+def rotate_secret(here: Here, once: OnceOnly, endpoint_id: str, response: Response) -> NewSecretObject:
     """For a day, calls are signed with the old one, too: a receiver that knows either accepts them."""
     with here.sessions.begin() as s:
-        made = webhooks.rotate(s, here.secrets, endpoint_id)
+        once.first(s)
+        answer = _with_secret(webhooks.rotate(s, here.secrets, endpoint_id))
+        once.keep(s, answer, NO_STORE, status=200)
     response.headers.update(NO_STORE)
-    return _with_secret(made)
+    return answer
 
 
 @router.post(
@@ -171,10 +173,13 @@ def enable(here: Here, endpoint_id: str) -> EndpointObject:
     dependencies=[MANAGE],
     responses=declared(404, 409, 503),
 )
-def test(here: Here, endpoint_id: str) -> DeliveryObject:
+def test(here: Here, once: OnceOnly, endpoint_id: str) -> DeliveryObject:
     """`webhook.test`, within a second or so; its deliveries tell how that went."""
     with here.sessions.begin() as s:
-        return _one_delivery(s, outbox.enqueue_test(s, endpoint_id))
+        once.first(s)
+        answer = _one_delivery(s, outbox.enqueue_test(s, endpoint_id))
+        once.keep(s, answer, {}, status=202)
+    return answer
 
 
 @router.get(
@@ -201,10 +206,13 @@ def deliveries(
     dependencies=[MANAGE],
     responses=declared(404, 409, 503),
 )
-def replay(here: Here, delivery_id: str) -> DeliveryObject:
+def replay(here: Here, once: OnceOnly, delivery_id: str) -> DeliveryObject:
     """Another delivery of the same message, with the same `webhook-id`, to the same endpoint."""
     with here.sessions.begin() as s:
-        return _one_delivery(s, outbox.replay(s, delivery_id))
+        once.first(s)
+        answer = _one_delivery(s, outbox.replay(s, delivery_id))
+        once.keep(s, answer, {}, status=202)
+    return answer
 
 
 def _judge(here: Parts, url: str) -> None:

@@ -13,7 +13,12 @@ from service.client.api import Client, Evidence, Steps
 from service.client.benchmarks import HubSet
 from service.client.shapes import (
     Artifact,
+    Attempt,
+    AuditEvent,
+    AuditHead,
+    BatchItem,
     Benchmark,
+    Checkpoint,
     DeletionRequest,
     Delivery,
     Endpoint,
@@ -21,16 +26,24 @@ from service.client.shapes import (
     File,
     Job,
     Key,
+    Method,
+    Model,
     Plan,
     Step,
     Suite,
+    Worker,
 )
 from service.client.wire import ApiError
 
 __all__ = [
     "ApiError",
     "Artifact",
+    "Attempt",
+    "AuditEvent",
+    "AuditHead",
+    "BatchItem",
     "Benchmark",
+    "Checkpoint",
     "Client",
     "DeletionRequest",
     "Delivery",
@@ -41,8 +54,11 @@ __all__ = [
     "HubSet",
     "Job",
     "Key",
+    "Method",
+    "Model",
     "Plan",
     "Step",
     "Steps",
     "Suite",
+    "Worker",
 ]

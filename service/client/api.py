@@ -5,17 +5,17 @@ from pathlib import Path
 from time import sleep
 from types import TracebackType
 from typing import Any, NamedTuple, Self
-from uuid import uuid4
 
 import httpx
 
 from service.client import stream
 from service.client.benchmarks import Benchmarks
 from service.client.compliance import Keys, Plans, Requests
+from service.client.deployment import Audit, Deployment
 from service.client.sets import Files, Given
-from service.client.shapes import Artifact, Event, Job, Json, Step
+from service.client.shapes import Artifact, Attempt, Checkpoint, Event, Job, Json, Step
 from service.client.webhooks import Webhooks
-from service.client.wire import KEY, Wire, at, if_match
+from service.client.wire import Wire, at, if_match, once
 
 JOBS = "/v1/unlearning/jobs"
 TIMEOUT_S = 60.0
@@ -68,6 +68,8 @@ class Client:
         self.keys = Keys(self._wire)
         self.webhooks = Webhooks(self._wire)
         self.benchmarks = Benchmarks(self._wire, self.files)
+        self.deployment = Deployment(self._wire)
+        self.audit = Audit(self._wire)
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +139,7 @@ class Client:
 
     def create_job(self, body: Json, idempotency_key: str | None = None) -> Job:
         """`body`: that of POST /v1/unlearning/jobs."""
-        return Job.of(self._wire.json("POST", JOBS, body, headers={KEY: f'"{idempotency_key or uuid4()}"'}))
+        return Job.of(self._wire.json("POST", JOBS, body, headers=once(idempotency_key)))
 
     def dry_run(self, body: Json) -> Json:
         """What the job would be, judged as it would be; nothing is kept."""
@@ -180,6 +182,14 @@ class Client:
         """What happens, as it happens, until the job has ended; `after`: the `seq` of the last that is known."""
         return stream.follow(self._wire, at(JOBS, job_id, "events"), after)
 
+    def attempts(self, job_id: str) -> list[Attempt]:
+        """Who ran it, and how that ended, in order."""
+        return [Attempt.of(one) for one in self._wire.json("GET", at(JOBS, job_id, "attempts"))["data"]]
+
+    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        """What it can go on from, the newest first."""
+        return [Checkpoint.of(one) for one in self._wire.json("GET", at(JOBS, job_id, "checkpoints"))["data"]]
+
     # --- move it
 
     def cancel(self, job_id: str, version: int | None = None) -> Job:
@@ -187,14 +197,15 @@ class Client:
         return self._moved(job_id, "cancel", version)
 
     def pause(self, job_id: str, version: int | None = None) -> Job:
-        """One that waits; until it is resumed."""
+        """Until it is resumed. One that runs saves a checkpoint and stops: it is `pausing` until then."""
         return self._moved(job_id, "pause", version)
 
     def resume(self, job_id: str, version: int | None = None) -> Job:
+        """One that is paused, from its last checkpoint."""
         return self._moved(job_id, "resume", version)
 
     def retry(self, job_id: str, version: int | None = None) -> Job:
-        """One that failed, from the beginning."""
+        """One that failed, from its last checkpoint where it has one."""
         return self._moved(job_id, "retry", version)
 
     def _moved(self, job_id: str, verb: str, version: int | None) -> Job:
@@ -228,6 +239,10 @@ class Client:
 
     def certificate(self, job_id: str, out: Path) -> None:
         self._wire.save(at(JOBS, job_id, "certificate"), out, "application/vnd.dsse.envelope.v1+json")
+
+    def test_result(self, job_id: str, out: Path) -> None:
+        """What the certificate says, as in-toto's test-result v0.1, for policy engines."""
+        self._wire.save(at(JOBS, job_id, "test-result"), out, "application/vnd.dsse.envelope.v1+json")
 
     def audit_log(self, out: Path) -> None:
         """The whole log of the tenant, JSON Lines."""

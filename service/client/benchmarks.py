@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from service.client.sets import Files, Given
 from service.client.shapes import Benchmark, Suite
-from service.client.wire import Wire, at
+from service.client.wire import Wire, at, once
 
 BENCHMARKS, SUITES = "/v1/benchmarks", "/v1/suites"
 REGISTER_TIMEOUT_S = 600.0  # the service reads every row, and fetches what is on the Hub
@@ -52,7 +52,8 @@ class Benchmarks:
                 "retrained_model": retrained_model,
                 "retrained_scores": ids.get("scores"),
             }
-            return Benchmark.of(self._wire.json("POST", BENCHMARKS, body, timeout=REGISTER_TIMEOUT_S))
+            headers = once()
+            return Benchmark.of(self._wire.json("POST", BENCHMARKS, body, headers=headers, timeout=REGISTER_TIMEOUT_S))
 
     def get(self, name: str) -> Benchmark:
         return Benchmark.of(self._wire.json("GET", at(BENCHMARKS, name)))

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from uuid import uuid4
 
 from service.client.sets import Files, Given
-from service.client.shapes import DeletionRequest, Json, Key, Plan
-from service.client.wire import KEY, Wire, at, if_match
+from service.client.shapes import BatchItem, DeletionRequest, Json, Key, Plan
+from service.client.wire import Wire, at, if_match, once
 
 REQUESTS, PLANS, KEYS = "/v1/deletion-requests", "/v1/deletion-plans", "/v1/api-keys"
 
@@ -48,11 +47,40 @@ class Requests:
                 **{name: value for name, value in times.items() if value is not None},
                 **ids,
             }
-            headers = {KEY: f'"{idempotency_key or uuid4()}"'}
+            headers = once(idempotency_key)
             return DeletionRequest.of(self._wire.json("POST", REQUESTS, body, headers=headers))
+
+    def submit_batch(self, bodies: Sequence[Json], idempotency_key: str | None = None) -> list[BatchItem]:
+        """Each by itself, in order: one that is refused leaves the others as they are. At most 100.
+
+        Args:
+            bodies: each that of POST /v1/deletion-requests.
+            idempotency_key: who sends the same again within a day makes only what was not made. Default: a new one.
+        """
+        headers = once(idempotency_key)
+        results = self._wire.json("POST", at(REQUESTS, "batch"), {"requests": [*bodies]}, headers=headers)["results"]
+        return [
+            BatchItem(
+                index=one["index"],
+                status=one["status"],
+                request=DeletionRequest.of(one["object"]) if one["object"] else None,
+                problem=one["problem"],
+            )
+            for one in results
+        ]
 
     def get(self, request_id: str) -> DeletionRequest:
         return DeletionRequest.of(self._wire.json("GET", at(REQUESTS, request_id)))
+
+    def rows(self, request_id: str) -> Iterator[str]:
+        """The digests of its rows, in the order of its forget set."""
+        after = 0
+        while True:
+            found = self._wire.json("GET", at(REQUESTS, request_id, "rows"), params={"after": after})
+            yield from (row["digest"] for row in found["data"])
+            after += len(found["data"])
+            if not found["has_more"]:
+                return
 
     def list(
         self,
@@ -63,7 +91,7 @@ class Requests:
         subject: str | None = None,
         external_reference: str | None = None,
     ) -> Iterator[DeletionRequest]:
-        """The latest first. `subject`: an identifier as it was submitted."""
+        """The latest first. `subject`: an identifier as it was submitted, for who has the scope subjects:read."""
         asked = {
             "status": status,
             "regulation": regulation,
@@ -71,7 +99,10 @@ class Requests:
             "subject": subject,
             "external_reference": external_reference,
         }
-        return map(DeletionRequest.of, self._wire.pages(REQUESTS, asked))
+        pages = (
+            self._wire.pages(REQUESTS, asked) if subject is None else self._wire.found(at(REQUESTS, "search"), asked)
+        )
+        return map(DeletionRequest.of, pages)
 
     def approve(self, request_id: str, version: int | None = None) -> DeletionRequest:
         """As somebody else than who submitted it."""
@@ -133,7 +164,10 @@ class Keys:
     ) -> Key:
         """Its `secret` is told now and never again. Its scopes are at most those of the key that makes it."""
         body = {"name": name, "role": role, "scopes": [*scopes], "expires_at": time(expires_at)}
-        return Key.of(self._wire.json("POST", KEYS, body))
+        return Key.of(self._wire.json("POST", KEYS, body, headers=once()))
+
+    def get(self, key_id: str) -> Key:
+        return Key.of(self._wire.json("GET", at(KEYS, key_id)))
 
     def list(self) -> Iterator[Key]:
         """Revoked ones too."""

@@ -10,7 +10,7 @@ from typing import IO, Any
 import httpx
 
 from service.client.shapes import File
-from service.client.wire import Wire, at
+from service.client.wire import Wire, at, once
 from service.domain.errors import UnlearnError
 
 FILES = "/v1/files"
@@ -28,7 +28,7 @@ class Files:
         name = rows.name if isinstance(rows, Path) else f"{purpose}.jsonl"
         with _lines(rows) as content:
             form = {"data": {"purpose": purpose}, "files": {"file": (name, content)}}
-            return File.of(self._wire.json("POST", FILES, **form))
+            return File.of(self._wire.json("POST", FILES, headers=once(), **form))
 
     def get(self, file_id: str) -> File:
         return File.of(self._wire.json("GET", at(FILES, file_id)))
@@ -42,8 +42,8 @@ class Files:
         self._wire.json("DELETE", at(FILES, file_id))
 
     @contextmanager
-    def uploaded(self, given: Mapping[str, tuple[str, Given]]) -> Iterator[dict[str, str]]:
-        """name -> (purpose, set) becomes name -> id. What was uploaded is purged again where the block fails."""
+    def uploaded(self, given: Mapping[str, tuple[str, Given]], keep: bool = True) -> Iterator[dict[str, str]]:
+        """name -> (purpose, set) becomes name -> id. What was uploaded is purged again where the block fails, or at its end."""
         made = dict[tuple[str, int | Path], str]()
         ids = dict[str, str]()
         with ExitStack() as undo:
@@ -51,13 +51,14 @@ class Files:
                 if isinstance(rows, str):
                     ids[name] = rows
                     continue
-                once = (purpose, rows if isinstance(rows, Path) else id(rows))
-                if once not in made:
-                    made[once] = self.upload(purpose, rows).id
-                    undo.callback(self.discard, made[once])
-                ids[name] = made[once]
+                source = (purpose, rows if isinstance(rows, Path) else id(rows))
+                if source not in made:
+                    made[source] = self.upload(purpose, rows).id
+                    undo.callback(self.discard, made[source])
+                ids[name] = made[source]
             yield ids
-            undo.pop_all()
+            if keep:
+                undo.pop_all()
 
     def discard(self, file_id: str) -> None:
         """Purge it if that can be done: not where something needs it."""

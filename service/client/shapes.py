@@ -142,6 +142,24 @@ class Event(Answer):
     attempt: int
 
 
+class Checkpoint(Answer):
+    job_id: str
+    attempt: int
+    step: int
+    bytes: int
+    sha256: str
+    created_at: datetime
+
+
+class Attempt(Answer):
+    attempt: int
+    worker: str
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: str
+    message: str | None
+
+
 class Artifact(Answer):
     id: str
     job_id: str
@@ -182,6 +200,15 @@ class DeletionRequest(Answer):
     approvals_required: int
     jobs: list[ServingJob]
     version: int
+
+
+class BatchItem(Part):
+    """Of a batch, what became of one request: it was made, or there is a problem (RFC 9457)."""
+
+    index: int
+    status: int
+    request: DeletionRequest | None
+    problem: Json | None
 
 
 class Plan(Answer):
@@ -232,6 +259,51 @@ class Delivery(Answer):
     status: str
     created_at: datetime
     attempts: list[DeliveryAttempt]
+
+
+# --- the deployment
+
+
+class Model(Answer):
+    id: str
+    source: str
+    revision: str | None
+    digest: str | None
+    gpu_class: str
+
+
+class Method(Answer):
+    id: str
+    summary: str
+    parameters: Json  # JSON Schema of its hyperparameters
+
+
+class Worker(Answer):
+    id: str
+    state: str
+    gpu_classes: list[str]
+    vram_gib: float
+    jobs: int
+    seen_at: datetime
+
+
+class AuditEvent(Answer):
+    seq: int
+    id: str
+    created_at: datetime
+    actor: str
+    action: str
+    object_type: str
+    object_id: str
+    data: Json
+    hash: str
+
+
+class AuditHead(Answer):
+    seq: int
+    hash: str
+    valid: bool | None  # None: not checked yet
+    checked_at: datetime | None
 
 
 # --- benchmarks

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from uuid import uuid4
 
 from service.client.shapes import Delivery, Endpoint
-from service.client.wire import KEY, Wire, at
+from service.client.wire import Wire, at, once
 
 ENDPOINTS, DELIVERIES = "/v1/webhook-endpoints", "/v1/webhook-deliveries"
 
@@ -17,7 +16,7 @@ class Webhooks:
     def add(self, url: str, *, event_types: Sequence[str] = (), description: str = "") -> Endpoint:
         """Its `secret` is told now and never again. `event_types`: none are all."""
         body = {"url": url, "description": description, "event_types": [*event_types]}
-        return Endpoint.of(self._wire.json("POST", ENDPOINTS, body, headers={KEY: f'"{uuid4()}"'}))
+        return Endpoint.of(self._wire.json("POST", ENDPOINTS, body, headers=once()))
 
     def get(self, endpoint_id: str) -> Endpoint:
         return Endpoint.of(self._wire.json("GET", at(ENDPOINTS, endpoint_id)))
@@ -32,14 +31,14 @@ class Webhooks:
 
     def rotate(self, endpoint_id: str) -> Endpoint:
         """With another `secret`; the old one signs beside it for a day."""
-        return Endpoint.of(self._wire.json("POST", at(ENDPOINTS, endpoint_id, "rotate-secret")))
+        return Endpoint.of(self._wire.json("POST", at(ENDPOINTS, endpoint_id, "rotate-secret"), headers=once()))
 
     def enable(self, endpoint_id: str) -> Endpoint:
         """Send to one again that was disabled."""
         return Endpoint.of(self._wire.json("POST", at(ENDPOINTS, endpoint_id, "enable")))
 
     def test(self, endpoint_id: str) -> Delivery:
-        return Delivery.of(self._wire.json("POST", at(ENDPOINTS, endpoint_id, "test")))
+        return Delivery.of(self._wire.json("POST", at(ENDPOINTS, endpoint_id, "test"), headers=once()))
 
     def deliveries(self, endpoint_id: str, limit: int | None = None) -> Iterator[Delivery]:
         """What an endpoint was sent, the latest first; `limit`: no more than so many."""
@@ -47,4 +46,4 @@ class Webhooks:
 
     def replay(self, delivery_id: str) -> Delivery:
         """Another delivery of the same message."""
-        return Delivery.of(self._wire.json("POST", at(DELIVERIES, delivery_id, "replay")))
+        return Delivery.of(self._wire.json("POST", at(DELIVERIES, delivery_id, "replay"), headers=once()))

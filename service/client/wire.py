@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 from typing import Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 
@@ -61,14 +62,11 @@ class Wire:
 
     def pages(self, path: str, asked: Mapping[str, Any]) -> Iterator[Json]:
         """Each object of a list, page after page."""
-        asked = {name: value for name, value in asked.items() if value is not None}
-        after: Json = {}
-        while True:
-            page = self.json("GET", path, params={"limit": PAGE, **asked, **after})
-            yield from page["data"]
-            if not page["has_more"]:
-                return
-            after = {"after": page["last_id"]}
+        return _each(lambda page: self.json("GET", path, params=page), asked)
+
+    def found(self, path: str, asked: Mapping[str, Any]) -> Iterator[Json]:
+        """The same of a search, which is a POST: what is looked for does not lie in a URL."""
+        return _each(lambda page: self.json("POST", path, page), asked)
 
     def save(self, path: str, out: Path, accept: str = "*/*", sha256: str | None = None) -> None:
         """The answer's bytes as a file: whole, and of that digest where one is given, or not at all."""
@@ -119,6 +117,17 @@ class Wire:
         raise AssertionError("the last try returns or raises")
 
 
+def _each(ask: Callable[[Json], Json], asked: Mapping[str, Any]) -> Iterator[Json]:
+    given = {name: value for name, value in asked.items() if value is not None}
+    after: Json = {}
+    while True:
+        page = ask({"limit": PAGE, **given, **after})
+        yield from page["data"]
+        if not page["has_more"]:
+            return
+        after = {"after": page["last_id"]}
+
+
 def _comes_again(reply: httpx.Response) -> bool:
     """409 with Retry-After: the first try of the same request, whose connection broke, is still being answered."""
     in_flight = reply.status_code == httpx.codes.CONFLICT and "retry-after" in reply.headers
@@ -144,6 +153,11 @@ def _object(reply: httpx.Response) -> Json:
 def at(path: str, *parts: str) -> str:
     """A path below another; what a URL takes for its own, it does not take from a part."""
     return "/".join([path, *(quote(part, safe="") for part in parts)])
+
+
+def once(key: str | None = None) -> dict[str, str]:
+    """The header by which what is sent again is carried out once; default: a key that nobody has."""
+    return {KEY: f'"{key or uuid4()}"'}
 
 
 def if_match(version: int | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ class Scope(StrEnum):
     REQUESTS_CREATE = "requests:create"
     REQUESTS_APPROVE = "requests:approve"
     REQUESTS_CANCEL = "requests:cancel"
+    SUBJECTS_READ = "subjects:read"
     JOBS_READ = "jobs:read"
     JOBS_CREATE = "jobs:create"
     JOBS_CANCEL = "jobs:cancel"
@@ -32,11 +33,11 @@ ALL = frozenset(Scope)
 ROLES: Mapping[str, frozenset[Scope]] = MappingProxyType(
     {
         "compliance_submitter": frozenset(
-            {S.REQUESTS_READ, S.REQUESTS_CREATE, S.REQUESTS_CANCEL, S.FILES_READ, S.FILES_WRITE}
+            {S.REQUESTS_READ, S.REQUESTS_CREATE, S.REQUESTS_CANCEL, S.SUBJECTS_READ, S.FILES_READ, S.FILES_WRITE}
             | {S.JOBS_READ, S.REPORTS_READ, S.CERTIFICATES_READ}
         ),
         "compliance_approver": frozenset(
-            {S.REQUESTS_READ, S.REQUESTS_APPROVE, S.JOBS_READ, S.REPORTS_READ, S.CERTIFICATES_READ}
+            {S.REQUESTS_READ, S.REQUESTS_APPROVE, S.SUBJECTS_READ, S.JOBS_READ, S.REPORTS_READ, S.CERTIFICATES_READ}
         ),
         "mlops": frozenset(
             {S.JOBS_READ, S.JOBS_CREATE, S.JOBS_CANCEL, S.JOBS_RETRY, S.FILES_READ, S.FILES_WRITE, S.ARTIFACTS_READ}

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from service.domain.deletion import CLOSED
 from service.domain.errors import Gone, InvalidTransition, NotFound, StorageDamaged, TooLarge
 from service.domain.job import TERMINAL
-from service.store import audit, benchmarks, sealed, tenancy, tenants
+from service.store import audit, benchmarks, idempotency, sealed, tenancy, tenants
 from service.store.ids import new_id
 from service.store.paging import Order, fetch_page
 from service.store.sealed import open_sealed
@@ -87,7 +87,7 @@ def seal(secrets: Secrets, file_id: str, data_key: bytes, sha256: str, name: str
 
 
 def digest_purpose(tenant_id: str) -> str:
-    """What a tenant's rows and files are digested under: the same row of two tenants has two digests."""
+    """What a tenant's files and people are digested under: the same file of two tenants has two digests."""
     return f"digests of {tenant_id}"
 
 
@@ -163,6 +163,7 @@ def purge(s: Session, file_id: str) -> str:
         raise InvalidTransition(f"{needed} still needs file {file_id}")
     if file.purged_at is None:
         file.sealed, file.purge_at, file.purged_at = None, None, s.scalars(select(func.now())).one()
+        idempotency.withdraw(s, file.tenant_id, file.id)  # it has the name that was just lost
         audit.write(s, "file.purged", "file", file.id, {"digest": file.digest}, tenant_id=file.tenant_id)
     return file.key
 

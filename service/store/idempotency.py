@@ -78,5 +78,12 @@ def forget(s: Session) -> int:
     return len(s.scalars(old.returning(IdempotencyKey.key), execution_options={"synchronize_session": False}).all())
 
 
+def withdraw(s: Session, tenant_id: str, object_id: str) -> None:
+    """The answer that told of an object which is gone: who makes it again, makes another."""
+    made = IdempotencyKey.headers["Location"].astext.endswith(f"/{object_id}", autoescape=True)
+    gone = delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, made)
+    s.execute(gone, execution_options={"synchronize_session": False})
+
+
 def _purpose(asked: Asked) -> str:
     return f"answer {' '.join(asked[:3])}"

@@ -445,7 +445,7 @@ def test_a_dry_run_tells_what_would_be_and_keeps_nothing(
         for purpose, rows in (("forget_set", request_body["forget_set"]), ("retain_set", retain))
     }
     sizes["retain_set"]["bytes"] = http.get(f"/v1/files/{request_body['retain_set']}").json()["bytes"]
-    assert plan["sets"] == sizes
+    assert {name: {key: one[key] for key in ("rows", "bytes")} for name, one in plan["sets"].items()} == sizes
     assert plan["method"]["hyperparameters"]["learning_rate"] > 0
     assert (plan["constraint"]["epsilon"], plan["budget"]["max_steps"], plan["jobs_ahead"]) == (0.3, 300, 2)
     assert "no worker" in plan["status_reason"]
@@ -516,7 +516,6 @@ def test_a_job_that_waits_is_paused_and_resumed_in_its_place(
         reply = http.post(f"{first}/pause")
         assert (reply.status_code, reply.json()["status"], reply.json()["version"]) == (202, "paused", 2)
     assert claim(sessions).job_id in second, "no worker takes it"
-    assert type_of(http.post(f"{second}/pause")) == (409, "invalid-transition")
     assert type_of(http.post(f"{second}/resume")) == (409, "invalid-transition")
     bell.rung.clear()
     reply = http.post(f"{first}/resume")

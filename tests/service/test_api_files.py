@@ -15,6 +15,7 @@ from service.domain.errors import InvalidRequest
 from service.settings import Settings
 from service.store import files
 from service.store.session import Sessions
+from tests.conftest import owner
 from tests.service.conftest import ClientOf
 
 ROW = b'{"question": "q", "answer": "a"}\n'
@@ -136,7 +137,7 @@ def test_lines_are_those_of_the_file() -> None:
 def test_an_upload_whose_row_is_refused_leaves_no_bytes(
     http: TestClient, settings: Settings, sessions: Sessions
 ) -> None:
-    with sessions.begin() as s:
+    with owner(sessions).begin() as s:
         s.execute(text("ALTER TABLE files ADD CONSTRAINT none CHECK (rows > 1)"))
     assert send(http, ROW).status_code == 500
     assert stored(settings) == []

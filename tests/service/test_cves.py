@@ -45,6 +45,7 @@ HERE = "service/test_cves.py::"
 API = "service/test_api_jobs.py::"
 CONVENTIONS = "service/test_api_conventions.py::"
 DELETIONS = "service/test_deletions.py::"
+DELETION_PLANS = "service/test_deletion_plans.py::"
 IDENTITY = "service/test_identity.py::"
 STORE = "service/test_store_jobs.py::"
 SWEEP = "service/test_sweep.py::"
@@ -69,7 +70,7 @@ COMPLAINTS = (
         (
             DELETIONS + "test_what_is_denied_or_taken_back_is_purged",
             DELETIONS + "test_what_is_overdue_is_noted_once_and_counted",
-            DELETIONS + "test_a_plan_of_which_no_job_can_be_made_is_suspended_until_it_is_put_anew",
+            DELETION_PLANS + "test_a_plan_of_which_no_job_can_be_made_is_suspended_until_it_is_put_anew",
         ),
     ),
     Complaint(
@@ -88,7 +89,7 @@ COMPLAINTS = (
             SWEEP + "test_a_claim_in_the_making_is_passed_over",
             STORE + "test_many_workers_drain_the_queue_once",
             STORE + "test_who_lost_the_lease_writes_nothing",
-            DELETIONS + "test_two_sweeps_make_one_job",
+            DELETION_PLANS + "test_two_sweeps_make_one_job",
         ),
     ),
     Complaint(
