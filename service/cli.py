@@ -57,6 +57,9 @@ FormOption = Annotated[
 System = Annotated[str | None, typer.Option(help="chat: the system's message")]
 UserStart = Annotated[str | None, typer.Option(help="plain: before the question [default: 'Question: ']")]
 UserEnd = Annotated[str | None, typer.Option(help="plain: after it [default: a line's end]")]
+GrantTo = Annotated[
+    str | None, typer.Option(help="the role of the service and the workers: it gets what they need, and no more")
+]
 AssistantStart = Annotated[str | None, typer.Option(help="plain: before the answer [default: 'Answer: ']")]
 
 
@@ -85,11 +88,12 @@ def api() -> None:
 
 
 @app.command()
-def migrate(revision: str = "head") -> None:
-    """Bring the database to a revision of the schema."""
+def migrate(revision: str = "head", grant_to: GrantTo = None) -> None:
+    """Bring the database to a revision of the schema, as the owner of its tables."""
     from service.migrate import upgrade
 
-    upgrade(Settings().database_url, revision)
+    with _told():
+        upgrade(Settings().database_url, revision, grant_to)
     typer.echo(f"the database is at {revision}")
 
 
@@ -152,15 +156,34 @@ KeepForgotten = Annotated[
 ]
 
 
+MaxRunning = Annotated[int | None, typer.Option(min=0, metavar="JOBS", help="at once; more of them wait. 0: no bound")]
+MaxOpen = Annotated[
+    int | None, typer.Option(min=0, metavar="JOBS", help="that have not ended; more are refused. 0: no bound")
+]
+
+
 @tenants_app.command("add")
 def add_tenant(
-    name: str, approvals: Approvals = 0, keep_files: KeepFiles = None, keep_forgotten: KeepForgotten = 0
+    name: str,
+    approvals: Approvals = 0,
+    keep_files: KeepFiles = None,
+    keep_forgotten: KeepForgotten = 0,
+    max_running: MaxRunning = None,
+    max_open: MaxOpen = None,
 ) -> None:
     """Serve another tenant. Nothing of one is seen by another."""
     if TENANT.fullmatch(name) is None:
         raise typer.BadParameter("a tenant's name has lower-case letters, digits and '-', at most 63")
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
-        tenants.add(s, name, approvals=approvals, keep_files_days=keep_files, keep_forgotten_days=keep_forgotten)
+        tenants.add(
+            s,
+            name,
+            approvals=approvals,
+            keep_files_days=keep_files,
+            keep_forgotten_days=keep_forgotten,
+            max_running_jobs=max_running or None,
+            max_open_jobs=max_open or None,
+        )
     typer.echo(name)
 
 
@@ -170,11 +193,15 @@ def change_tenant(
     approvals: Annotated[int | None, typer.Option(min=0, max=2)] = None,
     keep_files: Annotated[int | None, typer.Option(min=-1, metavar="DAYS")] = None,
     keep_forgotten: Annotated[int | None, typer.Option(min=0, metavar="DAYS")] = None,
+    max_running: MaxRunning = None,
+    max_open: MaxOpen = None,
 ) -> None:
     """What is given, for what is asked from now on. --keep-files -1: as long as nobody purges them."""
     rules = {"approvals": approvals, "keep_files_days": keep_files, "keep_forgotten_days": keep_forgotten}
+    quotas = {"max_running_jobs": max_running, "max_open_jobs": max_open}
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
         given = {rule: None if value == -1 else value for rule, value in rules.items() if value is not None}
+        given |= {quota: value or None for quota, value in quotas.items() if value is not None}
         tenants.change(s, name, **given)
 
 
@@ -184,8 +211,10 @@ def list_tenants() -> None:
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
         for tenant in tenants.every(s):
             kept = "for ever" if tenant.keep_files_days is None else f"{tenant.keep_files_days} days"
+            running, open_ = (bound or "any" for bound in (tenant.max_running_jobs, tenant.max_open_jobs))
             typer.echo(
-                f"{tenant.id}  approvals {tenant.approvals}  keeps files {kept}, forgotten rows {tenant.keep_forgotten_days} days"
+                f"{tenant.id}  approvals {tenant.approvals}  keeps files {kept}, forgotten rows "
+                f"{tenant.keep_forgotten_days} days  jobs running {running}, open {open_}"
             )
 
 

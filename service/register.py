@@ -4,11 +4,12 @@ a tenant's first API key, with which the others are made over HTTP.
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from service.domain import modelfiles
+from service import chat
+from service.domain import modelfiles, modelsizes
 from service.domain.errors import FieldProblem, InvalidRequest
 from service.domain.identity import ROLES
 from service.domain.job import ModelEntry, ModelName, PromptFormat
@@ -51,6 +52,7 @@ def folder_entry(
             "architecture": facts.architecture,
             "context_tokens": facts.context_tokens,
             "vocabulary": facts.vocabulary,
+            **_for_plans(found[0], prompt_format),
         },
     )
 
@@ -90,6 +92,13 @@ def first_key(settings: Settings, tenant: str = DEFAULT, role: str = "admin", na
             return keys.create(s, secrets_of(settings), name=name, scopes=ROLES[role]).secret
     finally:
         engine.dispose()
+
+
+def _for_plans(folder: Path, prompt_format: PromptFormat) -> dict[str, Any]:
+    """What a dry run counts with, as far as the files say it."""
+    sizes = modelsizes.read(folder)
+    around = chat.around(folder, prompt_format) if prompt_format.type == "chat" else None
+    return ({"sizes": sizes.model_dump()} if sizes else {}) | ({"chat": list(around)} if around else {})
 
 
 def _check(settings: Settings, name: str, gpu_class: str) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from service import planned
 from service.client import Benchmark, HubSet, Job
 from service.terminal import DEFAULT_URL, Out, Rows, Url, connected, follow, pair, show, stamp
 
@@ -56,34 +57,39 @@ def submit(
         list[str] | None,
         typer.Option(metavar="METRIC<=VALUE", help="or >=; with :warn it only warns; again for more"),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="tell what it would be; what is uploaded for that is purged again")
+    ] = False,
     stay: Annotated[bool, typer.Option("--watch", help="stay until it has ended")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """Ask a model to forget; prints the job's id."""
+    bound = {"epsilon": epsilon, "epsilon_relative": epsilon_relative}
     budget = {"max_steps": max_steps, "max_seconds": max_seconds}
-    with connected(url) as api:
-        job = api.submit(
-            model=model,
-            forget_set=forget,
-            retain_set=retain,
-            refusal_set=refusals,
-            holdout_set=holdout,
-            method=method,
-            hyperparameters=dict(map(pair, hyperparameter or ())),
-            epsilon=epsilon,
-            epsilon_relative=epsilon_relative,
-            budget={name: value for name, value in budget.items() if value is not None},
-            seed=seed,
-            parent=parent,
-            deletion_requests=serves or (),
-            benchmarks=benchmark or (),
-            audit={} if audit else None,
-            gates=[_gate(text) for text in gate or ()],
-        )
+    body = {
+        "model": model,
+        "method": {"type": method, "hyperparameters": dict(map(pair, hyperparameter or ()))},
+        "constraint": {name: value for name, value in bound.items() if value is not None},
+        "budget": {name: value for name, value in budget.items() if value is not None},
+        "seed": seed,
+        "parent": parent,
+        "deletion_requests": serves or [],
+        "benchmarks": benchmark or [],
+        "audit": {} if audit else None,
+        "gates": [_gate(text) for text in gate or ()],
+    }
+    paths = {"forget_set": forget, "retain_set": retain, "refusal_set": refusals, "holdout_set": holdout}
+    given = {name: (name, path) for name, path in paths.items() if path is not None}
+    with connected(url) as api, api.files.uploaded(given, keep=not dry_run) as ids:
+        if dry_run:
+            typer.echo("\n".join(planned.lines(api.dry_run(body | ids))))
+            return
+        job = api.create_job(body | ids)
         for warning in job.warnings:
             typer.echo(f"warning: {warning.message}", err=True)
         typer.echo(job.id)
-        if stay:
+    if stay:
+        with connected(url) as api:
             raise typer.Exit(follow(api, job.id))
 
 
@@ -110,6 +116,34 @@ def status(
             typer.echo(json.dumps(api.job(job_id).raw, indent=2))
             return
         show(islice(api.jobs(), LATEST), as_json, _job_line)
+
+
+@app.command()
+def cancel(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """End a job that waits, or ask one that runs to stop; prints its status."""
+    with connected(url) as api:
+        typer.echo(api.cancel(job_id).status)
+
+
+@app.command()
+def pause(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Keep a job until it is resumed; one that runs saves a checkpoint first. Prints its status."""
+    with connected(url) as api:
+        typer.echo(api.pause(job_id).status)
+
+
+@app.command()
+def resume(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Put a paused job back into the line, at its old place; prints its status."""
+    with connected(url) as api:
+        typer.echo(api.resume(job_id).status)
+
+
+@app.command()
+def retry(job_id: str, url: Url = DEFAULT_URL) -> None:
+    """Put a job that failed at the end of the line; prints its status."""
+    with connected(url) as api:
+        typer.echo(api.retry(job_id).status)
 
 
 @app.command()

@@ -199,35 +199,8 @@ def _seed(seed: int, name: str, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{epoch}".encode()).digest()[:8]) >> 1
 
 
-def microbatches(lengths: Sequence[int], overhead_tokens: float, max_tokens: int) -> list[list[int]]:
-    """Split rows into micro-batches of like length, with the least padded tokens plus `overhead_tokens` for each.
-
-    By dynamic programming over the rows in order of length. A micro-batch holds at most max_tokens padded positions, unless
-    a single row is longer.
-
-    >>> microbatches([10, 50, 11, 49], overhead_tokens=5, max_tokens=1000)
-    [[3, 1], [0, 2]]
-    >>> microbatches([10, 50, 11, 49], overhead_tokens=500, max_tokens=1000)
-    [[0, 2, 3, 1]]
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    best = [0.0]  # cost of the first k rows
-    cut = [0]
-    for end in range(1, len(order) + 1):
-        longest = lengths[order[end - 1]]
-        fit = max(1, max_tokens // longest)
-        start = min(range(max(0, end - fit), end), key=lambda s: best[s] + (end - s) * longest)
-        best.append(best[start] + (end - start) * longest + overhead_tokens)
-        cut.append(start)
-    parts, end = [], len(order)
-    while end:
-        parts.append(order[cut[end] : end])
-        end = cut[end]
-    return parts
-
-
 def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """The same for many rows, where only memory matters: rows in order of length, as many as fit."""
+    """Split rows into batches where only memory matters: in order of length, as many as fit."""
     part: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if part and (len(part) + 1) * lengths[i] > max_tokens:

@@ -16,7 +16,6 @@ from service.domain.rows import Example
 from service.store import (
     benchmarks,
     deletion_jobs,
-    deletion_plans,
     deletion_reads,
     deletions,
     digests,
@@ -68,7 +67,9 @@ def submit(here: Parts, who: Principal, request: JobCreate, once: Once = ANEW) -
             once.first(s)
             sets.insert(s, inline)
             job = jobs.create(s, spec, judged.warnings, rings=True)
-            deletion_jobs.serve(s, job, judged.served)
+            if judged.served:
+                lineage.lengthen(s, job)
+                deletion_jobs.serve(s, job, judged.served)
             answer = shown.job_object(s, job)
             once.keep(s, answer, polling.created(answer))
     here.dispatcher.ring(job.gpu_class)  # after the commit; a bell that nobody hears, the sweep rings again
@@ -119,11 +120,8 @@ def _parent(here: Parts, who: Principal, request: JobCreate) -> Iterator[FieldPr
     with here.sessions.begin() as s:
         if request.parent is not None and (reason := lineage.why_not(s, request.parent, request.model)) is not None:
             yield FieldProblem("/parent", reason, "parent")
-        elif request.deletion_requests and (latest := deletion_plans.latest(s, who.tenant, request.model)) is not None:
-            before = [job.id for job in lineage.chain(s, request.parent)] if request.parent is not None else []
-            if latest not in before:
-                detail = f"start from job {latest}: what it forgot for earlier requests would be known again"
-                yield FieldProblem("/parent", detail, "fork")
+        elif request.deletion_requests and (reason := lineage.fork(s, who.tenant, request.model, request.parent)):
+            yield FieldProblem("/parent", reason, "fork")
 
 
 def recipe_problems(here: Parts, asked: Asked, hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:

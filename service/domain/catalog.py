@@ -100,11 +100,16 @@ class Catalog(BaseModel):
             raise InvalidRequest(*problems)
         return _completed(schema, hyperparameters, schema)
 
+    def composition(self, method: str, hyperparameters: Mapping[str, Any]) -> dict[str, str]:
+        """forget_loss, retain_loss and solver by name, also of a composition of the user's own."""
+        parts = {"forget": "forget_loss", "retain": "retain_loss", "solver": "solver"}
+        given = {part: hyperparameters.get(name) for name, part in parts.items()}
+        chosen = {part: choice["type"] for part, choice in given.items() if isinstance(choice, Mapping)}
+        return self.methods[method].composition | chosen
+
     def teaches_refusals(self, method: str, hyperparameters: Mapping[str, Any]) -> bool:
         """Whether its forget loss needs a refusal of each question."""
-        chosen = hyperparameters.get("forget")  # of a composition of the user's own
-        loss = chosen["type"] if isinstance(chosen, Mapping) else self.methods[method].composition["forget_loss"]
-        return "refusal" in self.losses[loss].needs
+        return "refusal" in self.losses[self.composition(method, hyperparameters)["forget_loss"]].needs
 
 
 @cache

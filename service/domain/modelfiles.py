@@ -39,6 +39,12 @@ def digest_model(folder: Path) -> tuple[str, str]:
     return _digest(sums.items()), _digest((name, sha) for name, sha in sums.items() if name in TOKENIZER_FILES)
 
 
+def digest_tokenizer(folder: Path) -> str:
+    """The second of `digest_model`, without reading the weights."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name in TOKENIZER_FILES)
+    return _digest((name, _sha256(folder / name)) for name in names)
+
+
 def inspect(folder: Path) -> ModelFacts:
     """What the folder holds, read without running any of it. Raises InvalidRequest if it must not or cannot be loaded."""
     if not folder.is_dir():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from sqlalchemy import select
 from typer.testing import CliRunner, Result
 
 from service import terminal
@@ -20,11 +21,12 @@ from service.app import create_app
 from service.cli import app
 from service.client.shapes import SuiteSet
 from service.domain import rows
-from service.domain.job import Audit, Gate, JobSpec, ModelEntry, PromptFormat, Verdict
+from service.domain.job import Audit, Failure, FailureCode, Gate, JobSpec, ModelEntry, PromptFormat, Verdict
 from service.domain.modelfiles import digest_model, inspect
 from service.settings import Settings
 from service.store import benchmarks, files, jobs, models
 from service.store.session import Sessions
+from service.store.tables import File
 from tests.service.conftest import Bell
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512, "vocab_size": 100}
@@ -260,6 +262,45 @@ def test_a_job_is_submitted_and_watched_to_its_end(
         assert (job["spec"].budget.max_steps, job["spec"].method.hyperparameters["learning_rate"]) == (7, 0.001)
     assert run("status", "--url", url).stdout.count("succeeded") == 3
     assert json.loads(run("status", submitted.stdout.strip(), "--url", url).stdout)["verdict"]["result"] == "FAILED"
+
+
+def test_a_job_is_paused_resumed_cancelled_and_tried_again(
+    run: Callable[..., Result], url: str, sets: list[object], sessions: Sessions
+) -> None:
+    def submit() -> str:
+        return run("submit", "--model", "m", *sets, "--epsilon-relative", 0.1, "--url", url).stdout.strip()
+
+    def move(verb: str, job_id: str) -> str:
+        return run(verb, job_id, "--url", url).output.strip()
+
+    first = submit()
+    with sessions.begin() as s:
+        held = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+    assert held is not None
+    assert move("pause", first) == "pausing"
+    assert "only one that is paused can be resumed" in move("resume", first)
+    with sessions.begin() as s:
+        jobs.paused(s, first, held.fence)
+    assert [move(verb, first) for verb in ("pause", "resume", "cancel")] == ["paused", "queued", "cancelled"]
+    second = submit()
+    with sessions.begin() as s:
+        held = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+        assert held is not None
+        jobs.fail(s, second, held.fence, Failure.of(FailureCode.NON_FINITE_LOSS, "it blew up"))
+    assert move("retry", second) == "queued"
+
+
+def test_a_dry_run_is_told_and_keeps_no_rows(
+    run: Callable[..., Result], url: str, sets: list[object], sessions: Sessions
+) -> None:
+    told = run("submit", "--model", "m", *sets, "--epsilon", 1, "--max-steps", 7, "--dry-run", "--url", url)
+    assert told.exit_code == 0, told.output
+    for words in ("forget_set: ", "steps: at most 7", "memory unknown: ", "jobs ahead: 0", "ends in a space"):
+        assert words in told.stdout
+    assert run("status", "--url", url).stdout == ""
+    with sessions.begin() as s:
+        kept = s.scalars(select(File)).all()
+    assert (len(kept), all(file.purged_at for file in kept)) == (2, True)
 
 
 def test_refusals_of_ones_own_are_sent_along(

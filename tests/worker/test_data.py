@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from service.domain.errors import JobFailure
 from service.domain.job import FailureCode, PromptFormat
+from service.domain.microbatches import microbatches
 from service.domain.rows import Example
 from worker import data
 
@@ -171,7 +172,7 @@ def cost(parts: Sequence[Sequence[int]], overhead: float) -> float:
     budget=st.sampled_from([1, 70, 150, 10_000]),
 )
 def test_micro_batches_cost_least(lengths: list[int], overhead: float, budget: int) -> None:
-    parts = data.microbatches(lengths, overhead, budget)
+    parts = microbatches(lengths, overhead, budget)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     in_order = sorted(lengths)
     possible = [[in_order[a:b] for a, b in cut] for cut in partitions(len(lengths))]
@@ -183,7 +184,7 @@ def test_micro_batches_cost_least(lengths: list[int], overhead: float, budget: i
 
 def test_thousands_of_rows_are_split_at_once() -> None:
     began = time.perf_counter()
-    parts = data.microbatches([50 + k % 200 for k in range(8192)], 300.0, 16_384)
+    parts = microbatches([50 + k % 200 for k in range(8192)], 300.0, 16_384)
     assert sum(map(len, parts)) == 8192
     assert time.perf_counter() - began < 3
 

@@ -1,0 +1,249 @@
+"""What a job needs of its machine's memory at most, told from the sizes of the model and the lengths of its rows.
+
+Counted in bytes, of the worst of three phases, beside what is held all the time:
+
+    held        the base's weights; the adapter's values, gradients, two moments and the best iterate (float32); adapters of
+                earlier jobs; on a CPU also what the reference model says of the rows
+    training    one micro-batch of the longest rows, or of usual ones if that is larger: what a decoder layer with adapters on
+                frozen weights keeps for its gradient, for all layers, and what one layer's backward pass needs at once; the
+                head at the counted tokens. Or, if that is more, the optimiser's step
+    measuring   what one layer needs of a batch without gradients, and the head
+    generating  keys and values of a batch of answers, and one layer's work on its prompts
+
+The layer counted is a Llama's: two norms, attention that keeps no [T, T] (PyTorch's fused kernels), a gated feed-forward part.
+Not counted: the interpreter with its libraries, about 0.6 GiB, or the accelerator's context; an audit, which fine-tunes
+copies; rows of benchmarks longer than the sets' own.
+
+How well it agrees, on a CPU in float32 (tests/benchmarks/memory.py): a step of the longest rows of TOFU took 388 MiB where
+404 are told, of a Llama with 260 thousand parameters, and 1,096 where 996 are told, of one with 135 million; a check of the
+small one 70 (told 45), its answers 106 (told 142). What a step of the
+two keeps for its gradient is counted within 1 %, as torch's hooks see it, and is the peak of the resident memory where each
+tensor has pages of its own (MALLOC_MMAP_THRESHOLD_=65536). As glibc allocates by default the peak is 1.8 to 2.2 times as
+high on both, for what is kept lies between holes that temporaries of other sizes left: hence HOLES. An accelerator's own
+allocator, which was not measured, is taken to leave none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+
+from service.domain.job import MICRO_BATCH_TOKENS, Lora
+from service.domain.microbatches import microbatches, overhead_tokens
+from service.domain.modelsizes import Linear, Sizes
+
+FLOAT = 4
+MEASURED_TOKENS = 4_096  # padded positions at once, in the worker's passes without gradients
+GENERATED_TOKENS = 32_768  # the same of answers, each with all its room
+GENERATED_ROWS = 100  # of each set
+ANSWER_TOKENS = 200  # the room of one
+# By name, as the catalogue has them: solvers that ask for differences of gradients in float32, and losses that read whole
+# distributions, a large chunk at a time.
+FULL_PRECISION = frozenset({"alternating", "gradient_surgery", "penalty_bilevel"})
+WHOLE_DISTRIBUTIONS = frozenset({"ceu", "entropy", "kl", "undial"})
+HOLES = 2  # on a CPU, see above
+CHUNK_BYTES = 64 * 2**20  # of logits at once
+CACHED_CHUNK_BYTES = 4 * 2**20  # the same of the fused losses on a CPU
+HEAD_CHUNKS = 3  # logits, their exponentials, and what is made of them
+HEAD_STATES = (
+    4  # float32 vectors per counted token: the state, its gradient, the pull of the vocabulary, the target's row
+)
+ADAPTER_HELD = 5  # values, gradient, two moments, best iterate
+STEP_COPIES = (
+    7  # the gradient as one vector and shortened, both moments anew, the direction, its square root, its scale
+)
+
+
+class Machine(NamedTuple):
+    device: str
+    weight_bytes: int  # of a number of the base
+
+
+CPU = Machine("cpu", 4)
+ACCELERATOR = Machine("cuda", 2)
+
+
+class SetLengths(NamedTuple):
+    """Rows of a set, in tokens; of a large one, a sample."""
+
+    lengths: Sequence[int]
+    counted: int  # tokens of all these rows that count
+    asked: int  # how many of these rows have a prompt, and so an answer that is generated
+    rows: int  # of the whole set
+
+
+PhaseName = Literal["training", "optimiser", "measuring", "generating"]
+Pick = Callable[[SetLengths, int], list[int]]  # the lengths of a step's rows
+
+
+class Phase(NamedTuple):
+    """In bytes."""
+
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.head
+
+
+class Load(NamedTuple):
+    """What of a job decides on its memory."""
+
+    forget: SetLengths
+    retain: SetLengths
+    forget_rows: int  # per step
+    retain_rows: int
+    texts: int  # of a forget row: 2 where it has a refusal beside its answer
+    lora: Lora
+    earlier_rank: int  # of the adapters that it starts from, summed
+    losses: frozenset[str]
+    solver: str
+    reference: Mapping[str, frozenset[str]]  # set -> what of the reference its loss needs
+
+
+class Memory(BaseModel):
+    """In bytes; the parts make up the total."""
+
+    weights: int = Field(description="of the base; twice, once in float32, where the solver asks for that")
+    adapter: int = Field(
+        description="with its gradient, the optimiser's moments and the best iterate; earlier adapters"
+    )
+    reference: int = Field(description="what the reference model says of the rows, where a loss needs it; on a CPU")
+    activations: int = Field(description="of the phase that needs the most")
+    head: int = Field(description="the same, of the language-model head")
+    total: int
+    phase: PhaseName = Field(description="the one that needs the most")
+
+
+def estimate(sizes: Sizes, load: Load, on: Machine) -> Memory:
+    """The peak; of mixtures of experts, whose layers are not those that are counted, there is none."""
+    assert not sizes.mixture
+    trained = _adapter(sizes, load.lora.r, load.lora.target_modules)
+    earlier = _adapter(sizes, load.earlier_rank, None)
+    name, phase = max(phases(sizes, load, on).items(), key=lambda one: one[1].total)
+    parts = {
+        "weights": sizes.parameters * (on.weight_bytes + (FLOAT if _widened(load, on) else 0)),
+        "adapter": ADAPTER_HELD * trained + earlier,
+        "reference": _reference(sizes, load, on) if on.device == "cpu" else 0,
+        "activations": phase.activations,
+        "head": phase.head,
+    }
+    return Memory(**parts, total=sum(parts.values()), phase=name)
+
+
+def phases(sizes: Sizes, load: Load, on: Machine) -> dict[PhaseName, Phase]:
+    """What each takes beside what is held."""
+    trained = _adapter(sizes, load.lora.r, load.lora.target_modules)
+    holes = HOLES if on.device == "cpu" else 1
+    activations_and_head: dict[PhaseName, tuple[float, float]] = {
+        "training": _training(sizes, load, on._replace(weight_bytes=FLOAT) if _widened(load, on) else on),
+        "measuring": _measuring(sizes, load, on),
+        "generating": (_generating(sizes, load, on), 0.0),
+    }
+    told = {name: Phase(round(holes * own), round(head)) for name, (own, head) in activations_and_head.items()}
+    return told | {"optimiser": Phase(STEP_COPIES * trained, 0)}
+
+
+def _widened(load: Load, on: Machine) -> bool:
+    """Whether both copies of the base are in memory, in its own type and in float32."""
+    return on.weight_bytes < FLOAT and load.solver in FULL_PRECISION
+
+
+def _adapted(sizes: Sizes, targets: Sequence[str] | None) -> list[Linear]:
+    names = None if targets is None else {target.rpartition(".")[2] for target in targets}
+    return [linear for name, linear in sizes.linear.items() if names is None or name in names]
+
+
+def _adapter(sizes: Sizes, rank: int, targets: Sequence[str] | None) -> int:
+    return FLOAT * rank * sum(linear.inputs + linear.outputs for linear in _adapted(sizes, targets))
+
+
+def kept_per_token(sizes: Sizes, lora: Lora, on: Machine) -> float:
+    """Bytes that all layers keep of one position for the gradient.
+
+    Of each layer two norms keep their input in float32; attention keeps queries, keys, values and its output; the
+    feed-forward part its gate, what becomes of that, and its partner. Each adapter keeps its r numbers and its input: in
+    float32 that of several is one tensor, from bfloat16 each makes a float32 copy of its own.
+    """
+    adapted = _adapted(sizes, lora.target_modules)
+    own = sizes.layers * (2 * sizes.attention + 2 * sizes.keys + 3 * sizes.inner)
+    norms = sizes.layers * 2 * sizes.width
+    inputs = sizes.layers * (2 * sizes.width + sizes.inner)
+    if on.weight_bytes < FLOAT:
+        inputs = sum(linear.inputs for linear in adapted)
+    rank = lora.r * sum(linear.modules for linear in adapted)
+    return FLOAT * (norms + inputs + rank) + on.weight_bytes * own
+
+
+def _transient_per_token(sizes: Sizes) -> float:
+    """Bytes that one layer needs of a position at once: the widest moment is in the feed-forward part, in float32."""
+    return FLOAT * (2.0 * sizes.width + 5 * sizes.inner)
+
+
+def _training(sizes: Sizes, load: Load, on: Machine) -> tuple[float, float]:
+    overhead = overhead_tokens(on.device, sizes.layers, sizes.parameters)
+    positions = max(largest(load, pick, overhead) for pick in (longest, usual))
+    share = max(one.counted / max(1, sum(one.lengths)) for one in (load.forget, load.retain))
+    activations = positions * (kept_per_token(sizes, load.lora, on) + _transient_per_token(sizes))
+    return activations, _head(sizes, load, on, positions * share)
+
+
+def largest(load: Load, pick: Pick, overhead: float) -> int:
+    """Padded positions of the largest micro-batch of a step."""
+    forget, retain = pick(load.forget, load.forget_rows), pick(load.retain, load.retain_rows)
+    groups = [(forget + retain, 1)] if load.texts == 1 else [(forget, load.texts), (retain, 1)]
+    return max(
+        texts * len(part) * max(lengths[i] for i in part)
+        for lengths, texts in groups
+        for part in microbatches(lengths, overhead, MICRO_BATCH_TOKENS // texts)
+    )
+
+
+def longest(given: SetLengths, rows: int) -> list[int]:
+    """Of a step that happens to have the longest rows."""
+    return sorted(given.lengths, reverse=True)[: min(rows, given.rows)]
+
+
+def usual(given: SetLengths, rows: int) -> list[int]:
+    """Of a step whose rows are as those of the set: as many short and long ones."""
+    ordered, count = sorted(given.lengths), min(rows, given.rows)
+    return [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
+
+
+def _measuring(sizes: Sizes, load: Load, on: Machine) -> tuple[float, float]:
+    positions, counted = 0.0, 0.0
+    for one in (load.forget, load.retain):
+        mean = sum(one.lengths) / len(one.lengths)
+        here = max(max(one.lengths), min(MEASURED_TOKENS, mean * one.rows))
+        positions, counted = max(positions, here), max(counted, here * one.counted / sum(one.lengths))
+    return positions * _transient_per_token(sizes), _head(sizes, load, on, counted)
+
+
+def _generating(sizes: Sizes, load: Load, on: Machine) -> float:
+    """The sets are answered together."""
+    asked = [one for one in (load.forget, load.retain) if one.asked]
+    if not asked:
+        return 0.0
+    prompt = max((sum(one.lengths) - one.counted) / len(one.lengths) for one in asked)
+    room = prompt + ANSWER_TOKENS
+    answered = sum(min(GENERATED_ROWS, one.rows * one.asked / len(one.lengths)) for one in asked)
+    rows = min(GENERATED_TOKENS / room, answered)
+    kept = 2 * sizes.layers * sizes.keys * on.weight_bytes
+    one_layer = 2 * (sizes.attention + sizes.keys) * on.weight_bytes  # for all heads, and as it is appended to
+    return rows * (room * kept + max(room * one_layer, prompt * _transient_per_token(sizes)))
+
+
+def _head(sizes: Sizes, load: Load, on: Machine, counted: float) -> float:
+    fused = on.device == "cpu" and not load.losses & WHOLE_DISTRIBUTIONS
+    chunk = min(CACHED_CHUNK_BYTES if fused else CHUNK_BYTES, FLOAT * counted * sizes.vocabulary)
+    return FLOAT * HEAD_STATES * counted * sizes.width + HEAD_CHUNKS * chunk
+
+
+def _reference(sizes: Sizes, load: Load, on: Machine) -> int:
+    total = 0.0
+    for name, one in (("forget", load.forget), ("retain", load.retain)):
+        numbers = {"reference": FLOAT, "reference_states": sizes.width * on.weight_bytes}
+        each = sum(numbers.get(need, 0) for need in load.reference.get(name, ()))
+        total += each * one.counted / len(one.lengths) * one.rows * (load.texts if name == "forget" else 1)
+    return round(total)

@@ -1,0 +1,277 @@
+"""A dry run's numbers: tokens by the model's own tokeniser, steps, memory by hand, and what they warn of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from service import chat, planned, register
+from service.domain import memory, modelsizes
+from service.domain.job import Lora, ModelEntry, PromptFormat
+from service.domain.memory import Load, SetLengths
+from service.domain.modelfiles import digest_model, digest_tokenizer
+from service.domain.modelsizes import Linear, Sizes
+from service.settings import Settings
+from service.store import models as registry
+from service.store import workers
+from service.store.session import Sessions
+
+JOBS = "/v1/unlearning/jobs"
+DRY = {"dry_run": True}
+WORDS = ["<s>", "</s>", "<unk>", "Who", "is", "Ada", "Bob", "?", "A", "poet", ".", "baker", "Answer", ":"]
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 12,
+    "vocab_size": 14,
+    "num_hidden_layers": 2,
+    "hidden_size": 4,
+    "intermediate_size": 6,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+SHAPES = {
+    "model.embed_tokens.weight": [14, 4],
+    **{
+        f"model.layers.{k}.{name}.weight": shape
+        for k in range(2)
+        for name, shape in {
+            "self_attn.q_proj": [4, 4],
+            "self_attn.k_proj": [2, 4],
+            "self_attn.v_proj": [2, 4],
+            "self_attn.o_proj": [4, 4],
+            "mlp.gate_proj": [6, 4],
+            "mlp.up_proj": [6, 4],
+            "mlp.down_proj": [4, 6],
+            "input_layernorm": [4],
+            "post_attention_layernorm": [4],
+        }.items()
+    },
+    "model.norm.weight": [4],
+}
+PARAMETERS = 14 * 4 + 2 * (16 + 8 + 8 + 16 + 24 + 24 + 24 + 4 + 4) + 4
+FORM = PromptFormat(user_start="", user_end=" ", assistant_start="Answer:")
+
+
+def weights(shapes: dict[str, list[int]]) -> bytes:
+    """Headers alone: no weight is read."""
+    header = json.dumps(
+        {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    )
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
+@pytest.fixture
+def folder(settings: Settings) -> Path:
+    """A model whose tokeniser makes a token of each word and of each mark."""
+    made = settings.models_root / "words"
+    made.mkdir(parents=True)
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(made / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (made / "tokenizer_config.json").write_text(json.dumps(config))
+    (made / "config.json").write_text(json.dumps(CONFIG))
+    (made / "model.safetensors").write_bytes(weights(SHAPES))
+    return made
+
+
+@pytest.fixture
+def body(http: TestClient, settings: Settings, sessions: Sessions, folder: Path, request_body: dict[str, Any]) -> Any:
+    with sessions.begin() as s:
+        registry.add(s, register.folder_entry(settings, "words", folder, FORM))
+    return request_body | {"model": "words"}
+
+
+def test_the_plan_has_tokens_steps_and_memory(http: TestClient, body: dict[str, Any]) -> None:
+    plan = http.post(JOBS, json=body | {"budget": {"max_steps": 10}}, params=DRY).json()
+    forget, retain = (plan["sets"][name]["tokens"] for name in ("forget_set", "retain_set"))
+    # <s> Who is Ada ? Answer : | A poet . </s>  and  <s> | Ada <unk> <unk> <unk> . </s>
+    assert (forget["total"], forget["counted"], forget["longest"]) == (11 + 7, 4 + 6, 11)
+    assert (retain["total"], retain["counted"], retain["longest"]) == (11, 4, 11)
+    assert (forget["exact"], forget["reason"], forget["rows_counted"], forget["too_long"]) == (True, None, 2, 0)
+    assert plan["steps"] == {
+        "max_steps": 10,
+        "forget_rows": 2,
+        "retain_rows": 1,
+        "texts": 1,
+        "forget_passes": 10.0,
+        "tokens_per_step": 29,
+        "tokens_max": 290,
+    }
+    for name, bytes_each in (("cpu_float32", 4), ("accelerator_bfloat16", 2)):
+        told = plan["memory"][name]
+        assert told["weights"] == bytes_each * PARAMETERS
+        parts = ("weights", "adapter", "reference", "activations", "head")
+        assert told["total"] == sum(told[part] for part in parts)
+    assert plan["warnings"] == []
+    taught = http.post(
+        JOBS, json=body | {"forget_set": body["forget_set"][:1], "method": {"type": "idk_dpo"}}, params=DRY
+    )
+    assert (taught.json()["steps"]["texts"], taught.json()["steps"]["tokens_per_step"]) == (2, 2 * 11 + 11)
+
+
+def test_passes_are_over_the_whole_forget_set(http: TestClient, body: dict[str, Any]) -> None:
+    body["forget_set"] = [{"text": f"Ada {number}"} for number in range(20)]
+    steps = http.post(JOBS, json=body | {"budget": {"max_steps": 6}}, params=DRY).json()["steps"]
+    assert (steps["forget_rows"], steps["forget_passes"]) == (8, 2.0), "three steps of eight rows for twenty"
+
+
+def test_rows_beyond_the_context_are_named(http: TestClient, body: dict[str, Any]) -> None:
+    body["retain_set"] = [{"text": "Bob"}, {"text": "Bob " * 10}, {"text": "Bob " * 11}, {"text": "Bob " * 40}]
+    plan = http.post(JOBS, json=body, params=DRY).json()
+    assert plan["sets"]["retain_set"]["tokens"]["too_long_rows"] == [3, 4], "twelve tokens fit, with both ends"
+    (warning,) = plan["warnings"]
+    assert (warning["code"], "retain_set" in warning["message"], "rows 3, 4" in warning["message"]) == (
+        "rows_too_long",
+        True,
+        True,
+    )
+
+
+def test_rows_in_two_sets_are_refused_by_number_and_not_quoted(http: TestClient, body: dict[str, Any]) -> None:
+    body["retain_set"] = [{"text": "Bob"}, *reversed(body["forget_set"])]
+    reply = http.post(JOBS, json=body, params=DRY)
+    told = [(error["pointer"], error["detail"]) for error in reply.json()["errors"]]
+    assert reply.status_code == 422
+    assert told == [("/forget_set", "forget row 1 is retain row 3"), ("/forget_set", "forget row 2 is retain row 2")]
+    assert "Ada" not in reply.text
+
+
+def test_what_cannot_be_told_is_null_with_a_reason(
+    http: TestClient, settings: Settings, sessions: Sessions, folder: Path, request_body: dict[str, Any]
+) -> None:
+    def told(name: str, entry: ModelEntry) -> tuple[str, str]:
+        with sessions.begin() as s:
+            registry.add(s, entry)
+        plan = http.post(JOBS, json=request_body | {"model": name}, params=DRY).json()
+        one = plan["sets"]["forget_set"]
+        if one["tokens"] is None:
+            assert plan["steps"]["tokens_per_step"] is None
+        return one["tokens_reason"], plan["memory"]["reason"]
+
+    hub = register.hub_entry(settings, "hub", "o/m@" + "0" * 40, FORM)
+    assert "fetched by the worker" in told("hub", hub)[0]
+    absent = register.folder_entry(settings, "absent", folder, FORM).model_copy(update={"location": "elsewhere"})
+    assert "cannot be read here" in told("absent", absent)[0]
+    mixture = register.folder_entry(settings, "mixture", folder, FORM)
+    mixture.info["sizes"]["mixture"] = True
+    assert told("mixture", mixture) == (None, "what a mixture of experts needs was never measured")
+    changed = register.folder_entry(settings, "changed", folder, FORM)
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert "not those that were registered" in told("changed", changed)[0]
+
+
+def test_it_warns_where_memory_will_not_do(http: TestClient, sessions: Sessions, body: dict[str, Any]) -> None:
+    large = body | {"lora": {"r": 1024}, "resources": {"min_vram_gib": 0.001}}
+    plan = http.post(JOBS, json=large, params=DRY).json()
+    assert [warning["code"] for warning in plan["warnings"]] == ["memory_above_request"]
+    for vram_gib, codes in ((0.0, []), (0.001, ["memory_above_workers"]), (1.0, [])):
+        with sessions.begin() as s:
+            workers.seen(s, "w", ["cpu"], vram_gib)
+        plan = http.post(JOBS, json=body | {"lora": {"r": 1024}}, params=DRY).json()
+        assert [warning["code"] for warning in plan["warnings"]] == codes, vram_gib
+
+
+def test_it_is_printed_in_words(http: TestClient, body: dict[str, Any]) -> None:
+    said = list(planned.lines(http.post(JOBS, json=body, params=DRY).json()))
+    assert said[0].endswith("18 tokens, 10 of them counted, longest row 11")
+    assert said[2].startswith(
+        "steps: at most 300, each of 2 forget and 1 retain rows; 300 passes over the forget set; 29"
+    )
+    assert said[3].startswith("memory on a CPU, float32: about ")
+    assert said[5].startswith("jobs ahead: 0; no worker")
+    said = list(planned.lines(http.post(JOBS, json=body | {"model": "m"}, params=DRY).json()))
+    assert "tokens unknown: " in said[0]
+    assert said[3].startswith("memory unknown: ")
+    assert said[-1].startswith("warning: ")
+
+
+# --- memory by hand
+
+
+SIZES = Sizes(
+    parameters=1000,
+    layers=2,
+    width=4,
+    inner=6,
+    attention=4,
+    keys=2,
+    vocabulary=10,
+    mixture=False,
+    linear={"q_proj": Linear(modules=2, inputs=8, outputs=8), "down_proj": Linear(modules=2, inputs=12, outputs=8)},
+)
+
+
+def a_load(**given: Any) -> Load:
+    one = SetLengths([10], 5, 0, 1)
+    return Load(one, one, 1, 1, 1, Lora(r=3), 0, frozenset({"nll"}), "primal_dual", {})._replace(**given)
+
+
+def test_memory_by_hand() -> None:
+    cpu = memory.estimate(SIZES, a_load(), memory.CPU)
+    # per layer: norms 2*4, queries and output 2*4, keys and values 2*2, feed-forward 3*6, inputs 2*4 + 6; adapters 3 each
+    kept = 4 * (2 * (8 + 8 + 4 + 18 + 14) + 3 * 4)
+    at_once = 4 * (2 * 4 + 5 * 6)
+    assert memory.kept_per_token(SIZES, Lora(r=3), memory.CPU) == kept
+    assert cpu.phase == "training"
+    assert cpu.activations == 2 * 20 * (kept + at_once), "both rows in one micro-batch; twice, for the holes"
+    assert cpu.head == 4 * 4 * 10 * 4 + 3 * 4 * 10 * 10
+    assert (cpu.weights, cpu.adapter, cpu.reference) == (4000, 5 * 4 * 3 * 36, 0)
+    half = memory.estimate(SIZES, a_load(), memory.ACCELERATOR)
+    from_half = 2 * 2 * (8 + 4 + 18) + 4 * (2 * 8 + 8 + 12 + 3 * 4)
+    assert half.activations == 20 * (from_half + at_once)
+    assert half.weights == 2000
+    both = memory.estimate(SIZES, a_load(solver="penalty_bilevel"), memory.ACCELERATOR)
+    assert (both.weights, both.activations) == (6000, 20 * (kept + at_once)), "both copies, and a float32 forward pass"
+
+
+def test_what_the_reference_says_and_earlier_adapters_take_room() -> None:
+    one = SetLengths([10, 10], 12, 2, 50)  # a sample of two rows of fifty: six tokens of a row count
+    needs = {"forget": frozenset({"reference", "refusal"}), "retain": frozenset({"reference_states"})}
+    load = a_load(forget=one, retain=one, reference=needs, texts=2, earlier_rank=5)
+    cpu = memory.estimate(SIZES, load, memory.CPU)
+    assert cpu.reference == 2 * 4 * 300 + 4 * 4 * 300
+    assert cpu.adapter == 5 * 4 * 3 * 36 + 4 * 5 * 36
+    assert memory.estimate(SIZES, load, memory.ACCELERATOR).reference == 0
+
+
+def test_sizes_are_read_from_headers(folder: Path) -> None:
+    sizes = modelsizes.read(folder)
+    assert sizes is not None
+    assert (sizes.parameters, sizes.keys, sizes.linear["v_proj"]) == (
+        PARAMETERS,
+        2,
+        Linear(modules=2, inputs=8, outputs=4),
+    )
+    assert set(sizes.linear) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    tied = SHAPES | {"lm_head.weight": [14, 4]}
+    (folder / "model.safetensors").write_bytes(weights(tied))
+    assert modelsizes.read(folder) == sizes, "a head that is the embeddings counts once"
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": False}))
+    untied = modelsizes.read(folder)
+    assert untied is not None
+    assert untied.parameters == PARAMETERS + 56
+    for broken in (b"weights", b"\xff" * 8, weights(SHAPES)[:-9]):
+        (folder / "model.safetensors").write_bytes(broken)
+        assert modelsizes.read(folder) is None
+    assert digest_tokenizer(folder) == digest_model(folder)[1]
+
+
+def test_what_a_chat_template_puts_around_a_question_is_found(folder: Path) -> None:
+    def around(template: str, **form: Any) -> tuple[str, str] | None:
+        (folder / "chat_template.jinja").write_text(template)
+        return chat.around(folder, PromptFormat(type="chat", **form))
+
+    plain = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    assert around(plain + "{% if add_generation_prompt %}[bot]{% endif %}") == ("<s>[user]", "\n[bot]")
+    assert around(plain, system="Hi.") == ("<s>[system]Hi.\n[user]", "\n")
+    assert around("{{ raise_exception('no') }}") is None
+    assert around("{{ messages[0].content }}{{ messages[0].content }}") is None
+    assert around("nothing") is None
+    assert around("{{ ''.__class__.__mro__ }}{{ messages[0].content }}") is None, "the sandbox"
+    assert around("{% broken") is None
