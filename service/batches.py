@@ -18,7 +18,7 @@ from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFo
 from service.domain.identity import SYSTEM, Principal, Scope
 from service.domain.job import JobCreate
 from service.domain.rows import Example
-from service.store import deletion_jobs, deletion_plans, digests, files, tenancy
+from service.store import deletion_jobs, deletion_plans, digests, files, quotas, tenancy
 from service.store.deletion_plans import Batch
 from service.store.tables import DeletionRequest, File
 
@@ -61,6 +61,10 @@ def serve_deletions(here: Parts) -> int:
 
 def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
     """Whether a job was made. A request that no job can serve fails, and the others go on without it."""
+    with here.sessions.begin() as s:
+        if not quotas.has_place(s, who.tenant):  # told before their rows are put together, at every sweep
+            log.info("deletion requests wait: the tenant has as many open jobs as it may", model=batch.plan.model)
+            return False
     try:
         recipe = PlannedJob.model_validate(batch.plan.job, extra="ignore")
     except ValidationError:

@@ -1,5 +1,7 @@
 """Jobs have checkpoints to go on from, and a size of micro-batch that their memory had room for; tenants have quotas."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -28,9 +30,19 @@ def upgrade() -> None:
     for quota in QUOTAS:
         op.add_column("tenants", sa.Column(quota, sa.BigInteger(), nullable=True))
         op.create_check_constraint(op.f(f"tenants_{quota}_check"), "tenants", f"{quota} > 0")
+    op.drop_index("jobs_claim_idx", "jobs")
+    line = [sa.text("priority DESC"), "due_at", "queued_at", "id"]
+    passed_over = [sa.text("COALESCE(min_vram_gib, 0)"), sa.text("COALESCE(not_before, '-infinity')")]
+    _claim_index(["tenant_id", "gpu_class", *line, *passed_over])
+
+
+def _claim_index(columns: list[Any]) -> None:
+    op.create_index("jobs_claim_idx", "jobs", columns, postgresql_where=sa.text("status = 'queued'"))
 
 
 def downgrade() -> None:
+    op.drop_index("jobs_claim_idx", "jobs")
+    _claim_index([sa.text("priority DESC"), "due_at", "queued_at", "id"])
     for quota in QUOTAS:
         op.drop_column("tenants", quota)
     op.drop_column("jobs", "micro_batch_tokens")

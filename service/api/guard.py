@@ -14,6 +14,7 @@ from service.domain.errors import Forbidden, Unauthenticated
 from service.domain.identity import Principal, Scope
 from service.settings import Settings
 from service.store import keys
+from service.store.session import looking
 from service.store.tables import Tenant
 
 BEARER = HTTPBearer(
@@ -78,7 +79,7 @@ def authenticate(parts: Parts, authorization: str) -> Principal:
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("send `Authorization: Bearer` with an API key or a token")
     if token.startswith("ulk_"):
-        with parts.sessions.begin() as s:
+        with looking(parts.sessions) as s:
             principal = keys.recognise(s, parts.secrets, token)
     else:
         principal = parts.provider.recognise(token) if parts.provider else None

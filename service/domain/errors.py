@@ -10,7 +10,7 @@ UnlearnError
 ├── PreconditionFailed    the object is no longer at the version that the client has seen
 ├── KeyReused             an Idempotency-Key came again with another request
 ├── KeyInFlight           a request with the same Idempotency-Key is being answered
-├── QuotaExceeded         who asks has asked too often; carries the policy, and when to come back
+├── QuotaExceeded         who asks has asked too often, or for too much; carries the policy, and when to come back
 ├── NotReady              it will exist, but not yet (a report before the job ended)
 ├── TooLarge              a file or a body over the limit
 ├── StorageFull           the disk or the bucket takes no more

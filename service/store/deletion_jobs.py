@@ -35,6 +35,10 @@ def serve(s: Session, job: Job, row_numbers: Mapping[str, Sequence[int]]) -> Non
             move(s, row, R.IN_PROGRESS, {"job": job.id}, status_reason=reason)
 
 
+def serves(s: Session, job_id: str) -> bool:
+    return s.scalar(select(DeletionJob.job_id).where(DeletionJob.job_id == job_id).limit(1)) is not None
+
+
 def why_not(s: Session, row: DeletionRequest, model: str) -> str | None:
     """Why a job on this model cannot serve the request; None: it can."""
     if row.status not in SERVABLE:

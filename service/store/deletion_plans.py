@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from service.domain.deletion import SERVABLE, PlanPut
 from service.domain.errors import NotFound
-from service.domain.job import TERMINAL, Status
 from service.store import audit, lineage, tenancy
-from service.store.deletion_jobs import PASSED
 from service.store.tables import DeletionJob, DeletionPlan, DeletionRequest, Job, Model
 
 KEY = [DeletionPlan.tenant_id, DeletionPlan.model]
@@ -97,12 +95,12 @@ def due(s: Session) -> list[Batch]:
 
 def _due(s: Session, plan: DeletionPlan) -> Batch | None:
     waiting = _waiting(s, plan)
-    if not waiting or _running(s, plan):
+    if not waiting or lineage.under_way(s, plan.tenant_id, plan.model) is not None:
         return None
     long_ago = s.scalars(select(func.now())).one() - timedelta(seconds=plan.window_seconds)
     if len(waiting) < plan.requests_max and (waiting[0].approved_at or long_ago) > long_ago:
         return None
-    return Batch(plan, waiting, latest(s, plan.tenant_id, plan.model))
+    return Batch(plan, waiting, lineage.latest(s, plan.tenant_id, plan.model))
 
 
 def _waiting(s: Session, plan: DeletionPlan) -> Sequence[DeletionRequest]:
@@ -120,23 +118,3 @@ def _waiting(s: Session, plan: DeletionPlan) -> Sequence[DeletionRequest]:
         ~served.exists(),
     )
     return s.scalars(rows.order_by(DeletionRequest.approved_at, DeletionRequest.id).limit(plan.requests_max)).all()
-
-
-def _running(s: Session, plan: DeletionPlan) -> bool:
-    return s.scalar(_for_requests(plan.tenant_id, plan.model).where(Job.status.not_in(TERMINAL)).limit(1)) is not None
-
-
-def latest(s: Session, tenant_id: str, model: str) -> str | None:
-    """The last job for requests on the model that has forgotten, and released its adapter."""
-    passed = _for_requests(tenant_id, model).where(
-        Job.status == Status.SUCCEEDED, Job.verdict["result"].astext.in_(PASSED)
-    )
-    for job in s.scalars(passed.order_by(Job.finished_at.desc())):
-        if lineage.adapter(s, job.id):
-            return job.id
-    return None
-
-
-def _for_requests(tenant_id: str, model: str) -> Select[Job]:
-    served = select(DeletionJob.job_id).where(DeletionJob.job_id == Job.id)
-    return select(Job).where(Job.tenant_id == tenant_id, Job.model == model, served.exists())

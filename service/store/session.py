@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, text
@@ -35,6 +37,14 @@ def make_engine(database_url: str) -> Engine:
 def make_sessions(engine: Engine) -> Sessions:
     """Rows stay readable after the commit: an endpoint answers with them. They see every tenant (see tenancy.py)."""
     return sessionmaker(engine, class_=TenantSession, expire_on_commit=False)
+
+
+@contextmanager
+def looking(sessions: Sessions) -> Iterator[Session]:
+    """For reads that need no transaction: each statement is one, without the round trips of BEGIN and COMMIT."""
+    with sessions() as s:
+        s.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        yield s
 
 
 def at_most(s: Session, seconds: float) -> None:

@@ -4,6 +4,7 @@ The rule is in one place, so that no query can forget it: every statement on a t
 criterion, and every new row the tenant's name. What another tenant owns is not forbidden, it is not there.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import event
@@ -23,8 +24,9 @@ def bind(s: Session, tenant_id: str, actor: str = SYSTEM) -> None:
     s.info.update(tenant=tenant_id, actor=actor)
 
 
+@lru_cache(maxsize=1024)
 def bound(sessions: sessionmaker[Session], tenant_id: str, actor: str) -> sessionmaker[Session]:
-    """Makes sessions as the given one does, but bound."""
+    """Makes sessions as the given one does, but bound. Kept: each is a class of its own, which takes long to make."""
     return sessionmaker(**sessions.kw | {"class_": TenantSession, "info": {"tenant": tenant_id, "actor": actor}})
 
 

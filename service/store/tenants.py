@@ -14,10 +14,18 @@ DEFAULT = "default"  # there from the beginning, for a deployment that serves on
 
 
 def add(
-    s: Session, tenant_id: str, *, approvals: int = 0, keep_files_days: int | None = None, keep_forgotten_days: int = 0
+    s: Session,
+    tenant_id: str,
+    *,
+    approvals: int = 0,
+    keep_files_days: int | None = None,
+    keep_forgotten_days: int = 0,
+    max_running_jobs: int | None = None,
+    max_open_jobs: int | None = None,
 ) -> Tenant:
     """Raises InvalidTransition if the name is taken."""
     rules = {"approvals": approvals, "keep_files_days": keep_files_days, "keep_forgotten_days": keep_forgotten_days}
+    rules |= {"max_running_jobs": max_running_jobs, "max_open_jobs": max_open_jobs}
     row = insert(Tenant).values(id=tenant_id, **rules)
     if s.scalar(row.on_conflict_do_nothing().returning(Tenant.id)) is None:
         raise InvalidTransition(f"there is a tenant {tenant_id!r} already")

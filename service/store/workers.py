@@ -14,6 +14,7 @@ from service.store.tenancy import EVERYBODYS
 SAY_EVERY_S = 30.0
 SILENT_MIN = 5  # a worker that has said nothing for so long is taken to be gone
 FORGOTTEN = timedelta(days=1)
+HEARD = select(Worker).where(Worker.seen_at > func.now() - timedelta(minutes=SILENT_MIN))
 
 
 def seen(s: Session, name: str, gpu_classes: Sequence[str], vram_gib: float) -> None:
@@ -30,7 +31,7 @@ def gone(s: Session, name: str) -> None:
 
 def heard(s: Session) -> Sequence[Worker]:
     """Those that said so within the last minutes."""
-    return s.scalars(select(Worker).where(Worker.seen_at > func.now() - timedelta(minutes=SILENT_MIN))).all()
+    return s.scalars(HEARD).all()
 
 
 def known(s: Session) -> Sequence[Worker]:
@@ -44,12 +45,16 @@ def busy(s: Session) -> dict[str, int]:
     return {name: count for name, count in s.execute(held, execution_options=EVERYBODYS) if name is not None}
 
 
+def can_run(worker: Worker, gpu_class: str, min_vram_gib: float | None) -> bool:
+    """The rule of jobs.claim."""
+    return gpu_class in (*worker.gpu_classes, "any") and worker.vram_gib >= (min_vram_gib or 0)
+
+
 def nobody_runs(job: Job, heard: Sequence[Worker]) -> str | None:
-    """Why a queued job waits in vain, by the rule of jobs.claim; None: it does not wait, or somebody can run it."""
+    """Why a queued job waits in vain; None: it does not wait, or somebody can run it."""
     if job.status is not Status.QUEUED:
         return None
-    for worker in heard:
-        if job.gpu_class in (*worker.gpu_classes, "any") and worker.vram_gib >= (job.min_vram_gib or 0):
-            return None
+    if any(can_run(worker, job.gpu_class, job.min_vram_gib) for worker in heard):
+        return None
     room = f" with {job.min_vram_gib:g} GiB" if job.min_vram_gib else ""
     return f"no worker that hears GPU class {job.gpu_class}{room} has been seen in the last {SILENT_MIN} minutes"

@@ -76,12 +76,17 @@ class Job(Owned, Base):
         CheckConstraint(f"({one_of('status', HELD)}) = (lease_until IS NOT NULL)", name="lease"),
         CheckConstraint(f"({one_of('status', TERMINAL)}) = (finished_at IS NOT NULL)", name="finished"),
         CheckConstraint("(status = 'failed') = (failure IS NOT NULL)", name="failure"),
-        Index(
+        Index(  # the line of each tenant and GPU class, in the order of claims; see store/line.py
             "jobs_claim_idx",
+            "tenant_id",
+            "gpu_class",
             text("priority DESC"),
             "due_at",  # NULLS LAST is what ascending means
             "queued_at",
             "id",
+            # What keeps a job from being claimed is told in the index: its rows are not read to pass over them.
+            text("COALESCE(min_vram_gib, 0)"),
+            text("COALESCE(not_before, '-infinity')"),
             postgresql_where=text("status = 'queued'"),
         ),
         Index("jobs_lease_idx", "lease_until", postgresql_where=text(one_of("status", HELD))),

@@ -1,0 +1,126 @@
+"""A poll that is answered from the job's version and little more: never stale, nobody else's, and for nobody unknown."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import text
+from starlette.testclient import TestClient
+
+from service.domain.job import Failure, FailureCode, Stage, Verdict
+from service.settings import Settings
+from service.store import evidence_keys, jobs, keys, workers
+from service.store.secrets import secrets_of
+from service.store.session import Sessions
+from tests.service.conftest import JOBS
+from tests.service.test_store_jobs import claimed, step, wait
+
+NewJob = Callable[..., str]
+PASSED = Verdict(result="PASSED", gates=[], message="kept the bound and forgot")
+
+
+CERTIFICATE = """
+INSERT INTO certificates (id, tenant_id, job_id, envelope, key_id, audit_seq)
+VALUES ('ucert_1', 'default', :job, '{}', :key, 1)
+"""
+
+
+def test_whatever_changes_the_answer_changes_its_tag(
+    http: TestClient, new_job: NewJob, sessions: Sessions, settings: Settings
+) -> None:
+    path = f"{JOBS}/{new_job()}"
+    job_id = path.rpartition("/")[2]
+    held: list[Any] = []
+    with sessions.begin() as s:
+        key_id = evidence_keys.rotate(s, secrets_of(settings))
+
+    def does(verb: Callable[..., Any], *values: Any, **named: Any) -> Callable[[], Any]:
+        def act() -> None:
+            with sessions.begin() as s:
+                verb(s, *values, **named)
+
+        return act
+
+    def runs(verb: Callable[..., Any], *values: Any, **named: Any) -> Callable[[], Any]:
+        return lambda: does(verb, job_id, held[-1].fence, *values, **named)()
+
+    course: list[tuple[str, Callable[[], Any]]] = [
+        ("a worker comes", does(workers.seen, "w", ["cpu"], 0)),
+        ("another job comes before it", lambda: new_job(priority=9)),
+        ("that one is taken", lambda: claimed(sessions)),
+        ("its tenant has a bound", does(lambda s: s.execute(text("UPDATE tenants SET max_running_jobs = 1")))),
+        ("it has none", does(lambda s: s.execute(text("UPDATE tenants SET max_running_jobs = NULL")))),
+        ("the worker goes", does(workers.gone, "w")),
+        ("it rests", does(jobs.pause, job_id)),
+        ("it waits again", does(jobs.resume, job_id)),
+        ("it is taken", lambda: held.append(claimed(sessions))),
+        ("it loads", runs(jobs.log, stage=Stage.LOADING_MODEL)),
+        ("it solves", runs(jobs.log, stage=Stage.UNLEARNING, steps=[step(3)])),
+        ("it goes on", runs(jobs.log, steps=[step(4)])),
+        ("it fails", runs(jobs.fail, Failure.of(FailureCode.STORAGE_FULL, "full"))),
+        ("it may be tried", lambda: wait(sessions)),
+        ("it is taken once more", lambda: held.append(claimed(sessions))),
+        ("it is over", runs(jobs.succeed, PASSED)),
+        ("it is certified", does(lambda s: s.execute(text(CERTIFICATE), {"job": job_id, "key": key_id}))),
+        ("its model is removed", does(lambda s: s.execute(text("DELETE FROM models")))),
+    ]
+    before = http.get(path)
+    for name, act in course:
+        act()
+        tag = {"If-None-Match": before.headers["ETag"]}
+        after = http.get(path)
+        assert after.content != before.content, name
+        assert after.headers["ETag"] != before.headers["ETag"], name
+        assert http.get(path, headers=tag).content == after.content, name
+        same = http.get(path, headers={"If-None-Match": after.headers["ETag"]})
+        assert (same.status_code, same.content) == (304, b""), name
+        told = ("ETag", "Retry-After", "Vary", "Cache-Control")
+        assert [same.headers.get(one) for one in told] == [after.headers.get(one) for one in told], name
+        before = after
+
+
+def test_what_leaves_the_answer_as_it_is_is_a_304(http: TestClient, new_job: NewJob, sessions: Sessions) -> None:
+    new_job()
+    held = claimed(sessions)
+    path = f"{JOBS}/{held.job_id}"
+    before = http.get(path)
+    with sessions.begin() as s:
+        assert jobs.beat(s, held.job_id, held.fence, 60)
+    new_job(priority=9)
+    assert http.get(path).content == before.content
+    assert http.get(path, headers={"If-None-Match": before.headers["ETag"]}).status_code == 304
+
+
+def test_another_tenants_job_is_not_there_for_who_has_its_tag(
+    http: TestClient, new_job: NewJob, make_key: Callable[..., str]
+) -> None:
+    path = f"{JOBS}/{new_job()}"
+    other = {"Authorization": f"Bearer {make_key('admin', tenant='other')}"}
+    for tag in (http.get(path).headers["ETag"], "*"):
+        assert http.get(path, headers={"If-None-Match": tag}).status_code == 304
+        assert http.get(path, headers=other | {"If-None-Match": tag}).status_code == 404
+        assert http.get(path, headers=other | {"If-None-Match": tag, "Prefer": "wait=1"}).status_code == 404
+
+
+def test_a_key_that_is_revoked_polls_no_more(
+    http: TestClient, new_job: NewJob, make_key: Callable[..., str], sessions: Sessions
+) -> None:
+    path, secret = f"{JOBS}/{new_job()}", make_key("auditor")
+    tag = http.get(path).headers["ETag"]
+    asked = {"Authorization": f"Bearer {secret}", "If-None-Match": tag}
+    assert http.get(path, headers=asked).status_code == 304
+    with sessions.begin() as s:
+        keys.revoke(s, next(row.id for row in keys.page(s)[0] if row.name == "auditor"))
+    assert http.get(path, headers=asked).status_code == 401
+
+
+def test_a_key_is_noted_as_used_once_a_minute(http: TestClient, sessions: Sessions) -> None:
+    def used(back: str) -> object:
+        with sessions.begin() as s:
+            s.execute(text(f"UPDATE api_keys SET last_used_at = last_used_at - interval '{back}'"))
+            before = s.scalar(text("SELECT max(last_used_at) FROM api_keys"))
+        assert http.get(JOBS).status_code == 200
+        with sessions() as s:
+            return s.scalar(text("SELECT max(last_used_at) FROM api_keys")) != before
+
+    http.get(JOBS)
+    assert [used("0 s"), used("50 s"), used("20 s")] == [False, False, True]
