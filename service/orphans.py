@@ -8,7 +8,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from service.domain.job import TERMINAL
-from service.store import artifacts, files, reads, tables
+from service.store import artifacts, checkpoints, files, reads, tables
 from service.store.session import Sessions
 from service.store.storage import Storage
 
@@ -20,6 +20,8 @@ log = structlog.get_logger(__name__)
 
 def delete_orphans(sessions: Sessions, storage: Storage) -> int:
     """What is stored and nobody needs. How many objects were deleted."""
+    with sessions.begin() as s:
+        checkpoints.drop_old(s)
     orphans = [*_uploads_cut_off(sessions, storage), *_left_by_jobs(sessions, storage)]
     for key in orphans:
         storage.delete(key)
@@ -38,7 +40,7 @@ def _uploads_cut_off(sessions: Sessions, storage: Storage) -> Iterator[str]:
 
 
 def _left_by_jobs(sessions: Sessions, storage: Storage) -> Iterator[str]:
-    """Below a job's folder: of one that has ended, all that it did not publish; of one that is not there, what is old."""
+    """Below a job's folder: of one that has ended, all that no row names; of one that is not there, what is old."""
     found = sorted(storage.ages(artifacts.FOLDER))
     by_job = {job_id: list(group) for job_id, group in groupby(found, key=lambda one: one[0].split("/")[1])}
     for job_ids in _parts(list(by_job)):
@@ -46,11 +48,12 @@ def _left_by_jobs(sessions: Sessions, storage: Storage) -> Iterator[str]:
             if _is_new(s, tables.Job):
                 return
             statuses = reads.statuses(s, job_ids)  # before the artifacts, which come in the moment of a job's success
-            published = {artifact.key for rows in artifacts.of_jobs(s, job_ids).values() for artifact in rows}
+            named = {artifact.key for rows in artifacts.of_jobs(s, job_ids).values() for artifact in rows}
+            named |= checkpoints.named(s, job_ids)
         for job_id in job_ids:
             ended = statuses.get(job_id) in TERMINAL
             for key, age in by_job[job_id]:
-                if key not in published and (ended or (job_id not in statuses and age > ORPHAN_AGE)):
+                if key not in named and (ended or (job_id not in statuses and age > ORPHAN_AGE)):
                     yield key
 
 

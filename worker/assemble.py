@@ -26,7 +26,7 @@ from worker.diary import Diary
 from worker.measure import Measurement, Sets
 from worker.problem import Method
 from worker.records import ArtifactFile, Assignment, FileRef
-from worker.solve import Solution
+from worker.solve import Run
 
 # By this much (nats) a token mean of the same weights moves with the composition of the batches.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
@@ -51,7 +51,7 @@ def assemble(
     network: model.Network,
     both: Sets,
     epsilon: float,
-    solution: Solution,
+    solution: Run,
     adapter: Sequence[ArtifactFile],
     found: Found,
     diary: Diary,
@@ -69,6 +69,7 @@ def assemble(
         rows_measured=len(both.retain.encoded.measured),
         rows_total=len(both.retain.encoded.rows),
     )
+    assert solution.stop is not None
     step = solution.best.step if solution.best else solution.steps
     return Report(
         job_id=job.job_id,
@@ -106,7 +107,7 @@ def assemble(
         audit=found.audit,
         stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
         released=released(job, step, adapter),
-        trajectory=report.trajectory(diary.steps, diary.checks),
+        trajectory=report.trajectory(diary.steps, diary.checks, diary.resumed),
         warnings=diary.warnings,
         timings_seconds=diary.seconds,
         environment=report.environment(str(network.device), torch.get_num_threads()),

@@ -9,9 +9,20 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from service.domain.errors import Gone, JobFailure, NotFound
-from service.domain.job import SETS, FailureCode, JobSpec, ModelEntry
+from service.domain.job import MICRO_BATCH_TOKENS, SETS, FailureCode, JobSpec, ModelEntry
 from service.settings import Settings
-from service.store import artifacts, benchmarks, deletions, files, lineage, models, tenancy
+from service.store import (
+    artifacts,
+    benchmarks,
+    checkpoints,
+    deletions,
+    digests,
+    files,
+    jobs,
+    lineage,
+    models,
+    tenancy,
+)
 from service.store.rows import Claim
 from service.store.secrets import Secrets, secrets_of
 from service.store.tables import Artifact, Job
@@ -20,6 +31,7 @@ from worker.records import (
     ArtifactFile,
     Assignment,
     BenchmarkAssignment,
+    CheckpointRef,
     EarlierJob,
     FileRef,
     ParentAssignment,
@@ -37,7 +49,8 @@ def assignment(
 ) -> Assignment:
     """Raises JobFailure where a model, a file, a benchmark or the parent's adapter is gone."""
     tenancy.bind(s, claim.tenant_id)
-    refer = partial(_file, s, secrets_of(settings))
+    secrets = secrets_of(settings)
+    refer = partial(_file, s, secrets)
     forget, retain, refusals, holdout = (refer(getattr(spec, purpose)) for purpose in SETS)
     dtype = settings.worker_dtype
     return Assignment(
@@ -55,8 +68,15 @@ def assignment(
         deletion_requests=[
             RequestRows.model_validate(link, from_attributes=True) for link in deletions.served(s, claim.job_id)
         ],
+        row_key=b64encode(digests.row_key(secrets, claim.tenant_id)),
         storage_url=settings.storage_url,
         prefix=prefix(claim),
+        checkpoints=[
+            CheckpointRef.model_validate(row, from_attributes=True) for row in checkpoints.of_job(s, claim.job_id)
+        ],
+        checkpoint_every_s=settings.checkpoint_every_s,
+        checkpoint_every_steps=settings.checkpoint_every_steps,
+        micro_batch_tokens=jobs.get(s, claim.job_id).micro_batch_tokens or MICRO_BATCH_TOKENS,
         models_root=settings.models_root,
         scratch_dir=scratch,
         device="cuda:0" if on_accelerator else "cpu",  # the first of those that it sees, see `environment`
@@ -137,6 +157,11 @@ def _benchmark(s: Session, refer: Refer, name: str) -> BenchmarkAssignment:
 def prefix(claim: Claim) -> str:
     """Where this attempt's files lie in the storage."""
     return f"{artifacts.folder(claim.job_id)}/attempts/{claim.fence}"
+
+
+def checkpoints_folder(claim: Claim) -> str:
+    """Where the attempts of the job find each other's checkpoints (worker.checkpoint)."""
+    return f"{artifacts.folder(claim.job_id)}/checkpoints"
 
 
 def reference_prefix(claim: Claim) -> str:

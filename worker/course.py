@@ -76,6 +76,8 @@ def words(trajectory: Trajectory, epsilon: float) -> str:
                 f"The {name} began at {values[0]:.4g}, lay between {min(values):.4g} and {max(values):.4g}, "
                 f"and ended at {values[-1]:.4g}."
             )
+    if trajectory.resumed:
+        told.append(f"Attempts went on from checkpoints after step {', '.join(map(str, trajectory.resumed))}.")
     return " ".join(told)
 
 

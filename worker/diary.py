@@ -18,6 +18,7 @@ class Diary:
         self.steps: list[StepRecord] = []
         self.checks: list[CheckRecord] = []
         self.warnings: list[Note] = []
+        self.resumed: list[int] = []  # the steps after which an attempt went on from a checkpoint
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -30,6 +31,10 @@ class Diary:
     def warn(self, code: str, message: str) -> None:
         self.warnings.append(Note(code=code, message=message))
         self.emit(WarningRecord(code=code, message=message))
+
+    def warn_once(self, code: str, message: str) -> None:
+        if all(note.code != code for note in self.warnings):
+            self.warn(code, message)
 
     def step(self, progress: Progress, epsilon: float) -> None:
         report = progress.report

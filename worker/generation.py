@@ -58,7 +58,8 @@ def generate(
         gaps = max(lengths) <= decoder.window(network)
         shared = _shared([prompts[i] for i in chosen]) if gaps else 0
         kept = decoder.prefilled(network, prompts[chosen[0]][:shared])
-        for rows in _batches(chosen, prompts, rooms, gaps):
+        at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
+        for rows in _batches(chosen, prompts, rooms, gaps, at_once):
             answers = _continue(
                 network, kept, shared, [prompts[i][shared:] for i in rows], [rooms[i] for i in rows], stops
             )
@@ -75,14 +76,14 @@ def room(network: Network, prompt: Sequence[int], beyond_context: bool) -> int:
 
 
 def _batches(
-    chosen: Sequence[int], prompts: Sequence[Sequence[int]], rooms: Sequence[int], gaps: bool
+    chosen: Sequence[int], prompts: Sequence[Sequence[int]], rooms: Sequence[int], gaps: bool, at_once: int
 ) -> Iterator[list[int]]:
     """Prompts of like length, or of one length where no gap may be."""
     groups: dict[int, list[int]] = {}
     for i in chosen:
         groups.setdefault(0 if gaps else len(prompts[i]), []).append(i)
     for group in groups.values():
-        for part in data.by_length([len(prompts[i]) + rooms[i] for i in group], GENERATION_TOKENS):
+        for part in data.by_length([len(prompts[i]) + rooms[i] for i in group], at_once):
             yield [group[k] for k in part]
 
 

@@ -5,12 +5,13 @@ parameter tensors of the 2-norm of the gradient of the row's mean log p.
 
 No gradient outlives the norm that is taken of it. That of a linear layer, sum_t d_t x_t^T with the inputs x and the gradients
 d of the outputs, need not even be formed: its squared norm is sum_ts (x_t . x_s)(d_t . d_s), which is less work for a row that
-is short beside the layer's width (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679). An embedding is a
-linear layer of one-hot inputs, and a weight that layers share has the sum of what each of them adds.
+is short beside the layer's width (Goodfellow 2015, arXiv 1510.01799; Li et al. 2022, arXiv 2110.05679); for a longer one it
+is left to autograd. An embedding is a linear layer of one-hot inputs, and a weight that layers share has the sum of what
+each of them adds.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -29,9 +30,10 @@ def gradient_norms(network: Network, rows: Sequence[TokenRow]) -> Tensor:
     that no gradient reaches left out. With an adapter in the network W stands for the merged W + s B A, and the gradient in it is
     the one in W; the adapter's factors are no parameters of the merged model.
     """
-    with _norms(network) as (norms, shared):
+    with _norms(network) as (norms, shared, begin):
         means = []
         for row in rows:
+            begin(len(row.ids))
             _mean_logp(network, row).backward()  # type: ignore[no-untyped-call]
             norms += map(outer_norm, shared.values())
             means.append(torch.stack(norms).mean())
@@ -59,10 +61,11 @@ class Outer(NamedTuple):
 
 
 @contextmanager
-def _norms(network: Network) -> Iterator[tuple[list[Tensor], dict[int, list[Outer]]]]:
+def _norms(network: Network) -> Iterator[tuple[list[Tensor], dict[int, list[Outer]], Callable[[int], None]]]:
     """Within it a backward pass leaves no gradient. It appends to the first the 2-norms of those of the base's parameters.
 
     What layers add to a weight that they share goes to the second instead, by the weight's id: the norm is that of the sum.
+    Before each row the third is told of the row's tokens.
     """
     norms: list[Tensor] = []
     shared: dict[int, list[Outer]] = {}
@@ -82,7 +85,7 @@ def _norms(network: Network) -> Iterator[tuple[list[Tensor], dict[int, list[Oute
 
         if type(layer) is nn.Embedding:  # before it there is nothing that is learned
             output = output.requires_grad_().clone()
-        if output.requires_grad:
+        if output.requires_grad and not layer.weight.requires_grad:
             output.register_hook(add)  # type: ignore[no-untyped-call]
         return output
 
@@ -93,12 +96,18 @@ def _norms(network: Network) -> Iterator[tuple[list[Tensor], dict[int, list[Oute
     apart = {id(layer.weight) for layer in watched}
     for name, p in parameters.items():
         p.requires_grad_(".lora_" not in name and id(p) not in apart)
+    alone: list[Any] = [layer.weight.requires_grad_() for layer in watched if uses[id(layer.weight)] == 1]
+
+    def begin(tokens: int) -> None:
+        for weight in alone:
+            weight.requires_grad_(_is_less_formed(tokens, *weight.shape))
+
     learned: list[Any] = [p for p in parameters.values() if p.requires_grad]
     handles = [p.register_post_accumulate_grad_hook(take) for p in learned]
     handles += [layer.register_forward_hook(watch) for layer in watched]
     try:
         with torch.enable_grad():
-            yield norms, shared
+            yield norms, shared, begin
     finally:
         for handle in handles:
             handle.remove()
@@ -137,11 +146,15 @@ def outer_norm(sums: Sequence[Outer]) -> Tensor:
     dense = [outer for outer in sums if outer.left.is_floating_point()]
     if dense:
         tokens = sum(len(outer.left) for outer in dense)
-        rows, columns = dense[0].left.shape[1], dense[0].right_TR.shape[1]
-        if tokens * (rows + columns) >= rows * columns:
+        if _is_less_formed(tokens, dense[0].left.shape[1], dense[0].right_TR.shape[1]):
             return _norm(_formed(dense, [outer for outer in sums if not outer.left.is_floating_point()]))
     squared = torch.stack([_inner(a, b) for a in sums for b in sums]).sum()
     return squared.clamp(min=0.0).sqrt()
+
+
+def _is_less_formed(tokens: int, rows: int, columns: int) -> bool:
+    """Whether forming sum_t d_t x_t^T is less work than its norm without."""
+    return tokens * (rows + columns) >= rows * columns
 
 
 def _formed(dense: Sequence[Outer], one_hot: Sequence[Outer]) -> Tensor:

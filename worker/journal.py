@@ -5,8 +5,17 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.store import jobs
-from service.store.rows import CheckRow, Claim, ConstraintRow, Event, StepRow, WarningRow
-from worker.records import AnyRecord, CheckRecord, ConstraintRecord, StageRecord, StepRecord, WarningRecord
+from service.store.rows import CheckpointRow, CheckRow, Claim, ConstraintRow, Event, StepRow, WarningRow
+from worker.records import (
+    AnyRecord,
+    CheckpointRecord,
+    CheckRecord,
+    ConstraintRecord,
+    ResumedRecord,
+    StageRecord,
+    StepRecord,
+    WarningRecord,
+)
 
 PROGRESS_EVERY_S = 2.0
 
@@ -18,7 +27,7 @@ class Journal:
         self._steps_total = steps_total
         self._entries: list[dict[str, Any]] = []
         self._told_progress_at = float("-inf")
-        self.urgent = False  # a stage began: its times are those of the write
+        self.urgent = False  # a stage began, whose times are those of the write; or a checkpoint waits for its row
 
     def __bool__(self) -> bool:
         return bool(self._entries)
@@ -40,6 +49,15 @@ class Journal:
             case ConstraintRecord():
                 self._entry()["constraint"] = ConstraintRow(record.epsilon, record.base_retain_loss)
                 self._put("events", _bound(record))
+            case CheckpointRecord():
+                self._put("saved", CheckpointRow(**record.model_dump(exclude={"type"})))
+                told = record.model_dump(include={"step", "bytes", "sha256"})
+                self._put("events", Event("checkpoint.saved", f"checkpoint after step {record.step}", told))
+                self.urgent = True  # it is one once its row is written
+            case ResumedRecord():
+                self._entry()["resumed"] = (record.step, record.tokens)
+                message = f"goes on after step {record.step}, from a checkpoint"
+                self._put("events", Event("checkpoint.resumed", message, {"step": record.step}))
             case WarningRecord():
                 self._put("warnings", WarningRow(record.code, record.message))
                 self._put("events", Event("warning", record.message, {"code": record.code}, "warn"))
@@ -47,6 +65,11 @@ class Journal:
     def write(self, s: Session, claim: Claim) -> bool:
         """Everything so far, in the caller's transaction; after its commit, `clear`. False: fenced out."""
         return all(jobs.log(s, claim.job_id, claim.fence, **entry) for entry in self._entries)
+
+    @property
+    def saved(self) -> list[str]:
+        """The keys of the checkpoints in it."""
+        return [row.key for entry in self._entries for row in entry.get("saved", ())]
 
     def clear(self) -> None:
         self._entries.clear()

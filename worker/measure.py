@@ -112,7 +112,8 @@ def score(network: Network, term: Term, places: Sequence[int]) -> tuple[Scores, 
     encoded, terms = term.encoded, {"scored": term}
     nll_B = torch.zeros(len(places), dtype=torch.float64)
     total = 0.0
-    for part in data.by_length([term.length(p) for p in places], POSITIONS_AT_ONCE):
+    at_once = min(POSITIONS_AT_ONCE, network.tokens_at_once)
+    for part in data.by_length([term.length(p) for p in places], at_once):
         seen = views(network, pack(terms, [("scored", places[i]) for i in part], network.device), terms)["scored"]
         view = seen["answer"]
         logp_N, row_N = view.now.logp_N().double().cpu(), view.answers.row_N.cpu()

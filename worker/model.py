@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from service.domain import modelfiles
 from service.domain.errors import InvalidRequest, JobFailure
-from service.domain.job import FailureCode, Lora, ModelEntry
+from service.domain.job import MICRO_BATCH_TOKENS, FailureCode, Lora, ModelEntry
 from service.domain.report import BaseModelFacts
 from worker.concatenation import write_concatenated
 from worker.failures import failure
@@ -56,6 +56,7 @@ class Network(NamedTuple):
     parameters: int  # of the base
     device: torch.device
     dtype: str
+    tokens_at_once: int = MICRO_BATCH_TOKENS  # padded positions, at most; a longer row goes alone
 
     def predictions(self, last_ND: Tensor, target_N: Tensor, inner_ND: Tensor | None = None) -> Predictions:
         if self.head is not None:

@@ -13,16 +13,13 @@ from functools import cache
 import torch
 from torch import Tensor, distributed
 
-from worker import data, model
+from service.domain import microbatches
+from worker import model
 from worker.model import Network
 from worker.problem import Evaluation, Params
 from worker.solve import Batch
 from worker.vectors import flat, unflat
 from worker.views import Packed, Term, pack, views
-
-MAX_TOKENS = 16_384  # padded positions of a micro-batch
-# What a micro-batch costs beside its tokens, per layer: time to launch it times the rate of the device (operations).
-OVERHEAD_FLOP = {"cpu": 7.5e7, "cuda": 1.2e11}
 
 
 def make_oracle(
@@ -30,7 +27,6 @@ def make_oracle(
     params: Params,
     terms: Mapping[str, Term],
     places: Mapping[str, Sequence[int]],
-    max_tokens: int = MAX_TOKENS,
 ) -> Batch:
     """The terms on the rows at these places. `grads` of an evaluation are the caller's to keep."""
     tokens = {name: sum(term.encoded.rows[p].counted for p in places[name]) for name, term in terms.items()}
@@ -50,7 +46,7 @@ def make_oracle(
         parts: list[list[tuple[str, int]]] = []
         for (_, texts), chosen in groups.items():
             lengths = [terms[name].length(place) for name, place in chosen]
-            split = data.microbatches(lengths, overhead_tokens(network), limit // texts)
+            split = microbatches.microbatches(lengths, overhead_tokens(network), limit // texts)
             parts += [[chosen[i] for i in part] for part in split]
         rank, processes = _rank()
         return [pack(terms, part, network.device) for part in parts[rank::processes]]
@@ -61,7 +57,7 @@ def make_oracle(
         asked = frozenset((name, weight != 0) for name, weight in weights.items())
         with model.full_precision(network) if full_precision else nullcontext(network) as running:
             wider = running is not network  # its states take twice the room
-            for part in packed(asked, max_tokens // 2 if wider else max_tokens):
+            for part in packed(asked, network.tokens_at_once // 2 if wider else network.tokens_at_once):
                 with torch.set_grad_enabled(any(weights[name] for name in part.shares)):
                     share: Tensor | float = 0.0
                     for name, seen in views(running, part, terms).items():
@@ -93,9 +89,9 @@ def make_oracle(
 
 
 def overhead_tokens(network: Network) -> float:
-    """So many tokens take as long as starting one more micro-batch."""
-    layers = network.causal.config.get_text_config().num_hidden_layers
-    return OVERHEAD_FLOP.get(network.device.type, OVERHEAD_FLOP["cuda"]) * float(layers) / (4.0 * network.parameters)
+    """See service.domain.microbatches."""
+    layers: int = network.causal.config.get_text_config().num_hidden_layers
+    return microbatches.overhead_tokens(network.device.type, layers, network.parameters)
 
 
 def _rank() -> tuple[int, int]:

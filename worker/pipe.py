@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 
-from worker.records import RECORDS_FD, Record
+from worker.records import RECORDS_FD, Record, Word
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -22,22 +22,25 @@ def open_pipe() -> Callable[[Record], None]:
     return emit
 
 
-def listen() -> Callable[[], bool]:
-    """Watch standard input from a thread. Returns whether "cancel" was said; at end of file the process is gone.
+def listen() -> Callable[[], Word | None]:
+    """Watch standard input from a thread. Returns what was asked for, if anything; at end of file the process is gone.
 
-    An orphan would keep the accelerator, and could write late. os.read, because a thread that waits in
-    sys.stdin.buffer aborts the interpreter when the main thread ends by an exception.
+    Who has been asked to cancel cannot be asked to pause any more. An orphan would keep the accelerator, and could write
+    late. os.read, because a thread that waits in sys.stdin.buffer aborts the interpreter when the main thread ends by an
+    exception.
     """
-    said = threading.Event()
+    said: set[str] = set()
 
     def watch() -> None:
-        while word := os.read(0, 4096):
-            if b"cancel" in word:
-                said.set()
+        while words := os.read(0, 4096):
+            said.update(words.decode().split())
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def asked() -> Word | None:
+        return "cancel" if "cancel" in said else "pause" if "pause" in said else None
+
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-    return said.is_set
+    return asked
 
 
 def die_with_parent() -> None:

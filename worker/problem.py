@@ -51,6 +51,7 @@ class Step(NamedTuple):
     learning_rate: float
     gradient_norm: float  # of the composed direction, before clipping
     extra: dict[str, float] = {}  # noqa: RUF012  what this solver alone logs
+    capped: bool = False  # a multiplier that was used was at its cap
 
 
 class Solver(NamedTuple):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from worker.records import RECORDS_FD
+from worker.records import RECORDS_FD, Word
 
 CREDENTIALS = frozenset({"DATABASE_URL", "BROKER_URL", "PGPASSWORD", "PGPASSFILE", "PGSERVICEFILE", "MASTER_KEY"})
 LINE_MAX_BYTES = 2**20
@@ -66,10 +66,10 @@ class Runner:
         while self._open and self._selector.select(0):
             yield from self.lines(0)
 
-    def ask_to_stop(self) -> None:
+    def ask(self, word: Word) -> None:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.write(b"cancel\n")
+            self._process.stdin.write(f"{word}\n".encode())
             self._process.stdin.flush()
 
     def signal(self, number: signal.Signals) -> None:

@@ -1,18 +1,21 @@
 """What goes between the supervisor and the runner: the assignment (a file), and JSON lines on a pipe.
 
 The runner has no database credentials. It reads its Assignment from the file named on its command line, writes one
-record per line to the file descriptor in UNLEARN_RECORDS_FD, and listens on its standard input: the line "cancel"
-asks it to stop at the next step; end of file means that its parent is gone, and it exits at once.
+record per line to the file descriptor in UNLEARN_RECORDS_FD, and listens on its standard input: the lines "cancel" and
+"pause" ask it to stop at the next step, the latter with a checkpoint; end of file means that its parent is gone, and it exits
+at once.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter
 
-from service.domain.job import FailureCode, JobSpec, ModelEntry, Stage, Verdict
+from service.domain.job import MICRO_BATCH_TOKENS, FailureCode, JobSpec, ModelEntry, Stage, Verdict
 
 RECORDS_FD = "UNLEARN_RECORDS_FD"
+Word = Literal["cancel", "pause"]  # to the runner
 
 
 class FileRef(BaseModel):
@@ -66,6 +69,12 @@ class RequestRows(BaseModel):
     row_numbers: list[int]  # of its rows in the forget set, from 1
 
 
+class CheckpointRef(BaseModel):
+    step: int
+    key: str  # below the storage root
+    sha256: str  # of the stored bytes
+
+
 class Assignment(BaseModel):
     job_id: str
     attempt: int
@@ -79,13 +88,23 @@ class Assignment(BaseModel):
     holdout_file: FileRef | None = None
     benchmarks: list[BenchmarkAssignment] = Field(default_factory=list)  # in the request's order
     deletion_requests: list[RequestRows] = Field(default_factory=list)
+    row_key: Base64Bytes = Field(repr=False)  # what the tenant's rows are digested with, and nothing else
     storage_url: str
     prefix: str  # below the storage root; this attempt's own: "jobs/<id>/attempts/<fence>"
+    checkpoints: list[CheckpointRef] = Field(default_factory=list)  # of earlier attempts, the newest first
+    checkpoint_every_s: float = math.inf
+    checkpoint_every_steps: int | None = None
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS  # positions at once, at most
     models_root: Path
     scratch_dir: Path  # empty folder of this attempt; the supervisor removes it
     device: str  # "cpu", "cuda:0"
     dtype: str  # "float32" or "bfloat16": of the frozen base
     threads: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Below the storage root, where the job's attempts find what earlier ones left: "jobs/<id>"."""
+        return self.prefix.partition("/attempts/")[0]
 
 
 class Record(BaseModel):
@@ -144,6 +163,24 @@ class ConstraintRecord(Record):
     base_retain_loss: float
 
 
+class CheckpointRecord(Record):
+    """Written; it is a checkpoint once the supervisor has promoted it."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: int
+    key: str
+    bytes: int
+    sha256: str
+
+
+class ResumedRecord(Record):
+    """The run goes on after this step of an earlier attempt."""
+
+    type: Literal["resumed"] = "resumed"
+    step: int
+    tokens: int  # trained until then
+
+
 class ResultRecord(Record):
     type: Literal["result"] = "result"
     verdict: Verdict
@@ -163,15 +200,24 @@ class CancelledRecord(Record):
     type: Literal["cancelled"] = "cancelled"
 
 
+class PausedRecord(Record):
+    """It stopped because it was asked to, with a checkpoint to go on from."""
+
+    type: Literal["paused"] = "paused"
+
+
 AnyRecord = Annotated[
     StageRecord
     | StepRecord
     | CheckRecord
     | WarningRecord
     | ConstraintRecord
+    | CheckpointRecord
+    | ResumedRecord
     | ResultRecord
     | FailureRecord
-    | CancelledRecord,
+    | CancelledRecord
+    | PausedRecord,
     Field(discriminator="type"),
 ]
 parse_record = TypeAdapter[AnyRecord](AnyRecord).validate_json

@@ -63,7 +63,8 @@ def compute(network: Network, term: Term, places: Sequence[int]) -> dict[str, Te
     plain = {"rows": term._replace(reference=None)}
     starts = {text: _starts(encoded, places) for text, encoded in term.texts.items()}
     found: dict[str, Tensor] = {}
-    for part in data.by_length([len(term.texts) * term.length(place) for place in places], TOKENS_AT_ONCE):
+    at_once = min(TOKENS_AT_ONCE, network.tokens_at_once)
+    for part in data.by_length([len(term.texts) * term.length(place) for place in places], at_once):
         packed = pack(plain, [("rows", places[i]) for i in part], network.device)
         with adapter_off(network):
             seen = views(network, packed, plain)["rows"]

@@ -187,7 +187,7 @@ def _finite(value: float | None) -> float | None:
 # --- the course of the run, and what stands beside it
 
 
-def trajectory(steps: Sequence[StepRecord], checks: Sequence[CheckRecord]) -> Trajectory:
+def trajectory(steps: Sequence[StepRecord], checks: Sequence[CheckRecord], resumed: Sequence[int] = ()) -> Trajectory:
     """The series, thinned: at most POINTS_MAX steps and CHECKS_MAX checks.
 
     The first and the last of both stay, and so do the last best check (the one released) and every kept check's step.
@@ -204,6 +204,7 @@ def trajectory(steps: Sequence[StepRecord], checks: Sequence[CheckRecord]) -> Tr
         feasible_checks=sum(check.feasible for check in checks),
         feasible_steps=sum(step.violation.get("retain", math.inf) <= 0 for step in steps),
         logged=_logged(steps),
+        resumed=list(resumed),
     )
 
 

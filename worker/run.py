@@ -3,7 +3,8 @@
 prepare -> load -> measure before -> solve -> publish the adapter -> measure the published bytes -> report.
 
 It has no database credentials. What it has to say goes as JSON lines to a pipe (worker.records); its standard input
-tells it to cancel, and that its parent is gone.
+tells it to cancel or to pause, and that its parent is gone. An attempt that follows another does again what is quickly
+done, and goes on with the solve where the last checkpoint was.
 """
 
 import sys
@@ -18,35 +19,58 @@ from service.domain.errors import JobFailure
 from service.domain.job import FailureCode, JobSpec, MethodChoice, Stage
 from service.domain.report import AuditEntry
 from service.domain.rows import Example
+from service.store.sealed import SealedStorage
 from service.store.storage import Storage
-from worker import audit, benchmarks, data, evaluate, files, lineage, measure, model, page, reference, registry, report
+from worker import (
+    audit,
+    benchmarks,
+    checkpoint,
+    data,
+    evaluate,
+    files,
+    lineage,
+    measure,
+    model,
+    page,
+    reference,
+    registry,
+    report,
+)
 from worker.assemble import Found, assemble
 from worker.diary import Diary, Emit
 from worker.failures import failure
 from worker.oracle import make_oracle
 from worker.pipe import die_with_parent, listen, open_pipe
-from worker.problem import Method, Problem
+from worker.problem import Method, Params, Problem
 from worker.records import (
     ArtifactFile,
     Assignment,
     CancelledRecord,
     ConstraintRecord,
     FailureRecord,
+    PausedRecord,
     Record,
     ResultRecord,
+    Word,
 )
 from worker.refusals import REFUSALS
-from worker.solve import Batch, Limits, Solution, StopReason, solve
+from worker.solve import Batch, Limits, Run, StopReason, solve
 from worker.views import Term
 
 BOUNDED_LOSS = "nll"  # what the request's bound is on, whatever a method trains the retain set with
+STOPS: Mapping[Word | None, StopReason] = {"cancel": StopReason.CANCELLED, "pause": StopReason.PAUSED}
+ASKED_TO_STOP = {StopReason.CANCELLED: CancelledRecord(), StopReason.PAUSED: PausedRecord()}
 LOOSE = 3.0  # an epsilon so many times the base loss hardly constrains anything
 
 
-def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record:
     """The main flow. Returns the job's last record; raises JobFailure where it cannot go on."""
     spec, storage = job.spec, Storage(job.storage_url)
+    sealed = files.sealed_with(job.storage_url, [job.forget_file, job.retain_file])
     diary = Diary(emit)
+
+    def cancelled() -> bool:
+        return asked() == "cancel"
 
     with diary.stage(Stage.PREPARING):
         forget_rows = files.read_set(storage, job.forget_file)
@@ -62,15 +86,16 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         retain = retain_term(method, retain_rows, base)
         chain = lineage.earlier(job, storage, retain_rows, base)
         network = model.adapt(base, spec.lora, spec.seed, method.layers, lineage.fetch(job, storage, base))
+        network, kept = earlier(job, sealed, network, diary)
         holdout = encode("holdout", holdout_rows, base) if holdout_rows else None
         warn_about_rows(forget.encoded, retain.encoded, diary)
 
     with diary.stage(Stage.EVALUATING, "evaluating before"):
-        both = measure.sets(*with_reference(job, network, method, forget, retain), spec.seed)
+        both = measure.sets(*with_reference(job, sealed, network, method, forget, retain), spec.seed)
         request = requested(job, storage, both)
         named = [benchmarks.with_retrained(job, storage, one) for one in named]
         with model.adapter_off(network):
-            before = measure.measure(network, both.whole)
+            before = kept.before if kept else measure.measure(network, both.whole)
             request_before = evaluate.run(network, request.suite, request.sets)
             # what a registered model says is kept; one with a job's adapter is none
             named_before = [one.run(network, None if job.parent else one.cache(job)) for one in named]
@@ -82,9 +107,13 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
         warn_about_bound(epsilon, before.retain_loss, diary)
 
     with diary.stage(Stage.UNLEARNING):
-        solution = unlearn(job, method, network, both, epsilon, diary, cancelled)
-    if solution.stop.reason is StopReason.CANCELLED:
-        return CancelledRecord()
+        params = model.trainable(network)
+        keeper = checkpoint.Keeper(job, sealed, diary, params, before, network, kept)
+        resumed = checkpoint.restore(kept, params, diary) if kept else None
+        solution = unlearn(job, method, network, params, both, epsilon, diary, asked, keeper.keep, resumed)
+    assert solution.stop is not None
+    if solution.stop.reason in ASKED_TO_STOP:
+        return ASKED_TO_STOP[solution.stop.reason]
     if solution.last is None:
         raise JobFailure(FailureCode.NON_FINITE_LOSS, solution.stop.message)
 
@@ -117,7 +146,9 @@ def run(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
             before,
             after,
             evaluate.figures(request, request_before, request_after),
-            evaluate.row_points(request, request_before, request_after),
+            evaluate.row_points(
+                request, request_before, request_after, {"forget": forget_rows, "retain": retain_rows}, job.row_key
+            ),
             [
                 benchmarks.facts(one, network, *pair)
                 for one, *pair in zip(named, named_before, named_after, strict=True)
@@ -144,14 +175,16 @@ def unlearn(
     job: Assignment,
     method: Method,
     network: model.Network,
+    params: Params,
     both: measure.Sets,
     epsilon: float,
     diary: Diary,
-    cancelled: Callable[[], bool],
-) -> Solution:
+    asked: Callable[[], Word | None],
+    keep: Callable[[Run], None],
+    resumed: Run | None,
+) -> Run:
     """Solve min forget(theta) s.t. retain(theta) <= epsilon, telling of each step and check."""
     budget, seed = job.spec.budget, job.spec.seed
-    params = model.trainable(network)
     terms = {"forget": both.forget, "retain": both.retain}
 
     def batch(step: int) -> Batch:
@@ -167,7 +200,9 @@ def unlearn(
         limits=Limits(budget.max_steps, budget.max_seconds, budget.forget_target),
         on_step=lambda progress: diary.step(progress, epsilon),
         on_check=lambda checked, best, seconds: diary.check(checked, best, seconds, epsilon, both.rows),
-        cancelled=cancelled,
+        asked=lambda: STOPS.get(asked()),
+        keep=keep,
+        resumed=resumed,
     )
 
 
@@ -193,6 +228,15 @@ def forget_texts(
             rows, refusals, job.spec.seed, base.tokenizer, base.entry.prompt_format, base.context_tokens
         )
     return texts
+
+
+def earlier(
+    job: Assignment, sealed: SealedStorage, network: model.Network, diary: Diary
+) -> tuple[model.Network, checkpoint.Kept | None]:
+    """What an earlier attempt left to go on from; with it, its micro-batches, unless memory has had no room for them."""
+    kept = checkpoint.last_readable(sealed, job.checkpoints, job.scratch_dir, model.trainable(network), diary)
+    at_once = min(job.micro_batch_tokens, kept.micro_batch_tokens) if kept else job.micro_batch_tokens
+    return network._replace(tokens_at_once=at_once), kept
 
 
 def retain_term(method: Method, rows: Sequence[Example], base: model.Network) -> Term:
@@ -222,15 +266,13 @@ def audited(
 
 
 def with_reference(
-    job: Assignment, network: model.Network, method: Method, forget: Term, retain: Term
+    job: Assignment, sealed: SealedStorage, network: model.Network, method: Method, forget: Term, retain: Term
 ) -> tuple[Term, Term]:
     """Both terms with what the reference says of their rows: of the whole forget set, and of what a run trains on to retain."""
     trained = trained_on(retain, method.retain_rows, job.spec) if reference.needed(retain) else []
-    prefix = job.prefix.partition("/attempts/")[0]
-    sealed = files.sealed_with(job.storage_url, [job.forget_file, job.retain_file])
     return (
-        reference.recall(sealed, prefix, job.scratch_dir, network, forget, forget.encoded.measured),
-        reference.recall(sealed, prefix, job.scratch_dir, network, retain, trained),
+        reference.recall(sealed, job.folder, job.scratch_dir, network, forget, forget.encoded.measured),
+        reference.recall(sealed, job.folder, job.scratch_dir, network, retain, trained),
     )
 
 
@@ -291,7 +333,7 @@ def warn_about_bound(epsilon: float, base_loss: float, diary: Diary) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Exit status 0 whenever a last record was written, also for a failure."""
     die_with_parent()
-    emit, cancelled = open_pipe(), listen()
+    emit, asked = open_pipe(), listen()
     path = Path(arguments[0])
     job = Assignment.model_validate_json(path.read_bytes())
     path.unlink()  # it has the keys of the job's files
@@ -299,14 +341,14 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(job.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    emit(last_record(job, emit, cancelled))
+    emit(last_record(job, emit, asked))
     return 0
 
 
-def last_record(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def last_record(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record:
     """How the job ends, with every error as a failure. Messages never quote the data; the traceback goes to the log."""
     try:
-        return run(job, emit, cancelled)
+        return run(job, emit, asked)
     except Exception as error:
         known = failure(error)
         if known is not None:

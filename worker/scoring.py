@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from service.domain.microbatches import microbatches
 from service.store.storage import Storage
 from worker import data, decoder, generation, looks, trees
 from worker.data import Encoded, TokenRow
@@ -160,11 +161,12 @@ def _text(network: Network, ids: Sequence[int]) -> str:
 def _likelihoods(network: Network, rows: Sequence[TokenRow], distribution: Sequence[bool]) -> list[_Said]:
     """Of each row log p of its counted tokens, and, where that is asked for, what needs the whole distribution."""
     ids = [row.ids[:-1] for row in rows]  # nothing is asked of the state at the last token
-    grown = trees.grow(ids, decoder.pairs_per_token(network), SCORING_TOKENS)
+    at_once = min(SCORING_TOKENS, network.tokens_at_once)
+    grown = trees.grow(ids, decoder.pairs_per_token(network), at_once)
     if len(grown) == len(rows) or not decoder.reads_trees(network, max(map(len, ids))):
         grown = trees.single(ids)
     found: dict[int, _Said] = {}
-    for part in data.microbatches([len(tree.ids) for tree in grown], overhead_tokens(network), SCORING_TOKENS):
+    for part in microbatches([len(tree.ids) for tree in grown], overhead_tokens(network), at_once):
         batch = [grown[k] for k in part]
         forest = trees.plant(batch)
         last_PD, length = decoder.read(network, forest), forest.input_ids_BT.shape[1]

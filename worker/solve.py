@@ -5,13 +5,15 @@ the whole forget and the whole retain set at the current parameters, and only a 
 end the run as "target reached". What is returned as `best` is the checked iterate with the lowest forget objective
 among those within every bound, unless a check reached the target: then it is that one. The parameters before the first
 step are no candidate.
+
+Between two steps all that evolves is in a Run and in the parameters: with both a run goes on elsewhere, bit for bit.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -20,6 +22,8 @@ from worker.problem import Evaluation, Oracle, Params, Problem, Solver, Step
 CHECK_SHARE = 0.2  # at most this share of a solve's work goes into checks (the closing one aside)
 # Work of a forward pass against a training step on the same tokens: the base is frozen, so that backward is one pass too.
 FORWARD_SHARE = 1 / 2
+DIVERGING_STEPS = 50  # in a row over the bound with a multiplier at its cap, before it is asked whether it gets worse
+DIVERGING_GROWTH = 1.1  # of the violation, from the first half of them to the second: more than batches differ by
 
 
 class Batch(NamedTuple):
@@ -55,7 +59,9 @@ class StopReason(StrEnum):
     MAX_SECONDS = "max_seconds"
     TARGET_REACHED = "target_reached"
     NON_FINITE = "non_finite"
+    DIVERGED = "diverged"
     CANCELLED = "cancelled"
+    PAUSED = "paused"
 
 
 class Stop(NamedTuple):
@@ -80,12 +86,19 @@ class Progress(NamedTuple):
     step_tokens: int
 
 
-class Solution(NamedTuple):
-    stop: Stop
-    steps: int
-    last: Checked | None  # at the parameters as solve() leaves them; None when cancelled, or when no step was taken
-    best: Checked | None  # the released candidate; None: no checked iterate kept the bound
-    best_params: Params | None
+class Run(NamedTuple):
+    """Where a run stands between two steps, beside its parameters: with both, and nothing else, it goes on."""
+
+    state: Any  # the solver's
+    steps: int = 0
+    tokens: int = 0  # trained so far
+    tokens_at_check: int = 0
+    elapsed_s: float = 0.0
+    capped: tuple[float, ...] = ()  # the largest violation of each of the last steps, while a multiplier is at its cap
+    last: Checked | None = None
+    best: Checked | None = None  # the released candidate; None: no checked iterate kept the bound
+    best_params: Params | None = None
+    stop: Stop | None = None
 
 
 class _NonFiniteError(Exception):
@@ -122,10 +135,12 @@ def solve(
     *,
     on_step: Callable[[Progress], None],
     on_check: Callable[[Checked, bool, float], None],
-    cancelled: Callable[[], bool],
+    asked: Callable[[], StopReason | None],
+    keep: Callable[[Run], None],
+    resumed: Run | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> Solution:
-    """Minimise the objective within the bounds, in place on `params`.
+) -> Run:
+    """Minimise the objective within the bounds, in place on `params`. Returns the run with its `stop`.
 
     Args:
         batch: the problem on the batch of a step (0-based); a pure function of the step.
@@ -133,76 +148,116 @@ def solve(
         check_tokens: positions of one check; when checks run depends on token counts, never on the clock, so that a
             run is the same on a slow machine.
         on_check: told of each check, whether it is the best so far, and its seconds.
+        asked: whether to stop, CANCELLED or PAUSED; looked at before each step.
+        keep: told where the run stands after each step, with the parameters as they are then, and again when it stops,
+            whatever for.
+        resumed: where it stood, with the parameters of then.
 
     The time limit is looked at after each step. The check that reaches the target is the best one, whatever the objective.
+    `last` of a run at its end was at the parameters as they are left; it is None when no step was taken.
     """
-    start = clock()
-    state = solver.init(problem, params)
-    best: Checked | None = None
-    best_params: Params | None = None
-    last: Checked | None = None
-    tokens = tokens_at_check = 0
+    run = resumed or Run(solver.init(problem, params))
+    start = clock() - run.elapsed_s
 
-    def run_check(step: int) -> Checked:
-        nonlocal best, best_params
+    def checked(run: Run) -> Run:
         began = clock()
         measured = check()
         # A bound on any term but the retain loss has no measurement yet, so it cannot be promised.
         feasible = all(measured.retain_upper <= bound for bound in problem.bounds.values())
-        here = Checked(step, measured, feasible)
+        here = Checked(run.steps, measured, feasible)
         finite = math.isfinite(measured.forget_objective) and math.isfinite(measured.forget_probability)
-        lower = best is None or measured.forget_objective < best.measured.forget_objective
+        lower = run.best is None or measured.forget_objective < run.best.measured.forget_objective
         improves = feasible and finite and (lower or _reached(measured, limits.forget_target))
-        if improves:
-            best = here
-            best_params = {name: value.detach().clone() for name, value in params.items()}
         on_check(here, improves, clock() - began)
-        return here
+        run = run._replace(last=here, tokens_at_check=run.tokens)
+        return run._replace(best=here, best_params=_copied(params)) if improves else run
 
-    step = 0
-    while True:
-        if cancelled():
-            stop = Stop(StopReason.CANCELLED, f"Cancelled after step {step}.")
-            break
-        if step >= limits.max_steps:
-            stop = Stop(StopReason.MAX_STEPS, f"The budget of {limits.max_steps} steps is used.")
-            break
-        if step and clock() - start >= limits.max_seconds:
-            stop = Stop(StopReason.MAX_SECONDS, f"The budget of {limits.max_seconds:g} s is used after step {step}.")
-            break
+    while run.stop is None:
+        if (reason := asked()) is not None:
+            run = run._replace(stop=Stop(reason, f"Asked to stop after step {run.steps}."))
+            keep(run)
+            return run
         began = clock()
-        work = batch(step)
+        work = batch(run.steps)
         try:
-            state, report = solver.step(problem, state, params, _guarded(work.oracle))
+            state, report = solver.step(problem, run.state, params, _guarded(work.oracle))
         except _NonFiniteError as error:
-            stop = Stop(
-                StopReason.NON_FINITE,
-                f"Step {step + 1} was not taken, because a number was not finite: {error}. "
-                "A smaller learning rate or dual step may help.",
-            )
+            run = run._replace(stop=_not_finite(run.steps + 1, error))
             break
-        step += 1
-        tokens += work.tokens
         now = clock()
-        on_step(Progress(step, report, tokens, now - start, now - began, work.tokens))
+        run = run._replace(
+            state=state,
+            steps=run.steps + 1,
+            tokens=run.tokens + work.tokens,
+            elapsed_s=now - start,
+            capped=_while_capped(run.capped, problem, report),
+        )
+        on_step(Progress(run.steps, report, run.tokens, run.elapsed_s, now - began, work.tokens))
 
         within = all(report.values[term] <= bound for term, bound in problem.bounds.items())
-        affordable = (tokens - tokens_at_check) * CHECK_SHARE >= check_tokens * FORWARD_SHARE
+        affordable = (run.tokens - run.tokens_at_check) * CHECK_SHARE >= check_tokens * FORWARD_SHARE
         if within and affordable:
-            last = run_check(step)
-            tokens_at_check = tokens
-            if last.feasible and _reached(last.measured, limits.forget_target):
-                stop = Stop(
-                    StopReason.TARGET_REACHED,
-                    f"A check at step {step} found the forget probability at {last.measured.forget_probability:.4g}, "
-                    f"at or below the target {limits.forget_target:g}, and the bound kept.",
-                )
-                break
+            run = checked(run)._replace(elapsed_s=clock() - start)
+        run = run._replace(stop=_reached_target(run, limits) or _diverged(run) or _spent(run, limits))
+        if run.stop is None:
+            keep(run)
 
-    if stop.reason is not StopReason.CANCELLED and step > 0 and (last is None or last.step != step):
-        last = run_check(step)
-    return Solution(stop, step, last, best, best_params)
+    if run.steps and (run.last is None or run.last.step != run.steps):
+        run = checked(run)
+    run = run._replace(elapsed_s=clock() - start)
+    keep(run)
+    return run
+
+
+def _spent(run: Run, limits: Limits) -> Stop | None:
+    if run.steps >= limits.max_steps:
+        return Stop(StopReason.MAX_STEPS, f"The budget of {limits.max_steps} steps is used.")
+    if run.elapsed_s >= limits.max_seconds:
+        return Stop(StopReason.MAX_SECONDS, f"The budget of {limits.max_seconds:g} s is used after step {run.steps}.")
+    return None
+
+
+def _not_finite(step: int, error: _NonFiniteError) -> Stop:
+    return Stop(
+        StopReason.NON_FINITE,
+        f"Step {step} was not taken, because a number was not finite: {error}. "
+        "A smaller learning rate or dual step may help.",
+    )
+
+
+def _reached_target(run: Run, limits: Limits) -> Stop | None:
+    last = run.last
+    if last is None or last.step != run.steps or not (last.feasible and _reached(last.measured, limits.forget_target)):
+        return None
+    return Stop(
+        StopReason.TARGET_REACHED,
+        f"A check at step {run.steps} found the forget probability at {last.measured.forget_probability:.4g}, "
+        f"at or below the target {limits.forget_target:g}, and the bound kept.",
+    )
+
+
+def _while_capped(before: tuple[float, ...], problem: Problem, report: Step) -> tuple[float, ...]:
+    """A multiplier that is at its cap cannot answer a violation any more; a step on which the bound is kept ends that."""
+    worst = max(report.values[term] - bound for term, bound in problem.bounds.items())
+    return (*before, worst)[-DIVERGING_STEPS:] if report.capped and worst > 0 else ()
+
+
+def _diverged(run: Run) -> Stop | None:
+    """The multiplier has been at its cap throughout, and the second half of these steps was worse than the first."""
+    half = DIVERGING_STEPS // 2
+    if len(run.capped) < DIVERGING_STEPS or sum(run.capped[half:]) <= DIVERGING_GROWTH * sum(run.capped[:half]):
+        return None
+    return Stop(
+        StopReason.DIVERGED,
+        f"The multiplier has been at its cap for {DIVERGING_STEPS} steps, and the bound is broken by more and more: "
+        f"by {run.capped[0]:.4g} nats per token then, by {run.capped[-1]:.4g} at step {run.steps}. "
+        "The run would not come back. A larger epsilon, a smaller learning rate or a larger dual_max may help.",
+    )
 
 
 def _reached(measured: Measured, target: float | None) -> bool:
     return target is not None and measured.forget_probability <= target
+
+
+def _copied(params: Params) -> Params:
+    return {name: value.detach().clone() for name, value in params.items()}

@@ -20,22 +20,25 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from service.domain.errors import JobFailure
-from service.domain.job import HELD, TERMINAL, Failure, FailureCode, JobSpec, Limits, Status
+from service.domain.job import HELD, TERMINAL, Failure, FailureCode, JobSpec, Limits, Stage, Status
 from service.settings import Settings
-from service.store import jobs
+from service.store import checkpoints, jobs
 from service.store.rows import ArtifactRow, Claim
 from service.store.session import Sessions
 from service.store.storage import FULL, Storage
 from worker import process
-from worker.assignment import assignment, environment, prefix, reference_prefix
+from worker.assignment import assignment, checkpoints_folder, environment, prefix, reference_prefix
 from worker.journal import Journal
 from worker.lease import RETRY_S, DatabaseAway, Lease, LeaseLost
 from worker.process import MalformedLine, Runner
 from worker.records import (
     AnyRecord,
     CancelledRecord,
+    CheckpointRef,
     FailureRecord,
+    PausedRecord,
     ResultRecord,
+    StageRecord,
     parse_record,
 )
 from worker.telemetry import Telemetry
@@ -43,6 +46,7 @@ from worker.telemetry import Telemetry
 RUNNER = (sys.executable, "-m", "worker.run")
 TICK_S = 0.2  # how soon a deadline, a shutdown or the runner's end is noticed
 WRITE_EVERY_S = 1.0  # steps are written in batches
+LAST = (ResultRecord, FailureRecord, CancelledRecord, PausedRecord)  # of a runner; then it ends
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +63,7 @@ class Asked(Enum):
     """Why a runner was ended that would have gone on."""
 
     CANCEL = "cancel"
+    PAUSE = "pause"
     RELEASE = "release"
 
 
@@ -106,6 +111,8 @@ def supervise(
             _delete(settings, prefix(claim))
         if status in TERMINAL:  # no attempt will want it again, and it tells of the forget set
             _delete(settings, reference_prefix(claim))
+        if status in (Status.SUCCEEDED, Status.CANCELLED):  # one that failed may be tried again, from there
+            _delete(settings, checkpoints_folder(claim))
     return status
 
 
@@ -150,8 +157,9 @@ def _attempt(
         job = lease.insist(lambda s: assignment(s, lease.claim, spec, settings, scratch, on_accelerator))
         path.touch(0o600)
         path.write_text(job.model_dump_json())
+        saved = _Saved(settings, job.checkpoints)
         with process.started([*runner, str(path)], environment(slot.accelerator), pid_file) as running:
-            return _follow(running, lease, spec.limits, began, journal, settings, stopping, telemetry)
+            return _follow(running, lease, spec.limits, began, journal, saved, settings, stopping, telemetry)
     except LeaseLost:
         raise
     except JobFailure as failure:
@@ -168,12 +176,27 @@ def _attempt(
             path.unlink()
 
 
+class _Saved:
+    """The files of the job's checkpoints: as many stay as their rows do (store.checkpoints)."""
+
+    def __init__(self, settings: Settings, refs: Sequence[CheckpointRef]) -> None:
+        self._settings = settings
+        self._keys = [ref.key for ref in reversed(refs)]
+
+    def promoted(self, keys: Sequence[str]) -> None:
+        """Their rows are written, and so older ones are gone."""
+        self._keys += keys
+        while len(self._keys) > checkpoints.KEPT:
+            _delete(self._settings, self._keys.pop(0))
+
+
 def _follow(
     running: Runner,
     lease: Lease,
     limits: Limits,
     began: float,
     journal: Journal,
+    saved: _Saved,
     settings: Settings,
     stopping: Event,
     telemetry: Telemetry,
@@ -187,16 +210,26 @@ def _follow(
     asked: Failure | Asked | None = None
     ends: list[tuple[float, Signals]] = []  # what a runner that does not end by itself gets, and when
     last: AnyRecord | None = None
+    solving = False
 
     def hear(lines: Iterable[bytes]) -> None:
-        nonlocal last, ends
+        nonlocal last, ends, solving
         for record in _parsed(lines):
             telemetry.record(_key(lease.claim), record)
-            if isinstance(record, ResultRecord | FailureRecord | CancelledRecord):
+            if isinstance(record, LAST):
                 last = record
                 ends = [(time.monotonic() + settings.term_grace_s, SIGKILL)]
             else:
                 journal.add(record, time.monotonic())
+            if isinstance(record, StageRecord):
+                solving = record.stage is Stage.UNLEARNING
+
+    def to_rest() -> list[tuple[float, Signals]]:
+        """Between two steps the runner saves a checkpoint and ends. Else it has nothing to save: it is ended at once."""
+        if not solving:
+            return _from_now(settings, 0)
+        running.ask("pause")
+        return _from_now(settings, settings.drain_grace_s)
 
     try:
         while running.exit_code() is None:
@@ -205,19 +238,22 @@ def _follow(
             if now >= began + limit_s and asked is None:
                 limit = f"the attempt ran for longer than {limit_s} s"
                 asked, ends = Failure.of(FailureCode.MAX_RUNTIME_EXCEEDED, limit), _from_now(settings, 0)
-            if stopping.is_set() and asked in (None, Asked.CANCEL):
-                asked, ends = Asked.RELEASE, _from_now(settings, 0)
+            if stopping.is_set() and asked in (None, Asked.CANCEL, Asked.PAUSE):
+                asked, ends = Asked.RELEASE, _from_now(settings, 0) if asked is Asked.CANCEL else to_rest()
             if now >= not_before and _due(journal, now - written_at, beat_every_s):
                 try:
                     beat = lease.keep(lambda s: journal.write(s, lease.claim))
                 except DatabaseAway:
                     not_before = now + RETRY_S
                 else:
+                    saved.promoted(journal.saved)
                     journal.clear()
                     written_at = now
-                    if beat.cancel and asked is None:
-                        running.ask_to_stop()
+                    if beat.cancel and asked in (None, Asked.PAUSE):
+                        running.ask("cancel")
                         asked, ends = Asked.CANCEL, _from_now(settings, settings.cancel_grace_s)
+                    elif beat.pause and asked is None:
+                        asked, ends = Asked.PAUSE, to_rest()
             while ends and now >= ends[0][0]:
                 running.signal(ends.pop(0)[1])
         hear(running.rest())
@@ -308,6 +344,8 @@ def _settle(s: Session, claim: Claim, journal: Journal, outcome: Outcome, infra_
             return jobs.fail(s, *key, outcome)
         case Asked.CANCEL:
             return Status.CANCELLED if jobs.cancelled(s, *key) else None
+        case Asked.PAUSE:
+            return jobs.paused(s, *key)
         case Asked.RELEASE:
             return jobs.get(s, claim.job_id).status if jobs.release(s, *key) else None
 

@@ -21,11 +21,13 @@ from service.api.limits import count_job
 from service.api.negotiate import preferred
 from service.api.once import OnceOnly
 from service.api.plan import JobPlan, plan
-from service.api.shapes import JOBS_PATH, Events, JobObject, Steps
+from service.api.shapes import JOBS_PATH, Checkpoints, Events, JobObject, Steps
+from service.api.shown import Glance
 from service.api.stream import EventStream
 from service.domain.identity import Scope
 from service.domain.job import EXACT_MAX, TERMINAL, JobCreate, ModelName, Status, Strict
 from service.store import jobs, reads
+from service.store.session import looking
 from service.store.tables import Job
 
 router = APIRouter(prefix=JOBS_PATH, tags=["unlearning jobs"], route_class=Guarded)
@@ -93,6 +95,7 @@ def list_jobs(
     "/{job_id}",
     summary="One job",
     dependencies=[needs(Scope.JOBS_READ)],
+    response_model=JobObject,
     responses=declared(404, 503) | {304: {"description": "Not modified"}},
 )
 async def get(
@@ -101,28 +104,40 @@ async def get(
     request: Request,
     response: Response,
     prefer: Annotated[list[str] | None, Header(alias="Prefer", examples=[["wait=1"]])] = None,
-) -> JobObject:
+) -> JobObject | Response:
     """`Retry-After` says when to look again; it is missing once the job has ended. `If-None-Match` is heard.
 
     With `Prefer: wait=20` the answer comes as soon as the job changes, or has ended, after 20 seconds at the latest; 30 are
     the most. What it changes from is the `ETag` in If-None-Match or, without it, the moment of the request.
     """
     wait_s = polling.wait_s(prefer or [])
-    until = time.monotonic() + wait_s
+    applied = {"Preference-Applied": f"wait={wait_s}"} if wait_s else {}
+    if (wait_s or "if-none-match" in request.headers) and (seen := await _waited(here, job_id, request, wait_s)):
+        return Response(status_code=304, headers=seen.headers | applied)
     answer = await run_sync(_look, here, job_id)
-    told = polling.headers(answer)
-    seen = None if "if-none-match" in request.headers else told["ETag"]
+    response.headers.update(polling.headers(answer) | applied)
+    return answer
+
+
+async def _waited(here: Parts, job_id: str, request: Request, wait_s: int) -> Glance | None:
+    """Until it changes, or has ended, or the time is over. What the client has, if it still has the newest."""
+    until = time.monotonic() + wait_s
+    now = await run_sync(_glance, here, job_id)
+    first = None if "if-none-match" in request.headers else now.headers["ETag"]
     while (
-        answer.status not in TERMINAL
-        and (told["ETag"] == seen or unchanged(request, told["ETag"]))
+        now.status not in TERMINAL
+        and (now.headers["ETag"] == first or unchanged(request, now.headers["ETag"]))
         and (rest_s := until - time.monotonic()) > 0
         and not request.app.state.stopping()
     ):
         await anyio.sleep(min(LOOK_EVERY_S, rest_s))
-        answer = await run_sync(_look, here, job_id)
-        told = polling.headers(answer)
-    response.headers.update(told | ({"Preference-Applied": f"wait={wait_s}"} if wait_s else {}))
-    return answer
+        now = await run_sync(_glance, here, job_id)
+    return now if unchanged(request, now.headers["ETag"]) else None
+
+
+def _glance(here: Parts, job_id: str) -> Glance:
+    with looking(here.sessions) as s:
+        return shown.glance(s, job_id)
 
 
 def _look(here: Parts, job_id: str) -> JobObject:
@@ -150,7 +165,9 @@ def cancel(here: Here, job_id: str, response: Response, versions: Versions) -> J
     responses=declared(404, 409, 412, 503),
 )
 def pause(here: Here, job_id: str, response: Response, versions: Versions) -> JobObject:
-    """One that waits: no worker takes it until it is resumed. 409 for one that runs."""
+    """One that waits: no worker takes it until it is resumed. One that runs saves a checkpoint and stops: `pausing`, then
+    `paused`. Asking again changes nothing.
+    """
     return _moved(here, jobs.pause, job_id, versions, response)
 
 
@@ -162,7 +179,7 @@ def pause(here: Here, job_id: str, response: Response, versions: Versions) -> Jo
     responses=declared(404, 409, 412, 503),
 )
 def resume(here: Here, job_id: str, response: Response, versions: Versions) -> JobObject:
-    """One that is paused, at its old place in the line."""
+    """One that is paused, at its old place in the line; it goes on from its last checkpoint. 409 while it is `pausing`."""
     return _moved(here, jobs.resume, job_id, versions, response)
 
 
@@ -174,7 +191,11 @@ def resume(here: Here, job_id: str, response: Response, versions: Versions) -> J
     responses=declared(404, 409, 412, 503),
 )
 def retry(here: Here, job_id: str, response: Response, versions: Versions) -> JobObject:
-    """At the end of the line, from the beginning, with as many attempts as a new one. 409 where its sets are purged."""
+    """At the end of the line, from its last checkpoint where it has one, with as many attempts as a new one.
+
+    409 where its sets are purged, and for a job that serves deletion requests once it is out of date: another is to serve
+    them, or later jobs for requests have changed what the model has forgotten.
+    """
     return _moved(here, jobs.retry, job_id, versions, response)
 
 
@@ -242,6 +263,19 @@ def list_attempts(here: Here, job_id: str) -> Attempts:
     with here.sessions.begin() as s:
         jobs.get(s, job_id)
         return Attempts(data=list(attempts.told(reads.attempts(s, job_id))))
+
+
+@router.get(
+    "/{job_id}/checkpoints",
+    summary="What it can go on from",
+    dependencies=[needs(Scope.JOBS_READ)],
+    responses=declared(404, 503),
+)
+def list_checkpoints(here: Here, job_id: str) -> Checkpoints:
+    """The last two, the newest first. None is left of a job that has succeeded or was cancelled, or failed a week ago."""
+    with here.sessions.begin() as s:
+        jobs.get(s, job_id)
+        return Checkpoints(data=[shapes.checkpoint(row, attempt) for row, attempt in reads.checkpoints(s, job_id)])
 
 
 @router.get(

@@ -266,6 +266,24 @@ class Steps(BaseModel):
     has_more: bool
 
 
+class CheckpointObject(BaseModel):
+    """The adapter, the solver's and the optimiser's state, and the state of whatever is random, after a step."""
+
+    object: Literal["unlearning.job.checkpoint"] = "unlearning.job.checkpoint"
+    job_id: str
+    attempt: int = Field(description="that saved it")
+    step: int
+    bytes: int
+    sha256: str
+    created_at: datetime
+
+
+class Checkpoints(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[CheckpointObject]
+    has_more: Literal[False] = False
+
+
 class ArtifactObject(BaseModel):
     id: str
     object: Literal["unlearning.job.artifact"] = "unlearning.job.artifact"
@@ -296,16 +314,16 @@ def benchmark_object(row: tables.Benchmark) -> BenchmarkObject:
 
 def job_object(
     row: tables.Job,
-    entry: ModelEntry | None,
+    model: BaseModelRef | None,
     queue_position: int | None,
     artifacts: Sequence[tables.Artifact],
     certificate: str | None,
-    nobody: str | None,
+    waits_for: str | None,
 ) -> JobObject:
     """A row that another version of this code wrote is shown as it is stored, where it does not fit.
 
     Args:
-        nobody: why no worker can run it.
+        waits_for: why no worker takes it now, beside what its own row says.
     """
     asked = _asked(row)
     eta = eta_seconds(row, asked["budget"])
@@ -316,7 +334,7 @@ def job_object(
         | asked
         | {
             "object": "unlearning.job",
-            "status_reason": "; ".join(filter(None, (nobody, row.status_reason, _rest(row, queue_position)))) or None,
+            "status_reason": status_reason(row, queue_position, waits_for),
             "metadata": row.metadata_,
             "estimated_finish_at": row.updated_at + timedelta(seconds=eta) if eta is not None else None,
             "progress": Progress(
@@ -327,7 +345,7 @@ def job_object(
                 eta_seconds=eta,
                 trained_tokens=row.trained_tokens,
             ),
-            "base_model": base_model(entry) if entry else None,
+            "base_model": model,
             "result": Result(adapter=ids.get(ADAPTER), report=ids.get(REPORT_JSON), certificate=certificate),
             "links": Links(
                 self=path,
@@ -349,6 +367,10 @@ def job_object(
     except ValidationError as error:
         log.warning("a job is shown as it is stored", job_id=row.id, fields=_fields(error))
         return JobObject.model_construct(**shown)
+
+
+def status_reason(row: tables.Job, queue_position: int | None, waits_for: str | None) -> str | None:
+    return "; ".join(filter(None, (waits_for, row.status_reason, _rest(row, queue_position)))) or None
 
 
 def _rest(row: tables.Job, queue_position: int | None) -> str | None:
@@ -407,6 +429,10 @@ def step(row: tables.JobStep) -> Step:
 
 def check(row: tables.JobCheck) -> Check:
     return Check.model_validate(_columns(row))
+
+
+def checkpoint(row: tables.JobCheckpoint, attempt: int) -> CheckpointObject:
+    return CheckpointObject.model_validate(_columns(row) | {"attempt": attempt})
 
 
 def artifact_object(row: tables.Artifact) -> ArtifactObject:

@@ -1,15 +1,40 @@
 """Jobs as they are answered with, and what of an answer is beside the job's own row. The caller's transaction."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
-from service.api import shapes
-from service.api.shapes import JobObject
+from service.api import polling, shapes
+from service.api.shapes import BaseModelRef, JobObject
 from service.domain.errors import NotFound
-from service.domain.job import ModelEntry, Status
-from service.store import artifacts, evidence, models, reads, workers
+from service.domain.job import Budget, Status
+from service.store import artifacts, evidence, models, quotas, reads, workers
 from service.store.tables import Job
+
+GLANCED = select(  # made once: a poll asks it, and to put it together takes longer than the answer
+    *(Job.id, Job.tenant_id, Job.version, Job.model, Job.status, Job.status_reason, Job.not_before),
+    *(Job.gpu_class, Job.min_vram_gib, Job.stage, Job.stage_history, Job.step, Job.updated_at),
+    Job.spec["budget"].label("budget"),
+).where(Job.id == bindparam("given"))
+
+
+class Glance(NamedTuple):
+    """As much of a job as tells a client that nothing has changed."""
+
+    status: Status
+    headers: dict[str, str]  # what the whole answer would have
+
+
+class _Beside(NamedTuple):
+    """What can change while the job's row, and so its version, stays as it is."""
+
+    base_model: BaseModelRef | None
+    place: int | None
+    waits_for: str | None
+    certificate: str | None
 
 
 def job_object(s: Session, job: Job) -> JobObject:
@@ -18,27 +43,53 @@ def job_object(s: Session, job: Job) -> JobObject:
 
 def job_objects(s: Session, found: Sequence[Job]) -> list[JobObject]:
     """In the same order. A page of jobs costs as many queries as one job, but for one per model that they name."""
+    published = artifacts.of_jobs(s, [job.id for job in found if job.status is Status.SUCCEEDED])
+    return [
+        shapes.job_object(
+            job, beside.base_model, beside.place, published.get(job.id, ()), beside.certificate, beside.waits_for
+        )
+        for job, beside in zip(found, _besides(s, found), strict=True)
+    ]
+
+
+def glance(s: Session, job_id: str) -> Glance:
+    """Raises NotFound. Cheaper than the whole, and the same ETag: whatever `_besides` does not tell has a version."""
+    row: Any = s.execute(GLANCED, {"given": job_id}).one_or_none()
+    if row is None:
+        raise NotFound("job", job_id)
+    [(base_model, place, waits_for, certificate)] = _besides(s, [row])
+    tag = polling.tag(row.version, base_model, place, shapes.status_reason(row, place, waits_for), certificate)
+    try:
+        eta = shapes.eta_seconds(row, Budget.model_validate(row.budget, extra="ignore"))
+    except ValidationError:  # another version's
+        eta = None
+    return Glance(row.status, polling.told(tag, row.status, eta))
+
+
+def _besides(s: Session, found: Sequence[Any]) -> list[_Beside]:
+    """Of each; `found`: jobs, or rows with the columns of GLANCED."""
     waiting = [job.id for job in found if job.status is Status.QUEUED]
     places = reads.places(s, waiting)
     heard = workers.heard(s) if waiting else []
-    published = artifacts.of_jobs(s, [job.id for job in found if job.status is Status.SUCCEEDED])
-    certificates = evidence.ids(s, list(published))
-    entries = {name: _entry(s, name) for name in {job.model for job in found}}
+    at_most = quotas.at_most(s, {job.tenant_id for job in found if job.status is Status.QUEUED})
+    certificates = evidence.ids(s, [job.id for job in found if job.status is Status.SUCCEEDED])
+    base_models = {name: _base_model(s, name) for name in {job.model for job in found}}
     return [
-        shapes.job_object(
-            job,
-            entries[job.model],
-            places.get(job.id),
-            published.get(job.id, ()),
-            certificates.get(job.id),
-            workers.nobody_runs(job, heard),
-        )
+        _Beside(base_models[job.model], places.get(job.id), _waits_for(job, heard, at_most), certificates.get(job.id))
         for job in found
     ]
 
 
-def _entry(s: Session, name: str) -> ModelEntry | None:
+def _waits_for(job: Any, heard: Sequence[Any], at_most: dict[str, int]) -> str | None:
+    """Why no worker takes it now, whatever is before it in the line."""
+    nobody = workers.nobody_runs(job, heard)
+    if nobody is None and job.status is Status.QUEUED and (bound := at_most.get(job.tenant_id)) is not None:
+        return f"the tenant runs as many jobs at once as it may: {bound}"
+    return nobody
+
+
+def _base_model(s: Session, name: str) -> BaseModelRef | None:
     try:
-        return models.get(s, name)
+        return shapes.base_model(models.get(s, name))
     except NotFound:  # an administrator has removed it
         return None

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 INLINE_ROWS_MAX = 1000
+MICRO_BATCH_TOKENS = 16_384  # padded positions at once, where memory has room for them
 EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RFC 7493), as evidence must
 COMMIT = r"^[0-9a-f]{40}$"
 PLAIN_PATH = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*(/[^./\\\x00-\x1f][^/\\\x00-\x1f]*)*$"  # no part begins with a dot

@@ -11,22 +11,44 @@ from datetime import timedelta
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy import and_, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound, PreconditionFailed
-from service.domain.job import HELD, SETS, Failure, FailureCode, JobSpec, Limits, Stage, Status, Verdict
-from service.store import audit, moves, tenancy
+from service.domain.job import (
+    HELD,
+    MICRO_BATCH_TOKENS,
+    SETS,
+    Failure,
+    FailureCode,
+    JobSpec,
+    Limits,
+    Stage,
+    Status,
+    Verdict,
+)
+from service.store import audit, checkpoints, deletion_jobs, line, lineage, moves, quotas, tenancy
 from service.store.ids import new_id
 from service.store.metrics import ATTEMPTS_LOST, FENCED_WRITES, JOB_VERDICTS, LEASES_EXPIRED, bump
 from service.store.moves import FRESH
-from service.store.rows import ArtifactRow, Beat, CheckRow, Claim, ConstraintRow, Event, StepRow, WarningRow
+from service.store.rows import (
+    ArtifactRow,
+    Beat,
+    CheckpointRow,
+    CheckRow,
+    Claim,
+    ConstraintRow,
+    Event,
+    StepRow,
+    WarningRow,
+)
 from service.store.tables import Artifact, Benchmark, File, Job, JobCheck, JobEvent, JobStep, Model
 
-CLAIM_ORDER = (Job.priority.desc(), Job.due_at, Job.queued_at, Job.id)  # ascending is NULLS LAST
-READY = (Job.status == Status.QUEUED) & (Job.not_before.is_(None) | (Job.not_before <= func.now()))
 RETRY_MAX_S = 600
+AT_ONCE = 32  # jobs that a claim looks at: about as many workers may claim at the same time without looking again
+MICRO_BATCH_SHRINKS = 4  # by this much, each time that memory had no room
+MICRO_BATCH_TOKENS_MIN = 256
 
 Versions = AbstractSet[int] | None  # those at which a job may be for a move; None: any
 
@@ -37,10 +59,13 @@ Versions = AbstractSet[int] | None  # those at which a job may be for a move; No
 def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, rings: bool = False) -> Job:
     """A queued job of the session's tenant. Raises NotFound for a file, a model or a benchmark; they stay while it needs them.
 
+    Raises QuotaExceeded where the tenant has as many jobs that have not ended as it may.
+
     Args:
         rings: the caller rings its bell after the commit; else the sweep does.
     """
     _needed(s, {getattr(spec, purpose) for purpose in SETS}, spec.model, spec.benchmarks)
+    quotas.take_place(s, tenancy.tenant(s))
     job = Job(
         id=new_id("ujob"),
         version=0,  # 1 with the events below
@@ -110,12 +135,13 @@ def request_cancel(s: Session, job_id: str, versions: Versions = None) -> Job:
 
 
 def pause(s: Session, job_id: str, versions: Versions = None) -> Job:
-    """A job that waits waits no longer for a worker, until it is resumed. Pausing twice is pausing once."""
+    """No worker takes a job that waits, until it is resumed; that of one that runs is asked. Pausing twice is pausing once."""
     job = _locked(s, job_id, versions)
-    if job.status is Status.PAUSED:
+    if job.status in (Status.PAUSING, Status.PAUSED):
         return job
-    if job.status in HELD:
-        raise InvalidTransition(f"the job is {job.status}; only one that waits can be paused, one that runs cancelled")
+    if job.status is Status.RUNNING:
+        asked = Event("pause.requested", "the worker was asked to pause")
+        return moves.move(s, job, Status.PAUSING, asked, pause_requested_at=func.now())
     paused = Event("job.paused", "paused while it waited")
     return moves.move(s, job, Status.PAUSED, paused, status_reason="paused on request", pause_requested_at=func.now())
 
@@ -135,7 +161,8 @@ def resume(s: Session, job_id: str, versions: Versions = None) -> Job:
 def retry(s: Session, job_id: str, versions: Versions = None) -> Job:
     """A job that failed, at the end of the line, with all its attempts. Ring its bell after the commit.
 
-    Raises InvalidTransition for any other, and for one of which a set, the model or a benchmark is gone.
+    Raises InvalidTransition for any other, for one of which a set, the model or a benchmark is gone, and for one that serves
+    deletion requests where its model has forgotten for others since; QuotaExceeded as `create` does.
     """
     job = _locked(s, job_id, versions)
     if job.status is not Status.FAILED:
@@ -144,10 +171,15 @@ def retry(s: Session, job_id: str, versions: Versions = None) -> Job:
         _needed(s, [getattr(job, purpose) for purpose in SETS], job.model, job.spec.get("benchmarks") or [])
     except NotFound as error:
         raise InvalidTransition(f"the job cannot run again: {error} any more") from error
+    quotas.take_place(s, job.tenant_id)
+    if deletion_jobs.serves(s, job.id):
+        lineage.lengthen(s, job)
     queued = Event("job.queued", "asked for again; waits for a worker")
     counts = {"content_failures": 0, "infra_losses": 0}
-    times = {"queued_at": func.now(), "rung_at": func.now(), "cancel_requested_at": None}
-    return moves.move(s, job, Status.QUEUED, queued, **moves.LOST | counts | times | {"status_reason": None})
+    times = {"queued_at": func.now(), "rung_at": func.now(), "cancel_requested_at": None, "pause_requested_at": None}
+    return moves.move(
+        s, job, Status.QUEUED, queued, **checkpoints.rewound(s, job) | counts | times | {"status_reason": None}
+    )
 
 
 def _locked(s: Session, job_id: str, versions: Versions) -> Job:
@@ -164,17 +196,10 @@ def _locked(s: Session, job_id: str, versions: Versions) -> Job:
 def claim(s: Session, *, worker: str, classes: Collection[str], vram_gib: float, lease_s: float) -> Claim | None:
     """The job that is due first among those that this worker can run, leased to it; None: nothing to do.
 
-    Its spec is not looked at here: one that cannot be read must be claimed to be put aside, and not block those behind it.
+    A tenant that runs as many jobs as it may is passed over. The spec is not looked at here: one that cannot be read must
+    be claimed to be put aside, and not block those behind it.
     """
-    job = s.scalar(
-        select(Job)
-        .where(READY, Job.gpu_class.in_({*classes, "any"}))
-        .where(func.coalesce(Job.min_vram_gib, 0) <= vram_gib)
-        .order_by(*CLAIM_ORDER)
-        .limit(1)
-        .with_for_update(skip_locked=True),
-        execution_options=FRESH,
-    )
+    job = _first_free(s, classes, vram_gib)
     if job is None:
         return None
     attempt = job.attempt + 1
@@ -194,6 +219,21 @@ def claim(s: Session, *, worker: str, classes: Collection[str], vram_gib: float,
     return Claim(job.id, job.tenant_id, job.fence, job.attempt, job.spec)
 
 
+def _first_free(s: Session, classes: Collection[str], vram_gib: float) -> Job | None:
+    """Locked, and so its tenant's place for one more that runs."""
+    most = AT_ONCE
+    while found := line.first(s, classes, vram_gib, most):
+        still = select(Job).where(Job.id.in_(found), line.ready(Job)).order_by(*line.order(Job)).limit(1)
+        job = s.scalar(still.with_for_update(skip_locked=True), execution_options=FRESH)
+        if job is None and len(found) < most:
+            return None  # all of them are somebody else's by now
+        if job is None:
+            most *= 8
+        elif quotas.may_run(s, job.tenant_id):
+            return job  # else somebody took the tenant's last place since; so it is passed over now
+    return None
+
+
 def beat(s: Session, job_id: str, fence: int, lease_s: float) -> Beat | None:
     """Extends the lease. None: it is lost, and so is the right to write; stop the runner at once."""
     row = s.execute(
@@ -206,7 +246,7 @@ def beat(s: Session, job_id: str, fence: int, lease_s: float) -> Beat | None:
     if row is None:
         bump(s, FENCED_WRITES, {})
         return None
-    return Beat(row is Status.CANCELLING)
+    return Beat(cancel=row is Status.CANCELLING, pause=row is Status.PAUSING)
 
 
 def log(
@@ -220,8 +260,15 @@ def log(
     events: Sequence[Event] = (),
     constraint: ConstraintRow | None = None,
     warnings: Sequence[WarningRow] = (),
+    resumed: tuple[int, int] | None = None,
+    saved: Sequence[CheckpointRow] = (),
 ) -> bool:
-    """A batch of what the runner told, at once. Repeating a batch changes nothing but its events."""
+    """A batch of what the runner told, at once. Repeating a batch changes nothing but its events.
+
+    Args:
+        resumed: (step, tokens trained until then) after which it goes on from a checkpoint of an earlier attempt.
+        saved: checkpoints that the runner wrote.
+    """
     job = moves.held(s, job_id, fence)
     if job is None:
         return False
@@ -234,6 +281,9 @@ def log(
         now = moves.now(s)
         opened = {"stage": stage, "attempt": job.attempt, "started_at": now, "finished_at": None}
         values |= {"stage": stage, "stage_history": [*moves.closed(job.stage_history, now), opened]}
+    if resumed is not None:
+        checkpoints.take_over(s, job, resumed[0])
+        values |= {"step": resumed[0], "trained_tokens": resumed[1]}
     if steps:
         rows = [key | step._asdict() for step in steps]
         s.execute(postgresql.insert(JobStep).on_conflict_do_nothing(), rows)
@@ -242,6 +292,8 @@ def log(
         upsert = postgresql.insert(JobCheck).values(**key, **check._asdict())
         index = [JobCheck.job_id, JobCheck.fence, JobCheck.step]
         s.execute(upsert.on_conflict_do_update(index_elements=index, set_=check._asdict()))
+    if saved:
+        checkpoints.promote(s, job, saved)
     if constraint is not None:
         values |= constraint._asdict()
     if warnings:
@@ -296,15 +348,16 @@ def fail(s: Session, job_id: str, fence: int, failure: Failure) -> Status | None
     bump(s, ATTEMPTS_LOST, {"code": failure.code})
     failures, attempts = job.content_failures + 1, _max_attempts(job)
     told = {**failure.model_dump(mode="json"), "stage": job.stage, "step": job.step}
-    # While it loads, another process may have held the memory; the same step of the same run wants the same again.
-    repeats = (
-        failure.code is FailureCode.OUT_OF_MEMORY and job.stage == Stage.UNLEARNING and told == _lost_before(s, job)
-    )
+    # While it loads, another process may have held the memory; later a smaller micro-batch may find room, until there is none.
+    full = failure.code is FailureCode.OUT_OF_MEMORY and job.stage not in (Stage.PREPARING, Stage.LOADING_MODEL)
+    smaller = _smaller_micro_batch(job) if full else job.micro_batch_tokens
+    repeats = full and smaller == job.micro_batch_tokens and told == _lost_before(s, job)
     if failure.retryable and failures < attempts and not repeats:
         wait_s, reason = _wait_s(failures), f"{failure.code}: {failure.message}"
         lost = Event("attempt.lost", f"{reason}; again in {wait_s} s", told, "warn")
         later = func.now() + timedelta(seconds=wait_s)
-        return moves.again(s, job, lost, status_reason=reason, content_failures=failures, not_before=later).status
+        values = {"content_failures": failures, "micro_batch_tokens": smaller}
+        return moves.again(s, job, lost, status_reason=reason, not_before=later, **values).status
     if failure.retryable:
         message = f"{failure.message}; {failures} of {attempts} attempts failed"
         if repeats:
@@ -327,6 +380,11 @@ def _wait_s(failures: int) -> int:
     return int(min(10 * 4 ** (failures - 1), RETRY_MAX_S))
 
 
+def _smaller_micro_batch(job: Job) -> int:
+    """The numbers are the same up to rounding, however a batch is split."""
+    return max((job.micro_batch_tokens or MICRO_BATCH_TOKENS) // MICRO_BATCH_SHRINKS, MICRO_BATCH_TOKENS_MIN)
+
+
 def _max_attempts(job: Job) -> int:
     try:
         return Limits.model_validate(job.spec.get("limits"), extra="ignore").max_attempts
@@ -342,16 +400,22 @@ def _lost_before(s: Session, job: Job) -> dict[str, Any] | None:
 
 def release(s: Session, job_id: str, fence: int) -> bool:
     """The worker goes away on purpose: the attempt is given back, and counts as if it had never been."""
+    return _given_back(s, job_id, fence, "its worker stopped") is not None
+
+
+def paused(s: Session, job_id: str, fence: int) -> Status | None:
+    """The runner stopped because it was asked to pause: the attempt is given back, as in `release`. Where the job went."""
+    return _given_back(s, job_id, fence, "paused on request")
+
+
+def _given_back(s: Session, job_id: str, fence: int, reason: str) -> Status | None:
     job = moves.held(s, job_id, fence)
     if job is None:
-        return False
+        return None
     if job.status is Status.CANCELLING:
-        moves.cancel(s, job, "its worker stopped")
-    else:
-        moves.again(
-            s, job, Event("attempt.requeued", "its worker stopped; the attempt is given back"), attempt=job.attempt - 1
-        )
-    return True
+        return moves.cancel(s, job, reason).status
+    back = Event("attempt.requeued", f"{reason}; the attempt is given back")
+    return moves.again(s, job, back, status_reason=reason, attempt=job.attempt - 1).status
 
 
 # --- what the sweep does
@@ -381,7 +445,7 @@ def _lost(s: Session, job: Job, reason: str, infra_losses_max: int, **values: An
     if job.status is Status.CANCELLING:
         return moves.cancel(s, job, reason, infra_losses=losses)
     bump(s, ATTEMPTS_LOST, {"code": FailureCode.WORKER_LOST})
-    if job.status is Status.RUNNING and losses > infra_losses_max:
+    if losses > infra_losses_max:
         failure = Failure.of(
             FailureCode.WORKER_LOST, f"{reason}; that was loss {losses}, {infra_losses_max} are allowed"
         )
@@ -391,18 +455,23 @@ def _lost(s: Session, job: Job, reason: str, infra_losses_max: int, **values: An
 
 
 def due_classes(s: Session, ring_again_s: float) -> list[str]:
-    """GPU classes with a job that is due and for which no bell rang for that long."""
-    silent = or_(Job.rung_at.is_(None), Job.rung_at < func.now() - timedelta(seconds=ring_again_s))
-    classes = select(Job.gpu_class).where(READY, silent)
-    return list(s.scalars(classes.distinct().order_by(Job.gpu_class)))
+    """GPU classes with a job that is due for which no bell ever rang, or with jobs that are due and no bell for that long."""
+    silent = func.max(Job.rung_at) < func.now() - timedelta(seconds=ring_again_s)
+    classes = select(Job.gpu_class).where(line.ready(Job)).group_by(Job.gpu_class)
+    return list(s.scalars(classes.having(or_(func.bool_or(Job.rung_at.is_(None)), silent)).order_by(Job.gpu_class)))
 
 
 def rung(s: Session, classes: Collection[str]) -> None:
-    """Notes that these classes' bells ring now. Ring after the commit: a claim passes over the rows locked here."""
-    waiting = select(Job.id).where(READY, Job.gpu_class.in_(classes))
+    """Notes that these classes' bells ring now: with the jobs for which none ever rang, and with one of each class.
+
+    Not with all: they may be very many. Ring after the commit: a claim passes over the rows locked here.
+    """
+    due = and_(line.ready(Job), Job.gpu_class.in_(classes))
+    one_of_each = select(func.min(Job.id)).where(due).group_by(Job.gpu_class)
+    noted = select(Job.id).where(due, or_(Job.rung_at.is_(None), Job.id.in_(one_of_each)))
     s.execute(
         update(Job)
-        .where(Job.id.in_(waiting.with_for_update(skip_locked=True)))
+        .where(Job.id.in_(noted.with_for_update(skip_locked=True)))
         .values(rung_at=func.now())
         .execution_options(synchronize_session=False)
     )

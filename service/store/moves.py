@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import HELD, TERMINAL, TRANSITIONS, Failure, Status
-from service.store import audit, deletion_jobs, outbox
+from service.store import audit, checkpoints, deletion_jobs, outbox
 from service.store.ids import new_id
 from service.store.metrics import FENCED_WRITES, JOBS_FINISHED, bump
 from service.store.rows import Event
@@ -31,9 +31,6 @@ TOLD = {  # to a tenant's server
     Status.FAILED: EventType.JOB_FAILED,
     Status.CANCELLED: EventType.JOB_CANCELLED,
 }
-
-# What an attempt takes along when it is lost: the next one begins at the beginning.
-LOST: dict[str, Any] = {"step": 0, "trained_tokens": 0, "started_at": None, "rung_at": None}
 
 
 def locked(s: Session, job_id: str) -> Job:
@@ -63,6 +60,8 @@ def move(s: Session, job: Job, target: Status, *events: Event, **values: Any) ->
         values["not_before"] = None  # it rests no longer
     if target in TERMINAL:
         values["finished_at"] = func.now()
+        if target is not Status.FAILED:  # that may be tried again, and goes on from there
+            checkpoints.drop(s, job.id)
     elif job.status in TERMINAL:
         values |= {"finished_at": None, "failure": None}
     before = job.status
@@ -109,7 +108,7 @@ def write(s: Session, job: Job, events: Sequence[Event], **values: Any) -> Job:
 
 def again(s: Session, job: Job, why: Event, **values: Any) -> Job:
     """Back into the queue, at its old place; or to rest, if that was asked for."""
-    values = LOST | {"status_reason": why.message} | values
+    values = checkpoints.rewound(s, job) | {"status_reason": why.message} | values
     if job.status is Status.PAUSING:
         return move(s, job, Status.PAUSED, why, Event("job.paused", "paused"), **values)
     return move(s, job, Status.QUEUED, why, Event("job.queued", "waits for a worker again"), **values)

@@ -3,13 +3,13 @@
 from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from sqlalchemy import and_, func, or_, select, true
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from service.domain.job import TERMINAL, Status
-from service.store.jobs import CLAIM_ORDER, READY
+from service.store import line
 from service.store.paging import Order, fetch_page
-from service.store.tables import File, Job, JobCheck, JobEvent, JobStep
+from service.store.tables import File, Job, JobCheck, JobCheckpoint, JobEvent, JobStep
 from service.store.tenancy import EVERYBODYS
 
 ATTEMPT_BEGINS = "job.started"
@@ -20,6 +20,10 @@ ATTEMPT_ENDS = {  # event -> the attempt's outcome
     "job.failed": "failed",
     "job.cancelled": "cancelled",
 }
+
+_place = func.row_number().over(order_by=line.order(Job)).label("place")
+_line = select(Job.id, _place).where(line.ready(Job)).subquery()
+PLACES = select(_line.c.id, _line.c.place).where(_line.c.id.in_(bindparam("ids", expanding=True)))
 
 
 def page(
@@ -55,9 +59,7 @@ def places(s: Session, job_ids: Collection[str]) -> dict[str, int]:
     """1: next, by the order in which jobs are claimed, whoever's and of whatever GPU class. A job that rests has no place."""
     if not job_ids:
         return {}
-    line = select(Job.id, func.row_number().over(order_by=CLAIM_ORDER).label("place")).where(READY).subquery()
-    asked = select(line.c.id, line.c.place).where(line.c.id.in_(job_ids))
-    return {row.id: row.place for row in s.execute(asked, execution_options=EVERYBODYS)}
+    return {row.id: row.place for row in s.execute(PLACES, {"ids": list(job_ids)}, execution_options=EVERYBODYS)}
 
 
 def events(s: Session, job_id: str, after_seq: int = 0, limit: int = 100) -> Sequence[JobEvent]:
@@ -79,11 +81,20 @@ def attempts(s: Session, job_id: str) -> Sequence[JobEvent]:
     return s.scalars(rows.order_by(JobEvent.seq)).all()
 
 
+def checkpoints(s: Session, job_id: str) -> list[tuple[JobCheckpoint, int]]:
+    """Each with the attempt that saved it, the newest first."""
+    fence = func.row_number().over(order_by=JobEvent.seq).label("fence")  # each claim takes the next
+    starts = select(JobEvent.attempt, fence).where(JobEvent.job_id == job_id, JobEvent.type == ATTEMPT_BEGINS)
+    begun = starts.subquery()
+    rows = select(JobCheckpoint, begun.c.attempt).join(begun, begun.c.fence == JobCheckpoint.fence)
+    rows = rows.where(JobCheckpoint.job_id == job_id)
+    found = s.execute(rows.order_by(JobCheckpoint.fence.desc(), JobCheckpoint.step.desc()))
+    return [(row, attempt) for row, attempt in found]
+
+
 def ahead(s: Session, priority: int, due_at: datetime | None) -> int:
-    """How many jobs, whoever's and of whatever GPU class, would be claimed before one that came now (see CLAIM_ORDER)."""
-    due = Job.due_at <= due_at if due_at is not None else true()
-    sooner = or_(Job.priority > priority, and_(Job.priority == priority, due))
-    waiting = select(func.count()).select_from(Job).where(READY, sooner)
+    """How many jobs, whoever's and of whatever GPU class, would be claimed before one that came now (see line.order)."""
+    waiting = select(func.count()).select_from(Job).where(line.ready(Job), line.before(priority, due_at))
     return s.scalars(waiting, execution_options=EVERYBODYS).one()
 
 

@@ -50,6 +50,13 @@ class ArtifactRow(NamedTuple):
     sha256: str
 
 
+class CheckpointRow(NamedTuple):
+    step: int
+    key: str
+    bytes: int
+    sha256: str
+
+
 class WarningRow(NamedTuple):
     code: str
     message: str
@@ -64,4 +71,7 @@ class Claim(NamedTuple):
 
 
 class Beat(NamedTuple):
-    cancel: bool
+    """What the runner is asked for."""
+
+    cancel: bool = False
+    pause: bool = False

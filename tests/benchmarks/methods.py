@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,13 +28,14 @@ from transformers.utils import logging
 
 from service.domain.job import Budget, Constraint, JobSpec, MethodChoice, ModelEntry, PromptFormat
 from service.domain.rows import Example
+from service.store.sealed import SealedStorage
 from service.store.storage import Storage
 from worker import data, measure, model, registry, run, scoring
 from worker.diary import Diary
 from worker.model import Network
 from worker.records import Assignment, FileRef
 from worker.report import FORGET_RATIO
-from worker.solve import Solution
+from worker.solve import Run
 from worker.views import Term
 
 METRICS = ("probability", "exact_memorization", "extraction_strength")
@@ -67,6 +69,7 @@ def job(task: Task, entry: ModelEntry, scratch: Path) -> Assignment:
         model=entry,
         forget_file=file,
         retain_file=file,
+        row_key=b64encode(bytes(32)),
         storage_url=str(scratch),
         prefix="jobs/benchmark/attempts/1",
         models_root=options.model.parent,
@@ -84,7 +87,7 @@ class Solved(NamedTuple):
     before: measure.Measurement
     after: measure.Measurement
     epsilon: float
-    solution: Solution
+    solution: Run
     diary: Diary
     seconds: float
 
@@ -133,13 +136,25 @@ def solved(task: Task, scratch: Path) -> Solved:
     forget = Term(method.forget, run.forget_texts(assignment, storage, method, forget_rows, base))
     retain = run.retain_term(method, retain_rows, base)
     network = model.adapt(base, assignment.spec.lora, task.seed, method.layers)
-    both = measure.sets(*run.with_reference(assignment, network, method, forget, retain), task.seed)
+    sealed = SealedStorage(str(scratch), bytes(32))
+    both = measure.sets(*run.with_reference(assignment, sealed, network, method, forget, retain), task.seed)
     with model.adapter_off(network):
         before = measure.measure(network, both)
     epsilon = assignment.spec.constraint.bound(before.retain_loss)
     diary = Diary(lambda record: None)
     began = time.monotonic()
-    solution = run.unlearn(assignment, method, network, both, epsilon, diary, lambda: False)
+    solution = run.unlearn(
+        assignment,
+        method,
+        network,
+        model.trainable(network),
+        both,
+        epsilon,
+        diary,
+        asked=lambda: None,
+        keep=lambda at: None,
+        resumed=None,
+    )
     seconds = time.monotonic() - began
     if solution.best_params is not None:
         model.assign(network, solution.best_params)

@@ -285,25 +285,30 @@ def test_a_failed_job_waits_longer_each_time_and_lets_others_pass(new_job: NewJo
     assert read(sessions, job_id).not_before is None
 
 
-def test_want_of_memory_at_the_same_step_is_not_tried_a_third_time(new_job: NewJob, sessions: Sessions) -> None:
+def test_want_of_memory_makes_the_micro_batches_smaller_until_they_cannot_be(
+    new_job: NewJob, sessions: Sessions
+) -> None:
     alike, other = new_job(limits=Limits(max_attempts=9)), new_job(limits=Limits(max_attempts=9))
     for job_id, last_steps, expected in (
-        (alike, (7, 7), Status.FAILED),
-        (other, (7, 8), Status.QUEUED),
+        (alike, (7, 7, 7, 7), Status.FAILED),
+        (other, (7, 7, 7, 8), Status.QUEUED),
     ):
+        tried = []
         for last_step in last_steps:
             held = claimed(sessions)
             assert held.job_id == job_id
+            tried.append(read(sessions, job_id).micro_batch_tokens)
             with sessions.begin() as s:
                 jobs.log(s, job_id, held.fence, stage=Stage.UNLEARNING, steps=[step(last_step)])
                 jobs.fail(s, job_id, held.fence, NO_ROOM)
             wait(sessions)
+        assert tried == [None, 4096, 1024, 256]
         assert read(sessions, job_id).status is expected
     failure = read(sessions, alike).failure
     assert failure is not None
     assert failure["code"] == FailureCode.OUT_OF_MEMORY
-    assert counted(sessions, metrics.ATTEMPTS_LOST) == {"out_of_memory": 4}
-    assert "2 of 9 attempts failed, the last two alike at step 7" in failure["message"]
+    assert counted(sessions, metrics.ATTEMPTS_LOST) == {"out_of_memory": 8}
+    assert "4 of 9 attempts failed, the last two alike at step 7" in failure["message"]
 
 
 def test_want_of_memory_while_loading_may_be_anothers_doing(new_job: NewJob, sessions: Sessions) -> None:
@@ -314,6 +319,7 @@ def test_want_of_memory_while_loading_may_be_anothers_doing(new_job: NewJob, ses
             jobs.log(s, job_id, held.fence, stage=Stage.LOADING_MODEL)
             assert jobs.fail(s, job_id, held.fence, NO_ROOM) is expected
         wait(sessions)
+    assert read(sessions, job_id).micro_batch_tokens is None, "the weights take the same room in any case"
 
 
 def test_an_attempt_that_was_ended_from_outside_is_not_the_jobs_fault(new_job: NewJob, sessions: Sessions) -> None:

@@ -72,6 +72,10 @@ VERBS: dict[str, Callable[[Session, str], Any]] = {
     "log": lambda s, job_id: jobs.log(s, job_id, 1, events=[Event("metrics", "")]),
     "succeed": lambda s, job_id: jobs.succeed(s, job_id, 1, PASSED),
     "cancelled": lambda s, job_id: jobs.cancelled(s, job_id, 1),
+    "paused": lambda s, job_id: jobs.paused(s, job_id, 1),
+    "pause": jobs.pause,
+    "resume": jobs.resume,
+    "retry": jobs.retry,
     "fail": lambda s, job_id: jobs.fail(s, job_id, 1, Failure.of(FailureCode.ROW_TOO_LONG, "row 3")),
     "fail, again": lambda s, job_id: jobs.fail(s, job_id, 1, Failure.of(FailureCode.OUT_OF_MEMORY, "no room")),
     "lose": lambda s, job_id: jobs.lose(s, job_id, 1, "killed", 10),
@@ -88,12 +92,16 @@ LEADS: dict[str, dict[Status, Status]] = {
     "log": {status: status for status in HELD},
     "succeed": dict.fromkeys(HELD, S.SUCCEEDED),
     "cancelled": {S.CANCELLING: S.CANCELLED},
+    "paused": {S.RUNNING: S.QUEUED, S.PAUSING: S.PAUSED, S.CANCELLING: S.CANCELLED},
+    "pause": {S.QUEUED: S.PAUSED, S.PAUSED: S.PAUSED, S.RUNNING: S.PAUSING, S.PAUSING: S.PAUSING},
+    "resume": {S.PAUSED: S.QUEUED, S.QUEUED: S.QUEUED},
+    "retry": {S.FAILED: S.QUEUED},
     "fail": {S.RUNNING: S.FAILED, S.PAUSING: S.FAILED, S.CANCELLING: S.CANCELLED},
     "fail, again": {S.RUNNING: S.QUEUED, S.PAUSING: S.PAUSED, S.CANCELLING: S.CANCELLED},
     "lose": {S.RUNNING: S.QUEUED, S.PAUSING: S.PAUSED, S.CANCELLING: S.CANCELLED},
     "release": {S.RUNNING: S.QUEUED, S.PAUSING: S.PAUSED, S.CANCELLING: S.CANCELLED},
     "expire": {S.RUNNING: S.QUEUED, S.PAUSING: S.PAUSED, S.CANCELLING: S.CANCELLED},
-    "expire, once too often": {S.RUNNING: S.FAILED, S.PAUSING: S.PAUSED, S.CANCELLING: S.CANCELLED},
+    "expire, once too often": {S.RUNNING: S.FAILED, S.PAUSING: S.FAILED, S.CANCELLING: S.CANCELLED},
 }
 
 

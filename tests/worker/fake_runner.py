@@ -15,17 +15,22 @@ from worker.records import (
     ArtifactFile,
     Assignment,
     CancelledRecord,
+    CheckpointRecord,
     CheckRecord,
     ConstraintRecord,
     FailureRecord,
+    PausedRecord,
     Record,
     ResultRecord,
+    ResumedRecord,
     StageRecord,
     StepRecord,
     WarningRecord,
+    Word,
 )
 
 Emit = Callable[[Record], None]
+Asked = Callable[[], Word | None]
 CREDENTIALS = {"DATABASE_URL", "BROKER_URL"}
 CUDA = {"CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG"}
 
@@ -55,7 +60,7 @@ def result(job: Assignment, **figures: object) -> ResultRecord:
     )
 
 
-def normal(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def normal(job: Assignment, emit: Emit, asked: Asked) -> Record:
     assert list(job.scratch_dir.iterdir()) == []
     (job.scratch_dir / "half-made").write_text("text of the forget set")
     emit(StageRecord(stage=Stage.PREPARING))
@@ -90,71 +95,99 @@ def normal(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record
     )
 
 
-def endless(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def endless(job: Assignment, emit: Emit, asked: Asked) -> Record:
     emit(StageRecord(stage=Stage.UNLEARNING))
     Storage(job.storage_url).write(f"{job.prefix}/adapter/part", [b"half"])
     for number in range(1, 10_000):
-        if cancelled() and job.spec.metadata["fake"] == "endless":
+        if asked() == "cancel" and job.spec.metadata["fake"] == "endless":
             break
         emit(step(number))
         time.sleep(0.02)
     return CancelledRecord()
 
 
-def deaf(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
-    return endless(job, emit, cancelled)
+def saves(job: Assignment, emit: Emit, asked: Asked) -> Record:
+    """Five steps a checkpoint; goes on from the last one, and ends once it is asked to or has done the job's `steps`."""
+    storage, begun = Storage(job.storage_url), job.checkpoints[0].step if job.checkpoints else 0
+    emit(StageRecord(stage=Stage.UNLEARNING))
+    if begun:
+        assert b"".join(storage.read(job.checkpoints[0].key)) == f"state {begun}".encode()
+        emit(ResumedRecord(step=begun, tokens=100 * begun))
+    for number in range(begun + 1, int(job.spec.metadata.get("steps", "10000")) + 1):
+        emit(step(number))
+        if (paused := asked() == "pause") or number % 5 == 0:
+            key = f"{job.folder}/checkpoints/{job.fence}-{number}"
+            stored = storage.write(key, [f"state {number}".encode()])
+            emit(CheckpointRecord(step=number, key=key, bytes=stored.bytes, sha256=stored.sha256))
+        if paused:
+            return PausedRecord()
+        time.sleep(0.02)
+    return result(job)
 
 
-def stubborn(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def measures(job: Assignment, emit: Emit, asked: Asked) -> Record:
+    """Past its solve, where it hears nothing."""
+    emit(StageRecord(stage=Stage.UNLEARNING))
+    emit(step(1))
+    emit(StageRecord(stage=Stage.EVALUATING))
+    time.sleep(60)
+    raise AssertionError
+
+
+def deaf(job: Assignment, emit: Emit, asked: Asked) -> Record:
+    return endless(job, emit, asked)
+
+
+def stubborn(job: Assignment, emit: Emit, asked: Asked) -> Record:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return endless(job, emit, cancelled)
+    return endless(job, emit, asked)
 
 
-def killed(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def killed(job: Assignment, emit: Emit, asked: Asked) -> Record:
     emit(step(1))
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def exits(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def exits(job: Assignment, emit: Emit, asked: Asked) -> Record:
     emit(step(1))
     os._exit(3)
 
 
-def fails(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def fails(job: Assignment, emit: Emit, asked: Asked) -> Record:
     return FailureRecord(code=FailureCode.ROW_TOO_LONG, message="row 3 has 600 tokens, the model's context 512")
 
 
-def garbage(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def garbage(job: Assignment, emit: Emit, asked: Asked) -> Record:
     os.write(int(os.environ["UNLEARN_RECORDS_FD"]), b"Epoch 1: the answer is 42\n")
-    return endless(job, emit, cancelled)
+    return endless(job, emit, asked)
 
 
-def oversized(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def oversized(job: Assignment, emit: Emit, asked: Asked) -> Record:
     os.write(int(os.environ["UNLEARN_RECORDS_FD"]), b"x" * (2**20 + 2**17))
-    return endless(job, emit, cancelled)
+    return endless(job, emit, asked)
 
 
-def parent(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def parent(job: Assignment, emit: Emit, asked: Asked) -> Record:
     """Leaves a child behind that holds the pipe open."""
     fd = int(os.environ["UNLEARN_RECORDS_FD"])
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(fd,))
     return result(job, child=child.pid)
 
 
-def lingers(job: Assignment, emit: Emit, cancelled: Callable[[], bool]) -> Record:
+def lingers(job: Assignment, emit: Emit, asked: Asked) -> Record:
     """And does not end by itself after its last record."""
-    emit(parent(job, emit, cancelled))
+    emit(parent(job, emit, asked))
     time.sleep(60)
     raise AssertionError
 
 
 def main() -> None:
     die_with_parent()
-    emit, cancelled = open_pipe(), listen()
+    emit, asked = open_pipe(), listen()
     job = Assignment.model_validate_json(Path(sys.argv[1]).read_text())
     behaviour = globals()[job.spec.metadata.get("fake", "normal")]
-    emit(behaviour(job, emit, cancelled))
+    emit(behaviour(job, emit, asked))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,7 +187,9 @@ class Jobs(NamedTuple):
 
     @property
     def storage(self) -> Storage:
-        return Storage(str(self.root / "storage"))
+        storage = Storage(str(self.root / "storage"))
+        storage.create()
+        return storage
 
     def stored(self, name: str, given: Sequence[Mapping[str, str]]) -> FileRef:
         return stored_set(self.storage, name, given)
@@ -220,6 +223,7 @@ class Jobs(NamedTuple):
             parent=parent,
             forget_file=self.stored(f"forget{number}", rows(number)),
             retain_file=self.stored(f"retain{number}", retain),
+            row_key=b64encode(bytes(32)),
             storage_url=str(self.root / "storage"),
             prefix=f"jobs/{job_id(number)}/attempts/1",
             models_root=self.registered.root,

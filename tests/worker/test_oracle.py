@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from service.domain.job import Lora
+from service.domain.microbatches import microbatches
 from service.domain.rows import Example
 from worker import data, model, oracle, reference
 from worker.data import Encoded, TokenRow
@@ -93,7 +94,8 @@ def ask(
     *,
     full_precision: bool = False,
 ) -> Evaluation:
-    batch = oracle.make_oracle(network, model.trainable(network), terms(network, losses), PLACES, max_tokens)
+    network = network._replace(tokens_at_once=max_tokens)
+    batch = oracle.make_oracle(network, model.trainable(network), terms(network, losses), PLACES)
     return batch.oracle(weights, full_precision=full_precision)
 
 
@@ -138,7 +140,7 @@ def test_values_and_gradients_are_those_of_plain_autograd(
 def test_the_splits_differ(tiny: Network) -> None:
     """Or the test above would compare one micro-batch with itself."""
     lengths = [len(row.ids) for rows in (FORGET, RETAIN) for row in encode(tiny, rows).rows]
-    assert [len(data.microbatches(lengths, FEWEST, budget)) for budget in SPLITS] == [7, 3, 2, 1]
+    assert [len(microbatches(lengths, FEWEST, budget)) for budget in SPLITS] == [7, 3, 2, 1]
 
 
 def test_asking_leaves_no_trace(network: Network) -> None:
@@ -240,7 +242,7 @@ def test_states_within_the_network_are_there_for_a_loss_that_needs_them(tiny: Ne
 def test_a_step_of_a_tiny_model_is_one_micro_batch(tiny: Network) -> None:
     """Starting another one would take longer than the padding that it saves."""
     lengths = [len(row.ids) for rows in (FORGET, RETAIN) for row in encode(tiny, rows).rows]
-    assert len(data.microbatches(lengths, oracle.overhead_tokens(tiny), oracle.MAX_TOKENS)) == 1
+    assert len(microbatches(lengths, oracle.overhead_tokens(tiny), tiny.tokens_at_once)) == 1
 
 
 def test_tokens_are_those_that_are_trained_on(tiny: Network) -> None:
@@ -347,7 +349,8 @@ def test_what_is_bounded_is_the_nll_even_if_something_else_is_trained(
     monkeypatch.setattr(oracle, "overhead_tokens", lambda network: FEWEST)
     sides = terms(network, Losses(nll(), margin_flattening()))
     sides["retain"] = sides["retain"]._replace(proxy=True)
-    batch = oracle.make_oracle(network, model.trainable(network), sides, PLACES, max_tokens)
+    network = network._replace(tokens_at_once=max_tokens)
+    batch = oracle.make_oracle(network, model.trainable(network), sides, PLACES)
     here, alone = batch.oracle({"forget": 0.5, "retain": 2.0}), batch.oracle({"forget": 1.0})
     assert here.strict == {"retain": pytest.approx(plain(network)["retain"].item(), rel=1e-12)}
     assert here.bounded == {"forget": here.values["forget"]} | dict(here.strict)
@@ -373,7 +376,7 @@ def evaluations(network: Network) -> list[Any]:
     sides = terms(network, Losses(margin_flattening(), margin_flattening()))
     sides["retain"] = sides["retain"]._replace(proxy=True)
     params = model.trainable(network)
-    small = oracle.make_oracle(network, params, sides, PLACES, max_tokens=40).oracle
+    small = oracle.make_oracle(network._replace(tokens_at_once=40), params, sides, PLACES).oracle
     large = oracle.make_oracle(network, params, sides, PLACES).oracle
     asked = [small({"forget": 0.7, "retain": 2.5}), small({"retain": 1.0}), large({"forget": 1.0, "retain": 0.0})]
     return [(here.values, dict(here.strict), here.grads) for here in asked]
@@ -384,7 +387,7 @@ def courses(network: Network) -> list[Any]:
     sides, problem = terms(network), Problem("forget", {"retain": 2.0})
     params = model.trainable(network)
     start = {name: p.detach().clone() for name, p in params.items()}
-    batch = oracle.make_oracle(network, params, sides, PLACES, max_tokens=40)
+    batch = oracle.make_oracle(network._replace(tokens_at_once=40), params, sides, PLACES)
     found = []
     descent = sgd(learning_rate=1e-3)
     for solver in (

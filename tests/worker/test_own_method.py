@@ -100,7 +100,8 @@ def test_it_runs_within_the_bound_that_is_on_the_nll(register: Any, tmp_path: Pa
         limits=Limits(30, 60.0, None),
         on_step=lambda progress: seen.append(progress.report.values),
         on_check=lambda checked, best, seconds: None,
-        cancelled=lambda: False,
+        asked=lambda: None,
+        keep=lambda run: None,
     )
     assert seen[0]["retain"] == pytest.approx(before.retain_loss, rel=1e-5), (
         "the NLL, not the divergence, which is 0 here"

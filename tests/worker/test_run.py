@@ -2,14 +2,29 @@
 
 import hashlib
 import json
+import shutil
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.domain.job import Audit, Budget, Constraint, FailureCode, Gate, JobSpec, MethodChoice, ModelEntry
+from service.domain.job import (
+    RETRYABLE,
+    Audit,
+    Budget,
+    Constraint,
+    FailureCode,
+    Gate,
+    JobSpec,
+    MethodChoice,
+    ModelEntry,
+    Stage,
+)
 from service.domain.report import Report
+from service.domain.rows import Example
+from service.evidence.rowdigest import row_digests
 from service.store import sealed
 from service.store.storage import Storage
 from tests.worker.conftest import DATA_KEY, stored_set
@@ -21,10 +36,13 @@ from worker.records import (
     FailureRecord,
     Record,
     ResultRecord,
+    StageRecord,
     StepRecord,
     WarningRecord,
+    Word,
 )
 
+ROW_KEY = bytes(range(32))
 CANARY = "Zanzibar"  # stands in every row, and must stand nowhere else
 FORGET = [{"question": f"Where is {CANARY} {k}?", "answer": f"In {CANARY} {k * 7}."} for k in range(3)]
 RETAIN = [{"question": f"What is {CANARY} x{k}?", "answer": f"It is {CANARY} {k}{k}."} for k in range(4)]
@@ -36,6 +54,7 @@ Assign = Callable[..., Assignment]
 def assign(register: Any, tmp_path: Path) -> Assign:
     """assign(method, hyperparameters, forget=..., retain=..., **spec) -> the job as the supervisor hands it over."""
     storage, registered = Storage(str(tmp_path / "storage")), register()
+    storage.create()
 
     def build(
         method: str = "pdu",
@@ -78,6 +97,7 @@ def assign(register: Any, tmp_path: Path) -> Assign:
             retain_file=stored_set(storage, "retain", retain),
             holdout_file=stored_set(storage, "holdout", holdout) if holdout else None,
             benchmarks=named,
+            row_key=b64encode(ROW_KEY),
             storage_url=str(tmp_path / "storage"),
             prefix="jobs/ujob_1/attempts/1",
             models_root=registered.root,
@@ -89,9 +109,9 @@ def assign(register: Any, tmp_path: Path) -> Assign:
     return build
 
 
-def done(job: Assignment, cancelled: Callable[[], bool] = lambda: False) -> tuple[Record, list[Record]]:
+def done(job: Assignment, asked: Callable[[], Word | None] = lambda: None) -> tuple[Record, list[Record]]:
     told: list[Record] = []
-    last = run.last_record(job, told.append, cancelled)
+    last = run.last_record(job, told.append, asked)
     assert CANARY not in "".join(record.model_dump_json() for record in [last, *told]), "a row's text"
     return last, told
 
@@ -171,6 +191,8 @@ def test_benchmarks_audit_and_gates_come_to_the_report(assign: Assign) -> None:
     assert all(entry.retrained is not None for entry in report.audit if entry.attack == "quantise_8")
     points = report.rows["forget/probability"]
     assert [point.row for point in points] == [1, 2, 3]
+    whose = [Example("question", row["question"], row["answer"]) for row in TOFU["forget"]]
+    assert [point.digest for point in points] == list(row_digests(ROW_KEY, whose))
     before = next(f.before for f in report.figures if (f.set, f.metric) == ("forget", "probability"))
     assert sum(point.before for point in points if point.before is not None) / 3 == pytest.approx(before)
 
@@ -271,7 +293,7 @@ def test_a_model_that_is_not_the_one_that_was_registered(assign: Assign) -> None
 
 
 def test_a_cancelled_run_leaves_no_artifact(assign: Assign) -> None:
-    job, asked = assign(), iter([False, False, True])
+    job, asked = assign(), iter([None, None, *2 * ["cancel"]])
     last, told = done(job, lambda: next(asked))
     assert isinstance(last, CancelledRecord)
     assert sum(isinstance(record, StepRecord) for record in told) == 2
@@ -290,6 +312,51 @@ def test_a_bug_is_an_internal_error_that_says_no_more_than_its_type(
     assert last.code is FailureCode.INTERNAL_ERROR
     assert last.message == "ZeroDivisionError; the worker's log has the details"
     assert "test_run.py" in capsys.readouterr().err, "the traceback goes to the log"
+
+
+def sabotaged(job: Assignment, stage: Stage, fault: Callable[[], object]) -> Record:
+    """The last record of a run to which that happens when the stage begins, the uploads' being behind it."""
+    stages: list[Stage] = []
+
+    def emit(record: Record) -> None:
+        if isinstance(record, StageRecord):
+            stages.append(record.stage)
+            if record.stage is stage and Stage.PACKAGING in stages:
+                fault()
+
+    return run.last_record(job, emit, lambda: None)
+
+
+@pytest.mark.parametrize("stage", [Stage.UPLOADING, Stage.LOADING_MODEL])
+def test_a_storage_that_vanishes_fails_the_attempt_which_may_be_repeated(assign: Assign, stage: Stage) -> None:
+    job = assign()
+    last = sabotaged(job, stage, lambda: shutil.rmtree(job.storage_url))
+    assert isinstance(last, FailureRecord)
+    assert (last.code, last.message) == (FailureCode.ARTIFACT_UPLOAD_FAILED, "the root of the storage is gone")
+    assert last.code in RETRYABLE
+    assert not Path(job.storage_url).exists(), "nothing is stored where nobody looks"
+
+
+def test_a_storage_that_is_not_there_says_nothing_of_the_files(assign: Assign) -> None:
+    job = assign()
+    shutil.rmtree(job.storage_url)
+    last, _ = done(job)
+    assert isinstance(last, FailureRecord)
+    assert last.code is FailureCode.ARTIFACT_UPLOAD_FAILED
+
+
+def test_an_adapter_that_is_read_back_altered_is_not_measured(assign: Assign) -> None:
+    job = assign()
+
+    def flip() -> None:
+        path = Path(job.storage_url) / job.prefix / "adapter" / "adapter_model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    last = sabotaged(job, Stage.LOADING_MODEL, flip)
+    assert isinstance(last, FailureRecord)
+    assert (last.code, last.message) == (FailureCode.ARTIFACT_UPLOAD_FAILED, "a stored file is not what was written")
 
 
 def test_a_bound_that_no_iterate_keeps_releases_nothing(assign: Assign) -> None:

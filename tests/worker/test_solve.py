@@ -4,15 +4,26 @@ forget(x) = (x - 4)^2, retain(x) = x: a step of plain descent moves x towards 4,
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from worker.problem import Evaluation, Oracle, Params, Problem, Solver, Step
-from worker.solve import CHECK_SHARE, FORWARD_SHARE, Batch, Checked, Limits, Progress, Solution, StopReason, solve
+from worker.solve import (
+    CHECK_SHARE,
+    DIVERGING_STEPS,
+    FORWARD_SHARE,
+    Batch,
+    Checked,
+    Limits,
+    Progress,
+    Run,
+    StopReason,
+    solve,
+)
 
 
 class Measurement(NamedTuple):
@@ -22,11 +33,16 @@ class Measurement(NamedTuple):
     retain_upper: float
 
 
-def descend(rate: float) -> Solver:
+def descend(rate: float, violation: Callable[[int], float] | None = None, *, capped: bool = False) -> Solver:
+    """`violation` of a step (0-based), for what happens at a multiplier's cap."""
+
     def step(problem: Problem, state: int, params: Params, oracle: Oracle) -> tuple[int, Step]:
         here = oracle({"forget": 1.0, "retain": 0.0})
         params["x"] -= rate * here.grads["x"]
-        return state + 1, Step(here.values, {}, rate, float(here.grads["x"].abs()))
+        values = (
+            here.values if violation is None else here.values | {"retain": problem.bounds["retain"] + violation(state)}
+        )
+        return state + 1, Step(values, {}, rate, float(here.grads["x"].abs()), capped=capped)
 
     return Solver(lambda problem, params: 0, step)
 
@@ -40,11 +56,17 @@ def run(
     check_tokens: int = 0,
     poison: int | None = None,
     upper_by: float = 0.0,
-    cancel_at: int | None = None,
+    ask_at: int | None = None,
+    ask: StopReason = StopReason.CANCELLED,
     max_seconds: float = math.inf,
     course: list[tuple[float, float]] | None = None,  # objective and probability of each check
-) -> tuple[Solution, Params, list[Progress], list[tuple[Checked, bool]]]:
-    params: Params = {"x": torch.zeros(1, dtype=torch.float64)}
+    violation: Callable[[int], float] | None = None,
+    capped: bool = False,
+    keep: Callable[[Run, Params], None] = lambda here, params: None,
+    resumed: Run | None = None,
+    params: Params | None = None,
+) -> tuple[Run, Params, list[Progress], list[tuple[Checked, bool]]]:
+    params = params or {"x": torch.zeros(1, dtype=torch.float64)}
     steps: list[Progress] = []
     checks: list[tuple[Checked, bool]] = []
 
@@ -64,7 +86,7 @@ def run(
     ticks = count()
     solution = solve(
         Problem("forget", {"retain": bound}),
-        descend(rate),
+        descend(rate, violation, capped=capped),
         params,
         batch,
         check,
@@ -72,7 +94,9 @@ def run(
         Limits(max_steps, max_seconds, target),
         on_step=steps.append,
         on_check=lambda checked, improves, seconds: checks.append((checked, improves)),
-        cancelled=lambda: cancel_at is not None and len(steps) >= cancel_at,
+        asked=lambda: ask if ask_at is not None and len(steps) >= ask_at else None,
+        keep=lambda here: keep(here, params),
+        resumed=resumed,
         clock=lambda: float(next(ticks)),
     )
     return solution, params, steps, checks
@@ -165,7 +189,7 @@ def test_the_smallest_time_budget_still_buys_a_step() -> None:
 
 
 def test_cancel_and_time_limit_end_between_steps() -> None:
-    cancelled, _, _, checks = run(cancel_at=3)
+    cancelled, _, _, checks = run(ask_at=3)
     assert cancelled.stop.reason is StopReason.CANCELLED
     assert cancelled.steps == 3
     assert len(checks) == 3
@@ -174,3 +198,86 @@ def test_cancel_and_time_limit_end_between_steps() -> None:
     assert 0 < late.steps < 8
     assert late.last is not None
     assert late.last.step == late.steps
+
+
+# --- where a run stands
+
+
+def stopped_and_gone_on(at: int, bound: float = 10.0, **how: Any) -> tuple[Run, Run, list[int]]:
+    """(undisturbed, ended after a step and gone on, the steps of the second half)"""
+    whole, *_ = run(bound=bound, **how)
+    kept: list[tuple[Run, Params]] = []
+    run(bound=bound, keep=lambda here, params: kept.append((here, {"x": params["x"].clone()})), **how)
+    here, params = next((here, params) for here, params in kept if here.steps == at)
+    gone_on, _, steps, _ = run(bound=bound, resumed=here, params=params, **how)
+    return whole, gone_on, [progress.step for progress in steps]
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_run_goes_on_from_where_it_was_kept(at: int) -> None:
+    bound = x_after(3) + 1e-9  # the best iterate is behind or ahead
+    whole, gone_on, steps = stopped_and_gone_on(at, bound)
+    assert steps == list(range(at + 1, 9))
+    assert (gone_on.steps, gone_on.tokens, gone_on.stop) == (whole.steps, whole.tokens, whole.stop)
+    assert gone_on.best is not None
+    assert gone_on.best == whole.best
+    assert gone_on.best_params is not None
+    assert whole.best_params is not None
+    assert torch.equal(gone_on.best_params["x"], whole.best_params["x"])
+    assert gone_on.last == whole.last
+
+
+def test_the_time_before_counts_too() -> None:
+    kept: list[Run] = []
+    run(keep=lambda here, params: kept.append(here), max_steps=4)
+    late, _, steps, _ = run(resumed=kept[1]._replace(elapsed_s=1e6), max_seconds=1e6 - 1)
+    assert late.stop is not None
+    assert late.stop.reason is StopReason.MAX_SECONDS
+    assert len(steps) == 1
+
+
+def test_a_run_at_its_end_is_not_taken_up_again() -> None:
+    kept: list[Run] = []
+    whole, *_ = run(keep=lambda here, params: kept.append(here))
+    again, _, steps, checks = run(resumed=kept[-1], max_steps=100)
+    assert kept[-1].stop == whole.stop
+    assert again.stop == whole.stop
+    assert steps == []
+    assert checks == []
+
+
+def test_a_pause_ends_between_steps_without_a_check() -> None:
+    kept: list[Run] = []
+    paused, _, steps, checks = run(ask_at=3, ask=StopReason.PAUSED, keep=lambda here, params: kept.append(here))
+    assert paused.stop is not None
+    assert paused.stop.reason is StopReason.PAUSED
+    assert len(steps) == len(checks) == 3
+    assert kept[-1] is paused
+
+
+# --- a multiplier that has come to its cap
+
+
+@pytest.mark.parametrize(
+    ("violation", "stops"),
+    [
+        (lambda step: 0.1 * (step + 1), DIVERGING_STEPS),  # worse and worse
+        (lambda step: 100.0 / (1 + step), None),  # on its way back
+        (lambda step: 1.0 + 0.05 * (step % 2), None),  # neither
+        (lambda step: -1.0 if step == DIVERGING_STEPS - 5 else 0.1 * step, 2 * DIVERGING_STEPS - 4),  # once kept
+    ],
+)
+def test_a_violation_that_grows_at_the_cap_ends_the_run(violation: Callable[[int], float], stops: int | None) -> None:
+    ended, _, steps, _ = run(max_steps=3 * DIVERGING_STEPS, violation=violation, capped=True, bound=0.0)
+    assert ended.stop is not None
+    assert ended.stop.reason is (StopReason.MAX_STEPS if stops is None else StopReason.DIVERGED)
+    if stops is not None:
+        assert len(steps) == stops
+        assert "larger epsilon" in ended.stop.message
+        assert ended.last is not None, "measured, so that there is a report"
+
+
+def test_below_the_cap_nothing_is_called_diverged() -> None:
+    ended, *_ = run(max_steps=3 * DIVERGING_STEPS, violation=lambda step: 0.1 * (step + 1), capped=False, bound=0.0)
+    assert ended.stop is not None
+    assert ended.stop.reason is StopReason.MAX_STEPS

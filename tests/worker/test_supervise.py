@@ -27,7 +27,7 @@ from worker.supervise import Slot, supervise
 from worker.telemetry import Telemetry
 
 RUNNER = (sys.executable, str(Path(__file__).with_name("fake_runner.py")))
-KNOBS = {"lease_s": 3.0, "heartbeat_s": 0.2, "cancel_grace_s": 0.4, "term_grace_s": 0.3}
+KNOBS = {"lease_s": 3.0, "heartbeat_s": 0.2, "cancel_grace_s": 0.4, "drain_grace_s": 0.4, "term_grace_s": 0.3}
 
 
 class Bench(NamedTuple):

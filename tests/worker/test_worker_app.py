@@ -250,3 +250,16 @@ def test_two_workers_on_one_machine_have_folders_of_their_own(tmp_path: Path) ->
         assert first != second
     with _own_folder(tmp_path) as again:
         assert again == first
+
+
+def test_what_a_dead_worker_left_in_its_folder_is_gone_when_another_takes_it(tmp_path: Path) -> None:
+    from worker.app import _own_folder
+    from worker.process import started
+
+    slot = tmp_path / "worker-0" / "slot-0"
+    slot.mkdir(parents=True)
+    (slot / "assignment.json").write_text("the keys of the job's files")
+    with started([sys.executable, "-c", "import time; time.sleep(60)"], {}, slot / "runner.pid") as runner:
+        with _own_folder(tmp_path) as own:
+            assert not own.exists()
+        assert runner.exit_code() == -signal.SIGKILL

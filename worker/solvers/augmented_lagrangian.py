@@ -90,6 +90,7 @@ def augmented_lagrangian(
         if taken > warmup_steps:
             new_duals = {c: ascend(duals[c], violation) for c, violation in violations.items()}
         extra = {f"weight/{c}": weight for c, weight in weights.items()}
-        return State(primal=primal, duals=new_duals, step=taken), Step(values, duals, rate, norm, extra)
+        capped = dual_step > 0 and max(duals.values()) >= dual_max
+        return State(primal=primal, duals=new_duals, step=taken), Step(values, duals, rate, norm, extra, capped)
 
     return Solver(init, step)

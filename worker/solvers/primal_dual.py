@@ -68,6 +68,7 @@ def primal_dual(
         new_duals = duals
         if taken > warmup_steps:
             new_duals = {c: ascend(duals[c], here.bounded[c] - bound) for c, bound in problem.bounds.items()}
-        return State(primal=primal, duals=new_duals, step=taken), Step(here.bounded, duals, rate, norm)
+        capped = dual_step > 0 and max(duals.values()) >= dual_max
+        return State(primal=primal, duals=new_duals, step=taken), Step(here.bounded, duals, rate, norm, capped=capped)
 
     return Solver(init, step)
