@@ -1,6 +1,7 @@
 # make demo    the whole path, on this machine, from nothing
 # make test    the whole suite, against a real Postgres and a real Valkey
-.PHONY: setup demo test check nightly catalog openapi clean
+# make chaos   jobs while workers, the broker, the database and the disk fail
+.PHONY: setup demo test chaos check nightly catalog openapi clean
 
 PYTHON ?= python3
 TORCH_INSTALL_ARGS ?= torch==2.13.0
@@ -23,8 +24,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
+chaos: setup
+	$(BIN)/python -m tests.chaos.chaos
+
 nightly: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.chaos.chaos --jobs 60
 
 check: setup
 	$(BIN)/ruff check .

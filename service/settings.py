@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     worker_dtype: str = Field(
         default="auto", description="auto (bfloat16 on an accelerator, else float32), float32, bfloat16"
     )
-    checkpoint_every_s: float = Field(default=300.0, gt=0, description="what a lost worker costs at most, of solving")
+    checkpoint_every_s: float = Field(default=300.0, gt=0, description="about what a lost worker costs, of solving")
     checkpoint_every_steps: int | None = Field(default=None, ge=1, description="or after so many; null: by the clock")
     drain_grace_s: float = Field(
         default=60.0, gt=0, description="for a checkpoint, when a job is paused or its worker stops; then SIGTERM"

@@ -104,8 +104,9 @@ class Worker:
         settings = self._settings
         while not self.stopping.is_set():
             try:
+                said = (settings.worker_gpu_classes, settings.worker_vram_gib, settings.worker_slots)
                 with self._sessions.begin() as s:
-                    workers.seen(s, self._name, settings.worker_gpu_classes, settings.worker_vram_gib)
+                    workers.seen(s, self._name, *said)
             except SQLAlchemyError as error:
                 log.warning("the worker could not say that it is here", error=str(error).partition("\n")[0])
             self.stopping.wait(workers.SAY_EVERY_S)

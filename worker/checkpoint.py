@@ -2,8 +2,9 @@
 
 In it are the adapter, the solver's state with the multipliers and the optimiser's moments, the best iterate so far, the random
 states, how the model measured before anything was trained, and what the report will tell of the steps. The order of the data
-is a function of the step. On a CPU a run that goes on comes to the same adapter bit for bit; on an accelerator up to what two
-undisturbed runs of it differ by.
+is a function of the step. On processors of one kind, with as many threads, a run that goes on comes to the same adapter bit
+for bit; on an accelerator up to what two undisturbed runs of it differ by. Where the base, its type, the kind of device or
+the adapter that the job starts from is another, it does not go on: what was promised was measured there.
 
 One is written under a name of its own, and is one once the supervisor has written its row, with its digest, under the
 attempt's fence: a runner that has lost its job can leave bytes behind, but no checkpoint. The last two stay. Sealed as what
@@ -24,8 +25,9 @@ from service.domain.errors import NotFound, StorageFull, StorageUnavailable
 from service.store.sealed import SealedStorage
 from service.store.storage import CHUNK_BYTES
 from worker.diary import Diary
+from worker.looks import adapter_digest
 from worker.measure import Measurement
-from worker.model import Network
+from worker.model import Network, adapter_off
 from worker.problem import Params
 from worker.records import Assignment, CheckpointRecord, CheckpointRef, CheckRecord, ResumedRecord, StepRecord
 from worker.solve import Checked, Run, Stop, StopReason
@@ -41,6 +43,8 @@ class Kept(NamedTuple):
     checks: list[CheckRecord]
     resumed: list[int]  # the steps after which earlier attempts went on
     micro_batch_tokens: int
+    ran_on: list[str]
+    threads: int
     random: dict[str, Any] | None = None  # None: those of now
 
 
@@ -77,7 +81,9 @@ class Keeper:
         self._before = before
         self._network = network
         self._clock = clock
-        self._at_step, self._at = resumed.run.steps if resumed else 0, clock()
+        self._runs_on = runs_on(network)
+        self._saved_step = self._tried_step = resumed.run.steps if resumed else 0
+        self._tried_at = clock()
 
     def keep(self, run: Run) -> None:
         """A storage that takes nothing does not end the run: only what it did since the last one would be lost."""
@@ -92,6 +98,8 @@ class Keeper:
             self._diary.checks,
             self._diary.resumed,
             self._network.tokens_at_once,
+            self._runs_on,
+            torch.get_num_threads(),
         )
         path = self._job.scratch_dir / "checkpoint"
         key = f"{self._job.folder}/checkpoints/{self._job.fence}-{run.steps}"
@@ -101,40 +109,61 @@ class Keeper:
         except (OSError, RuntimeError, StorageFull, StorageUnavailable) as error:  # torch.save has no type of its own
             self._diary.warn_once("checkpoint_not_saved", f"a checkpoint could not be saved: {type(error).__name__}")
         else:
+            self._saved_step = run.steps
             self._diary.emit(CheckpointRecord(step=run.steps, key=key, bytes=stored.bytes, sha256=stored.sha256))
         finally:
             path.unlink(missing_ok=True)
-        self._at_step, self._at = run.steps, self._clock()
+            self._tried_step, self._tried_at = run.steps, self._clock()
 
     def _due(self, run: Run) -> bool:
-        if run.steps == self._at_step or (run.stop is not None and run.stop.reason is StopReason.CANCELLED):
+        if run.steps == self._saved_step or (run.stop is not None and run.stop.reason is StopReason.CANCELLED):
             return False
         every_steps = self._job.checkpoint_every_steps
-        by_steps = every_steps is not None and run.steps - self._at_step >= every_steps
-        return run.stop is not None or by_steps or self._clock() - self._at >= self._job.checkpoint_every_s
+        by_steps = every_steps is not None and run.steps - self._tried_step >= every_steps
+        return run.stop is not None or by_steps or self._clock() - self._tried_at >= self._job.checkpoint_every_s
 
 
 def last_readable(
-    storage: SealedStorage, refs: Sequence[CheckpointRef], scratch: Path, params: Params, diary: Diary
+    storage: SealedStorage,
+    refs: Sequence[CheckpointRef],
+    scratch: Path,
+    params: Params,
+    network: Network,
+    diary: Diary,
 ) -> Kept | None:
     """The newest that is what was written; a torn one is told of, and the one before it taken. None: from the beginning.
 
     Args:
         refs: newest first.
         params: that it must fit.
+        network: with its adapter, as the run would go on with it.
 
-    Raises StorageUnavailable where the storage does not answer: that is no reason to begin at the beginning.
+    Raises StorageUnavailable where the storage gives none: that it does not answer is no reason to begin at the beginning.
     """
-    path = scratch / "checkpoint"
+    path, away = scratch / "checkpoint", None
     for ref in refs:
         try:
             _fetch(storage, ref, path)
-            return read(path, params)
+            return read(path, params, runs_on(network))
         except UnreadableError as error:
+            diary.warn("checkpoint_unreadable", f"the checkpoint of step {ref.step} is not used: {error}")
+        except StorageUnavailable as error:
+            away = error
             diary.warn("checkpoint_unreadable", f"the checkpoint of step {ref.step} is not used: {error}")
         finally:
             path.unlink(missing_ok=True)
+    if away is not None:
+        raise away
+    if refs:
+        diary.emit(ResumedRecord(step=0, tokens=0))
     return None
+
+
+def runs_on(network: Network) -> list[str]:
+    """What a run must find again to go on: the base, how it computes, and the adapter that the job starts from."""
+    with adapter_off(network):
+        parent = adapter_digest(network)
+    return [network.digest, network.tokenizer_digest, network.dtype, network.device.type, parent]
 
 
 def _fetch(storage: SealedStorage, ref: CheckpointRef, path: Path) -> None:
@@ -155,8 +184,14 @@ def _fetch(storage: SealedStorage, ref: CheckpointRef, path: Path) -> None:
 
 
 @torch.no_grad()
-def restore(kept: Kept, params: Params, diary: Diary) -> Run:
-    """The parameters, the random states and the diary as they were then."""
+def restore(kept: Kept, params: Params, diary: Diary, threads: int | None) -> Run:
+    """The parameters, the random states and the diary as they were then.
+
+    Args:
+        threads: that the worker wants; None: as many as then.
+    """
+    if threads is None:
+        torch.set_num_threads(kept.threads)
     for name, p in params.items():
         p.copy_(kept.params[name])
     if kept.random is not None:
@@ -182,13 +217,15 @@ def write(path: Path, kept: Kept) -> None:
             "checks": [check.model_dump() for check in kept.checks],
             "resumed": kept.resumed,
             "micro_batch_tokens": kept.micro_batch_tokens,
+            "ran_on": kept.ran_on,
+            "threads": kept.threads,
             "random": kept.random or _random(),
         },
         path,
     )
 
 
-def read(path: Path, params: Params) -> Kept:
+def read(path: Path, params: Params, on: Sequence[str]) -> Kept:
     """What `write` wrote. Raises UnreadableError."""
     try:
         device = next(iter(params.values())).device
@@ -197,6 +234,8 @@ def read(path: Path, params: Params) -> Kept:
             raise UnreadableError(f"it has format {found['format']}, and this version's is {FORMAT}")
         if {name: p.shape for name, p in found["params"].items()} != {name: p.shape for name, p in params.items()}:
             raise UnreadableError("it is of another adapter")
+        if found["ran_on"] != list(on):
+            raise UnreadableError("its run was on another base, type or kind of device")
         stop = found["stop"]
         run = Run(**found["run"])._replace(
             last=_checked(found["last"]),
@@ -211,6 +250,8 @@ def read(path: Path, params: Params) -> Kept:
             [CheckRecord(**check) for check in found["checks"]],
             found["resumed"],
             found["micro_batch_tokens"],
+            found["ran_on"],
+            found["threads"],
             found["random"],
         )
     except UnreadableError:

@@ -26,6 +26,7 @@ class Journal:
     def __init__(self, steps_total: int) -> None:
         self._steps_total = steps_total
         self._entries: list[dict[str, Any]] = []
+        self.saved: list[CheckpointRecord | ResumedRecord] = []  # what it has of checkpoints
         self._told_progress_at = float("-inf")
         self.urgent = False  # a stage began, whose times are those of the write; or a checkpoint waits for its row
 
@@ -53,11 +54,14 @@ class Journal:
                 self._put("saved", CheckpointRow(**record.model_dump(exclude={"type"})))
                 told = record.model_dump(include={"step", "bytes", "sha256"})
                 self._put("events", Event("checkpoint.saved", f"checkpoint after step {record.step}", told))
+                self.saved.append(record)
                 self.urgent = True  # it is one once its row is written
             case ResumedRecord():
                 self._entry()["resumed"] = (record.step, record.tokens)
+                self.saved.append(record)
                 message = f"goes on after step {record.step}, from a checkpoint"
-                self._put("events", Event("checkpoint.resumed", message, {"step": record.step}))
+                if record.step:
+                    self._put("events", Event("checkpoint.resumed", message, {"step": record.step}))
             case WarningRecord():
                 self._put("warnings", WarningRow(record.code, record.message))
                 self._put("events", Event("warning", record.message, {"code": record.code}, "warn"))
@@ -66,13 +70,9 @@ class Journal:
         """Everything so far, in the caller's transaction; after its commit, `clear`. False: fenced out."""
         return all(jobs.log(s, claim.job_id, claim.fence, **entry) for entry in self._entries)
 
-    @property
-    def saved(self) -> list[str]:
-        """The keys of the checkpoints in it."""
-        return [row.key for entry in self._entries for row in entry.get("saved", ())]
-
     def clear(self) -> None:
         self._entries.clear()
+        self.saved.clear()
         self.urgent = False
 
     def _entry(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from an earlier one's adapter has that in it, too, frozen: it is part of the ref
 and no code that a model brings along is run.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -392,7 +393,17 @@ def save(network: Network, folder: Path) -> None:
         write_concatenated(peft, [PARENT, TRAINED], folder)
     else:  # "auto" would look on the Hub whether the base's vocabulary has changed
         peft.save_pretrained(str(folder), save_embedding_layers=False)
+    _put_in_order(folder / "adapter_config.json")
     (folder / "README.md").write_text(_card(network), encoding="utf-8")
+
+
+def _put_in_order(path: Path) -> None:
+    """The modules' names are a set to PEFT: in another process it writes them in another order."""
+    config = json.loads(path.read_text())
+    for name, value in config.items():
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            config[name] = sorted(value)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def load_adapter(network: Network, folder: Path) -> Network:

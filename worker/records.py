@@ -174,7 +174,7 @@ class CheckpointRecord(Record):
 
 
 class ResumedRecord(Record):
-    """The run goes on after this step of an earlier attempt."""
+    """The run goes on after this step of an earlier attempt; 0: it begins at the beginning, since no checkpoint could be read."""
 
     type: Literal["resumed"] = "resumed"
     step: int
@@ -201,7 +201,7 @@ class CancelledRecord(Record):
 
 
 class PausedRecord(Record):
-    """It stopped because it was asked to, with a checkpoint to go on from."""
+    """It stopped because it was asked to, with a checkpoint to go on from unless the storage took none."""
 
     type: Literal["paused"] = "paused"
 

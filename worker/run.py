@@ -109,8 +109,9 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
     with diary.stage(Stage.UNLEARNING):
         params = model.trainable(network)
         keeper = checkpoint.Keeper(job, sealed, diary, params, before, network, kept)
-        resumed = checkpoint.restore(kept, params, diary) if kept else None
+        resumed = checkpoint.restore(kept, params, diary, job.threads) if kept else None
         solution = unlearn(job, method, network, params, both, epsilon, diary, asked, keeper.keep, resumed)
+    diary.seconds["unlearning"] = round(solution.elapsed_s, 3)  # of all attempts
     assert solution.stop is not None
     if solution.stop.reason in ASKED_TO_STOP:
         return ASKED_TO_STOP[solution.stop.reason]
@@ -234,7 +235,7 @@ def earlier(
     job: Assignment, sealed: SealedStorage, network: model.Network, diary: Diary
 ) -> tuple[model.Network, checkpoint.Kept | None]:
     """What an earlier attempt left to go on from; with it, its micro-batches, unless memory has had no room for them."""
-    kept = checkpoint.last_readable(sealed, job.checkpoints, job.scratch_dir, model.trainable(network), diary)
+    kept = checkpoint.last_readable(sealed, job.checkpoints, job.scratch_dir, model.trainable(network), network, diary)
     at_once = min(job.micro_batch_tokens, kept.micro_batch_tokens) if kept else job.micro_batch_tokens
     return network._replace(tokens_at_once=at_once), kept
 

@@ -23,7 +23,10 @@ CHECK_SHARE = 0.2  # at most this share of a solve's work goes into checks (the 
 # Work of a forward pass against a training step on the same tokens: the base is frozen, so that backward is one pass too.
 FORWARD_SHARE = 1 / 2
 DIVERGING_STEPS = 50  # in a row over the bound with a multiplier at its cap, before it is asked whether it gets worse
-DIVERGING_GROWTH = 1.1  # of the violation, from the first half of them to the second: more than batches differ by
+DIVERGING_GROWTH = (
+    1.1  # of the violation, from one half of them to the next and from one quarter: it does not level off
+)
+DIVERGING_LEAST = 0.01  # of the bound: less is no matter
 
 
 class Batch(NamedTuple):
@@ -159,6 +162,13 @@ def solve(
     run = resumed or Run(solver.init(problem, params))
     start = clock() - run.elapsed_s
 
+    def kept(run: Run) -> Run:
+        nonlocal start
+        began = clock()
+        keep(run)
+        start += clock() - began  # not of solving
+        return run
+
     def checked(run: Run) -> Run:
         began = clock()
         measured = check()
@@ -174,9 +184,7 @@ def solve(
 
     while run.stop is None:
         if (reason := asked()) is not None:
-            run = run._replace(stop=Stop(reason, f"Asked to stop after step {run.steps}."))
-            keep(run)
-            return run
+            return kept(run._replace(stop=Stop(reason, f"Asked to stop after step {run.steps}.")))
         began = clock()
         work = batch(run.steps)
         try:
@@ -198,15 +206,13 @@ def solve(
         affordable = (run.tokens - run.tokens_at_check) * CHECK_SHARE >= check_tokens * FORWARD_SHARE
         if within and affordable:
             run = checked(run)._replace(elapsed_s=clock() - start)
-        run = run._replace(stop=_reached_target(run, limits) or _diverged(run) or _spent(run, limits))
+        run = run._replace(stop=_reached_target(run, limits) or _diverged(run, problem) or _spent(run, limits))
         if run.stop is None:
-            keep(run)
+            kept(run)
 
     if run.steps and (run.last is None or run.last.step != run.steps):
         run = checked(run)
-    run = run._replace(elapsed_s=clock() - start)
-    keep(run)
-    return run
+    return kept(run._replace(elapsed_s=clock() - start))
 
 
 def _spent(run: Run, limits: Limits) -> Stop | None:
@@ -237,21 +243,27 @@ def _reached_target(run: Run, limits: Limits) -> Stop | None:
 
 
 def _while_capped(before: tuple[float, ...], problem: Problem, report: Step) -> tuple[float, ...]:
-    """A multiplier that is at its cap cannot answer a violation any more; a step on which the bound is kept ends that."""
+    """Violations while a multiplier is at its cap, and so rises no further. A step on which the bound is kept ends that."""
     worst = max(report.values[term] - bound for term, bound in problem.bounds.items())
     return (*before, worst)[-DIVERGING_STEPS:] if report.capped and worst > 0 else ()
 
 
-def _diverged(run: Run) -> Stop | None:
-    """The multiplier has been at its cap throughout, and the second half of these steps was worse than the first."""
-    half = DIVERGING_STEPS // 2
-    if len(run.capped) < DIVERGING_STEPS or sum(run.capped[half:]) <= DIVERGING_GROWTH * sum(run.capped[:half]):
+def _diverged(run: Run, problem: Problem) -> Stop | None:
+    """The multiplier has been at its cap throughout, and the bound is broken by more and more, to the end."""
+    if len(run.capped) < DIVERGING_STEPS:
+        return None
+    half, quarter = DIVERGING_STEPS // 2, DIVERGING_STEPS // 4
+    first, second = run.capped[:half], run.capped[half:]
+    grows = sum(second) > DIVERGING_GROWTH * sum(first) and sum(second[-quarter:]) > DIVERGING_GROWTH * sum(
+        second[:quarter]
+    )
+    if not grows or run.capped[-1] < DIVERGING_LEAST * max(problem.bounds.values()):
         return None
     return Stop(
         StopReason.DIVERGED,
         f"The multiplier has been at its cap for {DIVERGING_STEPS} steps, and the bound is broken by more and more: "
         f"by {run.capped[0]:.4g} nats per token then, by {run.capped[-1]:.4g} at step {run.steps}. "
-        "The run would not come back. A larger epsilon, a smaller learning rate or a larger dual_max may help.",
+        "A larger epsilon, a smaller learning rate or a larger dual_max may help.",
     )
 
 

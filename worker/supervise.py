@@ -34,10 +34,12 @@ from worker.process import MalformedLine, Runner
 from worker.records import (
     AnyRecord,
     CancelledRecord,
+    CheckpointRecord,
     CheckpointRef,
     FailureRecord,
     PausedRecord,
     ResultRecord,
+    ResumedRecord,
     StageRecord,
     parse_record,
 )
@@ -157,7 +159,7 @@ def _attempt(
         job = lease.insist(lambda s: assignment(s, lease.claim, spec, settings, scratch, on_accelerator))
         path.touch(0o600)
         path.write_text(job.model_dump_json())
-        saved = _Saved(settings, job.checkpoints)
+        saved = _Saved(settings, checkpoints_folder(lease.claim), job.checkpoints)
         with process.started([*runner, str(path)], environment(slot.accelerator), pid_file) as running:
             return _follow(running, lease, spec.limits, began, journal, saved, settings, stopping, telemetry)
     except LeaseLost:
@@ -177,17 +179,31 @@ def _attempt(
 
 
 class _Saved:
-    """The files of the job's checkpoints: as many stay as their rows do (store.checkpoints)."""
+    """The files of the job's checkpoints: those stay that have rows (store.checkpoints).
 
-    def __init__(self, settings: Settings, refs: Sequence[CheckpointRef]) -> None:
+    Args:
+        refs: those with rows at the attempt's start; what else lies there was never promoted, or is no longer one.
+    """
+
+    def __init__(self, settings: Settings, folder: str, refs: Sequence[CheckpointRef]) -> None:
         self._settings = settings
-        self._keys = [ref.key for ref in reversed(refs)]
+        self._refs = list(reversed(refs))
+        keys = {ref.key for ref in refs}
+        with suppress(Exception):  # they go with the next attempt, or with the job
+            for key, _ in Storage(settings.storage_url).ages(folder):
+                if key not in keys:
+                    _delete(settings, key)
 
-    def promoted(self, keys: Sequence[str]) -> None:
-        """Their rows are written, and so older ones are gone."""
-        self._keys += keys
-        while len(self._keys) > checkpoints.KEPT:
-            _delete(self._settings, self._keys.pop(0))
+    def told(self, records: Sequence[CheckpointRecord | ResumedRecord]) -> None:
+        """What the runner told is written, and so are the rows."""
+        for record in records:
+            if isinstance(record, CheckpointRecord):
+                self._refs.append(CheckpointRef(step=record.step, key=record.key, sha256=record.sha256))
+            else:
+                while self._refs and self._refs[-1].step != record.step:
+                    _delete(self._settings, self._refs.pop().key)
+        while len(self._refs) > checkpoints.KEPT:
+            _delete(self._settings, self._refs.pop(0).key)
 
 
 def _follow(
@@ -246,7 +262,7 @@ def _follow(
                 except DatabaseAway:
                     not_before = now + RETRY_S
                 else:
-                    saved.promoted(journal.saved)
+                    saved.told(journal.saved)
                     journal.clear()
                     written_at = now
                     if beat.cancel and asked in (None, Asked.PAUSE):
@@ -318,7 +334,7 @@ def _end(lease: Lease, journal: Journal, outcome: Outcome, infra_losses_max: int
         raise
     except Exception as error:
         told.exception("the attempt's end could not be written")
-        if outcome is Asked.RELEASE:
+        if outcome in (Asked.RELEASE, Asked.PAUSE):
             raise LeaseLost("the attempt could not be given back") from error
         message = f"the attempt's end could not be written: {type(error).__name__}; see the worker's log"
         failure = Failure.of(FailureCode.INTERNAL_ERROR, message).model_copy(update={"retryable": False})

@@ -17,7 +17,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
 from service.domain.job import TERMINAL, Stage, Status
-from worker.records import AnyRecord, ConstraintRecord, StageRecord, StepRecord
+from worker.records import AnyRecord, ConstraintRecord, ResumedRecord, StageRecord, StepRecord
 
 Key = tuple[str, int]  # of an attempt: job_id, fence
 BUCKETS_S = (1, 5, 15, 60, 300, 900, 1800, 3600, 7200, 14_400, 28_800, 86_400)
@@ -47,6 +47,7 @@ class _Attempt:
     began: float
     stage: tuple[Stage, float] | None = None  # and since when
     step: StepRecord | None = None
+    tokens: int = 0  # trained until then
     epsilon: float | None = None
     ended: float | None = None
 
@@ -110,9 +111,10 @@ class Telemetry(Collector):
                     self._end_stage(attempt)
                     attempt.stage = (record.stage, self._clock())
                 case StepRecord():
-                    trained = record.tokens - (attempt.step.tokens if attempt.step else 0)
-                    self._tokens.labels(attempt.method).inc(max(0, trained))
-                    attempt.step = record
+                    self._tokens.labels(attempt.method).inc(max(0, record.tokens - attempt.tokens))
+                    attempt.step, attempt.tokens = record, record.tokens
+                case ResumedRecord():
+                    attempt.tokens = record.tokens  # an earlier attempt told of them
                 case ConstraintRecord():
                     attempt.epsilon = record.epsilon
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from service.domain.job import Status
 from service.store.rows import CheckpointRow
@@ -31,7 +32,8 @@ def of_job(s: Session, job_id: str) -> Sequence[JobCheckpoint]:
 
 
 def rewound(s: Session, job: Job) -> dict[str, Any]:
-    """How far a job is between two attempts, as values of its row: the next one goes on from the last checkpoint."""
+    """How far a job is between two attempts, as values of its row: the next one goes on from the last checkpoint that can
+    be read, as a rule the newest."""
     saved = of_job(s, job.id)
     step = saved[0].step if saved else 0
     tokens = select(func.max(JobStep.tokens)).where(JobStep.job_id == job.id, JobStep.step == step)
@@ -39,20 +41,22 @@ def rewound(s: Session, job: Job) -> dict[str, Any]:
 
 
 def take_over(s: Session, job: Job, step: int) -> None:
-    """The steps and checks until there become the current attempt's: they lead to its result. Later ones stay the lost one's.
+    """An attempt goes on from the checkpoint of a step; 0: from none, since none could be read.
 
-    Once: a repetition finds that it has them.
+    The steps and checks until there become its own: they lead to its result; later ones stay the lost attempts'. Newer
+    checkpoints are none.
     """
-    for table in (JobStep, JobCheck):
-        latest = select(func.max(table.fence)).where(table.job_id == job.id)
-        if s.scalar(latest) == job.fence:
-            continue
-        s.execute(
-            update(table)
-            .where(table.job_id == job.id, table.fence == latest.scalar_subquery(), table.step <= step)
-            .values(fence=job.fence)
-            .execution_options(synchronize_session=False)
-        )
+    tables: tuple[type[JobStep | JobCheck], ...] = (JobStep, JobCheck)
+    for table in tables:
+        its = aliased(table)
+        has = exists().where(its.job_id == job.id, its.fence == job.fence, its.step == table.step)
+        fences = select(table.fence).where(table.job_id == job.id, table.fence < job.fence).distinct()
+        for fence in s.scalars(fences.order_by(table.fence.desc())).all():
+            earlier = (table.job_id == job.id) & (table.fence == fence) & (table.step <= step) & ~has
+            moved = update(table).where(earlier).values(fence=job.fence)
+            s.execute(moved.execution_options(synchronize_session=False))
+    for row in takewhile(lambda row: row.step != step, of_job(s, job.id)):
+        s.delete(row)
 
 
 def drop(s: Session, job_id: str) -> None:

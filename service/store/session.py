@@ -14,7 +14,7 @@ from service.store.tenancy import TenantSession
 Sessions = sessionmaker[Session]
 
 # A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever.
-TIMEOUTS = "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=60s -c timezone=UTC"
+TIMEOUTS = "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=15s -c timezone=UTC"
 
 # A network that drops packets is noticed within seconds, not after the system's quarter of an hour (libpq's names).
 DEAD_PEER = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from service.domain.errors import StorageFull, StorageUnavailable
+from service.domain.job import Constraint
 from service.store.storage import Storage
 from tests.worker.test_run import Assign, assign, report_of
 from worker import checkpoint, files, registry, run
@@ -166,7 +167,7 @@ def test_after_the_solve_only_the_measuring_is_done_again(
 ) -> None:
     job = asked_for(assign, budget={"max_steps": 3})
     whole, told = attempt(job, tmp_path, every=None)
-    monkeypatch.setattr(run.checkpoint.Keeper, "_due", lambda self, run: False)
+    monkeypatch.setattr(checkpoint.Keeper, "_due", lambda self, run: False)
     last, after = attempt(job, tmp_path, told, fence=2)
     assert told_steps(after) == []
     assert not any(isinstance(record, CheckRecord) for record in after), "the closing check was kept too"
@@ -195,7 +196,7 @@ def test_without_a_readable_one_it_begins_at_the_beginning(assign: Assign, tmp_p
     spoil(job, before, -2, "altered")
     last, after = attempt(job, tmp_path, before, fence=2)
     assert told_steps(after) == [1, 2, 3, 4, 5]
-    assert not any(isinstance(record, ResumedRecord) for record in after)
+    assert [record.step for record in after if isinstance(record, ResumedRecord)] == [0]
     assert adapter(last) == adapter(whole)
 
 
@@ -230,6 +231,70 @@ def test_a_storage_that_does_not_answer_is_no_reason_to_begin_at_the_beginning(
     assert last is not None
     assert getattr(last, "code", None) == "artifact_upload_failed", "worth another attempt, later"
     assert told_steps(after) == []
+
+
+def test_one_that_was_not_saved_is_tried_again_when_the_run_is_paused(
+    assign: Assign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = asked_for(assign, budget={"max_steps": STEPS})
+    real, tries = Storage.put, []
+
+    def full_once(self: Storage, key: str, source: Path) -> Any:
+        tries.append(key)
+        if len(tries) == 1:
+            raise StorageFull("the storage takes no more")
+        return real(self, key, source)
+
+    monkeypatch.setattr(Storage, "put", full_once)
+    last, told = attempt(job, tmp_path, paused_at=3, every=3)
+    assert isinstance(last, PausedRecord)
+    assert tries == 2 * ["jobs/ujob_1/checkpoints/1-3"]
+    assert [record.step for record in told if isinstance(record, CheckpointRecord)] == [3]
+
+
+def test_where_one_does_not_answer_the_one_before_it_is_used(
+    assign: Assign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = asked_for(assign, budget={"max_steps": STEPS})
+    _, before = attempt(job, tmp_path, killed_at=4)
+    real = Storage.open
+
+    def away(self: Storage, key: str) -> Any:
+        if key.endswith("/checkpoints/1-3"):
+            raise StorageUnavailable("the storage failed: Input/output error")
+        return real(self, key)
+
+    monkeypatch.setattr(Storage, "open", away)
+    last, after = attempt(job, tmp_path, before, fence=2)
+    assert isinstance(last, ResultRecord)
+    assert told_steps(after) == [3, 4, 5]
+
+
+def test_the_best_iterate_so_far_comes_along(assign: Assign, tmp_path: Path) -> None:
+    """The bound is kept at first and broken later: what is released was checked before the kill."""
+    sizes = {"forget_rows": 3, "retain_rows": 4, "learning_rate": 0.01}
+    job = asked_for(
+        assign, "grad_ascent", sizes, budget={"max_steps": 12}, constraint=Constraint(epsilon_relative=0.11)
+    )
+    whole, undisturbed = attempt(job, tmp_path, fence=9)
+    best = [record.step for record in undisturbed if isinstance(record, CheckRecord) and record.best][-1]
+    assert best < 8
+    _, before = attempt(job, tmp_path, killed_at=10)
+    last, after = attempt(job, tmp_path, before, fence=2)
+    assert told_steps(after) == [10, 11, 12]
+    assert not any(isinstance(record, CheckRecord) and record.best for record in after)
+    assert adapter(last) == adapter(whole)
+
+
+def test_as_many_threads_as_before_unless_the_worker_says_how_many() -> None:
+    own = torch.get_num_threads()
+    try:
+        for asked, then in ((None, 2), (1, 1)):
+            torch.set_num_threads(1)
+            checkpoint.restore(example()._replace(threads=2), params(), Diary(lambda record: None), asked)
+            assert torch.get_num_threads() == then
+    finally:
+        torch.set_num_threads(own)
 
 
 def test_a_full_disk_at_a_checkpoint_is_told_of_once_and_the_run_goes_on(
@@ -287,18 +352,21 @@ def params() -> dict[str, torch.Tensor]:
 
 def example() -> checkpoint.Kept:
     seen = Checked(2, Measurement(math.inf, 0.1, 0.25, 0.5), True)
-    state = {"primal": {"step": 2, "mean_P": torch.rand(3)}, "duals": {"retain": 1 / 3}, "step": 2}
-    went = Run(state, 2, 64, 32, 1.5, (0.1, 0.2), seen, seen, params(), Stop(StopReason.MAX_STEPS, "done"))
-    return checkpoint.Kept(went, params(), Measurement(1.0, 0.9, math.nan, 0.2), [], [], [1], 4096)
+    state = {"primal": {"step": 2, "mean_P": torch.tensor([0.1, 1e-30, -3.0])}, "duals": {"retain": 1 / 3}, "step": 2}
+    best = {name: p + 1 for name, p in params().items()}
+    went = Run(state, 2, 64, 32, 1.5, (0.1, 0.2), seen, seen, best, Stop(StopReason.MAX_STEPS, "done"))
+    return checkpoint.Kept(went, params(), Measurement(1.0, 0.9, math.nan, 0.2), [], [], [1], 4096, ["base"], 1)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     checkpoint.write(tmp_path / "c", example())
-    found = checkpoint.read(tmp_path / "c", params())
+    found = checkpoint.read(tmp_path / "c", params(), ["base"])
     one, other = found.run, example().run
     assert one._replace(state=None, best_params=None) == other._replace(state=None, best_params=None)
     assert one.state["duals"] == other.state["duals"]
-    assert one.state["primal"]["mean_P"].shape == (3,)
+    assert torch.equal(one.state["primal"]["mean_P"], other.state["primal"]["mean_P"])
+    assert one.best_params is not None
+    assert all(torch.equal(one.best_params[name], p + 1) for name, p in params().items())
     assert all(torch.equal(found.params[name], p) for name, p in params().items())
     assert math.isnan(found.before.retain_loss)
     assert (found.resumed, found.micro_batch_tokens) == ([1], 4096)
@@ -307,10 +375,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_one_of_another_version_or_another_adapter_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.write(tmp_path / "c", example())
     with pytest.raises(checkpoint.UnreadableError, match="another adapter"):
-        checkpoint.read(tmp_path / "c", {"a": torch.zeros(4)})
+        checkpoint.read(tmp_path / "c", {"a": torch.zeros(4)}, ["base"])
+    with pytest.raises(checkpoint.UnreadableError, match="another base"):
+        checkpoint.read(tmp_path / "c", params(), ["base", "bfloat16"])
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     with pytest.raises(checkpoint.UnreadableError, match="format 1, and this version's is 2"):
-        checkpoint.read(tmp_path / "c", params())
+        checkpoint.read(tmp_path / "c", params(), ["base"])
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
@@ -321,11 +391,13 @@ def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     checkpoint.write(tmp_path / "c", example())
     expected = draw()
     draw()
-    checkpoint.restore(checkpoint.read(tmp_path / "c", params()), params(), Diary(lambda record: None))
+    checkpoint.restore(
+        checkpoint.read(tmp_path / "c", params(), ["base"]), params(), Diary(lambda record: None), threads=1
+    )
     assert draw() == expected
 
 
-def test_one_is_due_by_steps_by_the_clock_and_at_the_end(assign: Assign, tmp_path: Path) -> None:
+def test_one_is_due_by_steps_by_the_clock_and_at_the_end(assign: Assign, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
     def steps_kept(every_s: float, every_steps: int | None, stop: Stop | None = None) -> list[int]:
@@ -333,6 +405,7 @@ def test_one_is_due_by_steps_by_the_clock_and_at_the_end(assign: Assign, tmp_pat
         job = assign().model_copy(update={"checkpoint_every_s": every_s, "checkpoint_every_steps": every_steps})
         sealed = files.sealed_with(job.storage_url, [job.forget_file])
         network: Any = type("N", (), {"tokens_at_once": 4096})
+        monkeypatch.setattr(checkpoint, "runs_on", lambda network: [])
         now[0] = 0.0
         keeper = checkpoint.Keeper(
             job, sealed, Diary(told.append), params(), example().before, network, None, clock=lambda: now[0]

@@ -264,11 +264,13 @@ def test_a_pause_ends_between_steps_without_a_check() -> None:
         (lambda step: 0.1 * (step + 1), DIVERGING_STEPS),  # worse and worse
         (lambda step: 100.0 / (1 + step), None),  # on its way back
         (lambda step: 1.0 + 0.05 * (step % 2), None),  # neither
+        (lambda step: 0.3 * (1 - math.exp(-(step + 1) / 10)), None),  # it levels off
+        (lambda step: 5e-5 * (step + 1), None),  # next to nothing: the bound is 1
         (lambda step: -1.0 if step == DIVERGING_STEPS - 5 else 0.1 * step, 2 * DIVERGING_STEPS - 4),  # once kept
     ],
 )
 def test_a_violation_that_grows_at_the_cap_ends_the_run(violation: Callable[[int], float], stops: int | None) -> None:
-    ended, _, steps, _ = run(max_steps=3 * DIVERGING_STEPS, violation=violation, capped=True, bound=0.0)
+    ended, _, steps, _ = run(max_steps=3 * DIVERGING_STEPS, violation=violation, capped=True, bound=1.0)
     assert ended.stop is not None
     assert ended.stop.reason is (StopReason.MAX_STEPS if stops is None else StopReason.DIVERGED)
     if stops is not None:
@@ -278,6 +280,6 @@ def test_a_violation_that_grows_at_the_cap_ends_the_run(violation: Callable[[int
 
 
 def test_below_the_cap_nothing_is_called_diverged() -> None:
-    ended, *_ = run(max_steps=3 * DIVERGING_STEPS, violation=lambda step: 0.1 * (step + 1), capped=False, bound=0.0)
+    ended, *_ = run(max_steps=3 * DIVERGING_STEPS, violation=lambda step: 0.1 * (step + 1), capped=False, bound=1.0)
     assert ended.stop is not None
     assert ended.stop.reason is StopReason.MAX_STEPS

@@ -21,7 +21,7 @@ from sqlalchemy import func, select
 from service.dispatch import CeleryDispatcher
 from service.domain.job import Status
 from service.settings import Settings
-from service.store import jobs, tables
+from service.store import jobs, tables, workers
 from service.store.session import Sessions
 from service.store.tables import Job, JobStep
 from worker.app import Worker
@@ -103,6 +103,25 @@ def test_bells_and_polls_share_the_slots(
     at_once = [sum(a <= began < b for a, b in ran if a and b) for began, _ in ran if began]
     assert len(at_once) == 4
     assert max(at_once) == 2
+
+
+def test_it_says_what_it_hears_and_how_many_jobs_it_runs_at_once(
+    sessions: Sessions, settings: Settings, tmp_path: Path
+) -> None:
+    given = settings.model_copy(update={"worker_slots": 3, "worker_vram_gib": 8.0})
+    three = worker(sessions, given, tmp_path)
+    thread = Thread(target=three.say)
+    thread.start()
+
+    def said() -> list[tuple[list[str], float, int]]:
+        with sessions() as s:
+            return [(one.gpu_classes, one.vram_gib, one.slots) for one in workers.heard(s)]
+
+    until(said)
+    assert said() == [(given.worker_gpu_classes, 8.0, 3)]
+    three.stopping.set()
+    thread.join(5)
+    assert said() == []
 
 
 def test_two_workers_of_one_process_id_are_told_apart(sessions: Sessions, settings: Settings, tmp_path: Path) -> None:
@@ -189,7 +208,7 @@ def test_a_bell_starts_a_job_and_a_shutdown_gives_one_back(
     settings: Settings, sessions: Sessions, new_job: Callable[..., str], tmp_path: Path
 ) -> None:
     dispatcher = CeleryDispatcher(settings)
-    with process(settings, tmp_path, **BELL_ONLY) as running:
+    with process(settings, tmp_path, DRAIN_GRACE_S="1", **BELL_ONLY) as running:
         url = running.metrics_url()
         first = new_job()
         until(lambda: registered(sessions) == [["cpu"]])
