@@ -23,7 +23,7 @@ class Place(NamedTuple):
     create: Callable[[], None]  # the root, where that is ours to make
     check: Callable[[], None]  # raises FileNotFoundError where the root is gone
     new: Callable[[str], AbstractContextManager[IO[bytes]]]  # for writing: there at the end, whole, or not at all
-    written: Callable[[str], Iterator[tuple[str, datetime]]]  # files below, half-written ones too, and when that was
+    written: Callable[[str], Iterator[tuple[str, datetime]]]  # files below and when; half-written ones by other names
     remove: Callable[[str], None]  # with all below; what is not there is no error
 
 
@@ -42,29 +42,35 @@ def folder(url: str) -> Place:
 
 
 def _check(root: str) -> None:
+    """A volume that is not mounted leaves an empty folder in its place, which nobody can tell from a new root."""
     os.stat(root)
 
 
 @contextmanager
 def _new(root: str, path: str) -> Iterator[IO[bytes]]:
     """Written under another name, moved into place when the disk has it."""
-    _check(root)  # else a root that was deleted, or is no longer mounted, would silently come back empty
+    _check(root)  # else a root that was deleted would silently come back empty
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
-    part = f"{path}.{uuid4().hex}.part"
+    ours = f"{path}.{uuid4().hex}.part"
     try:
-        with open(part, "wb") as file:
+        with open(ours, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a crash may leave the new name on an empty file
-        os.replace(part, path)
+        os.replace(ours, path)
+        ours = path
+        _keep_names(parent)  # else a crash may lose the new name, after a row has told of it
     except BaseException:
         with suppress(OSError):
-            os.unlink(part)
+            os.unlink(ours)
         raise
-    entries = os.open(parent, os.O_RDONLY)
+
+
+def _keep_names(folder: str) -> None:
+    entries = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(entries)  # else it may lose the name, after a row has told of it
+        os.fsync(entries)
     finally:
         os.close(entries)
 

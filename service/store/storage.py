@@ -37,7 +37,7 @@ class Storage:
 
     Every method raises ValueError for a key that is not plain (letters, digits, "._-", parts joined by "/"), StorageFull
     when the disk or the quota is exhausted, StorageUnavailable for other errors of the outside world: also for a root that
-    is gone, which is never made anew.
+    is gone, which is never made anew. (The mount point of a volume that is not mounted is not gone: it is an empty root.)
     """
 
     def __init__(self, url: str, below: str = "") -> None:

@@ -239,18 +239,24 @@ def test_a_file_serves_the_purpose_that_it_was_uploaded_for(
     assert (reply.status_code, reply.json()["errors"][0]["code"]) == (422, "purpose")
 
 
+@pytest.mark.parametrize("room_for", range(4))  # of two sets: the bytes and the name of each
 def test_a_full_disk_is_said_and_leaves_nothing(
-    http: TestClient, settings: Settings, sessions: Sessions, request_body: Body, monkeypatch: pytest.MonkeyPatch
+    http: TestClient,
+    settings: Settings,
+    sessions: Sessions,
+    request_body: Body,
+    monkeypatch: pytest.MonkeyPatch,
+    room_for: int,
 ) -> None:
     import os
 
-    calls = iter([None, OSError(28, "No space left on device")])
+    calls = iter([*[None] * room_for, OSError(28, "No space left on device")])
 
     def fsync(_: int) -> None:
         if error := next(calls, None):
             raise error
 
-    monkeypatch.setattr(os, "fsync", fsync)  # the second of the two sets finds no room
+    monkeypatch.setattr(os, "fsync", fsync)
     reply = http.post(JOBS, json=request_body)
     assert (reply.status_code, reply.json()["type"]) == (507, "/docs#storage-full")
     assert kept(settings, sessions) == (0, 0, 0)

@@ -155,6 +155,9 @@ def test_what_is_tried_again_happens_once(api: Client, network: Network, slept: 
         assert len({request.headers["Idempotency-Key"] for request in network.sent}) == 1
         assert (len(network.sent), len(list(api.jobs())) - known) == (3, 1)
     assert slept == [0.3, 0.6, 0.3, 0.6, 7.0, 0.6]
+    network.after = [httpx.ReadError("lost")]
+    made = api.keys.create("auditor", role="auditor")
+    assert [key.id for key in api.keys.list() if key.name == "auditor"] == [made.id]
     first = api.create_job(body, idempotency_key="ours")
     assert api.create_job(body, idempotency_key="ours").id == first.id
 
@@ -162,10 +165,12 @@ def test_what_is_tried_again_happens_once(api: Client, network: Network, slept: 
 def test_what_would_happen_twice_or_take_too_long_is_not_tried_again(
     api: Client, network: Network, slept: list[float]
 ) -> None:
+    job = submitted(api)
+    network.sent.clear()
     network.after = [httpx.ReadError("lost")]
     with pytest.raises(httpx.ReadError):
-        api.keys.create("auditor", role="auditor")
-    assert [key.name for key in api.keys.list()].count("auditor") == 1
+        api.pause(job.id)
+    assert (len(network.sent), api.job(job.id).status) == (1, "paused"), "carried out, and not sent again"
     network.before = [httpx.Response(429, headers={"Retry-After": "3600"}, json={"title": "Too much"})]
     with pytest.raises(ApiError, match="Too much"):
         next(api.jobs())

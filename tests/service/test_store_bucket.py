@@ -1,18 +1,24 @@
 """A bucket whose server is away, slow, full, or refuses: real answers over HTTP, in our words. And the API on a bucket."""
 
+import asyncio
 import hashlib
+import re
 import socket
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import pytest
+from aiobotocore.httpsession import AIOHTTPSession
 from fsspec.config import conf
 from pytest_httpserver import HTTPServer
 from starlette.testclient import TestClient
+from werkzeug import Request, Response
 
 from service.domain.errors import StorageFull, StorageUnavailable
 from service.domain.job import Verdict
+from service.orphans import delete_orphans
 from service.settings import Settings
 from service.store import bucket, jobs
 from service.store.rows import ArtifactRow
@@ -113,6 +119,63 @@ def test_an_object_that_the_server_keeps_is_not_told_of_as_deleted(
         at(httpserver.url_for("")).delete("jobs")
 
 
+def test_a_large_part_and_the_completion_get_the_time_that_they_take(
+    at: Callable[[str], Storage], httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = "<InitiateMultipartUploadResult><UploadId>one</UploadId></InitiateMultipartUploadResult>"
+    done = '<CompleteMultipartUploadResult><ETag>"whole"</ETag></CompleteMultipartUploadResult>'
+    send, parts = AIOHTTPSession.send, []
+
+    async def over_a_slow_line(session: AIOHTTPSession, request: Any) -> Any:
+        await asyncio.sleep(1.2 if "partNumber=1" in request.url else 0)
+        return await send(session, request)
+
+    def put_together(_: Request) -> Response:
+        time.sleep(1.2)  # without a word
+        return Response(done)
+
+    def part(request: Request) -> Response:
+        parts.append(len(request.data))
+        return Response(headers={"ETag": '"part"'})
+
+    path = "/somebody-elses/root/jobs/key"
+    httpserver.expect_request(path, method="POST", query_string="uploads").respond_with_data(begun)
+    httpserver.expect_request(path, method="PUT").respond_with_handler(part)
+    httpserver.expect_request(path, method="POST", query_string="uploadId=one").respond_with_handler(put_together)
+    monkeypatch.setattr(AIOHTTPSession, "send", over_a_slow_line)
+    monkeypatch.setattr(bucket, "REQUEST_S", 1.0)
+    monkeypatch.setitem(ONCE, "read_timeout", 1.0)
+    at(httpserver.url_for("")).write("jobs/key", [bytes(bucket.BLOCK_BYTES), b"x"])
+    assert parts == [bucket.BLOCK_BYTES, 1]
+
+
+def test_uploads_that_nobody_completed_are_found_on_every_page(
+    at: Callable[[str], Storage], httpserver: HTTPServer
+) -> None:
+    def page(upload: str, after: str) -> str:
+        told = "<Key>root/jobs/key</Key><Initiated>2026-01-01T00:00:00Z</Initiated>"
+        return f"<R><Upload>{told}<UploadId>{upload}</UploadId></Upload>{after}</R>"
+
+    markers = "<NextKeyMarker>root/jobs/key</NextKeyMarker><NextUploadIdMarker>one</NextUploadIdMarker>"
+    second = {"uploads": "", "prefix": "root/jobs", "key-marker": "root/jobs/key", "upload-id-marker": "one"}
+    httpserver.expect_request("/somebody-elses", query_string=second).respond_with_data(
+        page("two", "<IsTruncated>false</IsTruncated>")
+    )
+    first = {"uploads": "", "prefix": "root/jobs"}
+    httpserver.expect_request("/somebody-elses", query_string=first).respond_with_data(
+        page("one", f"<IsTruncated>true</IsTruncated>{markers}")
+    )
+    empty = "<ListBucketResult><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
+    httpserver.expect_request("/somebody-elses").respond_with_data(empty)
+    httpserver.expect_request("/somebody-elses/root/jobs", method="HEAD").respond_with_data(status=404)
+    httpserver.expect_request(re.compile("/somebody-elses/root/jobs.*"), method="DELETE").respond_with_data(status=204)
+    storage = at(httpserver.url_for(""))
+    assert len({key for key, _ in storage.ages("jobs")}) == 2
+    storage.delete("jobs")
+    aborted = [request.args["uploadId"] for request, _ in httpserver.log if "uploadId" in request.args]
+    assert aborted == ["one", "two"]
+
+
 class TestTheApiOnABucket:
     @pytest.fixture
     def settings(self, settings: Settings, bucket: str) -> Settings:
@@ -155,6 +218,16 @@ class TestTheApiOnABucket:
         assert (whole.status_code, hashlib.sha256(whole.content).hexdigest()) == (200, artifact["sha256"])
         part = http.get(artifact["content"], headers={"Range": "bytes=5-9"})
         assert (part.status_code, part.content) == (206, bytes(5))
+
+    def test_an_upload_that_nobody_completed_goes_and_the_artifact_of_its_key_stays(
+        self, http: TestClient, storage: Storage, sessions: Sessions, artifact: dict[str, Any]
+    ) -> None:
+        fs, (name, _, root) = storage._place.fs, storage.root.partition("/")
+        fs.call_s3("create_multipart_upload", Bucket=name, Key=f"{root}/{artifact['key']}")
+        assert (delete_orphans(sessions, storage), delete_orphans(sessions, storage)) == (1, 0)
+        assert [key for key, _ in storage.ages("jobs")] == [artifact["key"]]
+        assert fs.list_multipart_uploads(name) == []
+        assert http.get(artifact["content"]).status_code == 200
 
     def test_a_bucket_that_vanished_is_a_503_and_nothing_is_kept(
         self, http: TestClient, storage: Storage, artifact: dict[str, Any]
