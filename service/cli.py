@@ -77,7 +77,7 @@ def api() -> None:
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
-        access_log=False,  # its lines have query strings, and a search for a subject is one
+        access_log=False,  # its lines have query strings, and an external_reference in one may name a person
         timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)

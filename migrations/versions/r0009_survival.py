@@ -1,4 +1,7 @@
-"""Jobs have checkpoints to go on from, and a size of micro-batch that their memory had room for; tenants have quotas."""
+"""Jobs have checkpoints to go on from, and a size of micro-batch that their memory had room for; tenants have quotas.
+
+Workers say how many jobs they run at once.
+"""
 
 from typing import Any
 
@@ -30,6 +33,7 @@ def upgrade() -> None:
     for quota in QUOTAS:
         op.add_column("tenants", sa.Column(quota, sa.BigInteger(), nullable=True))
         op.create_check_constraint(op.f(f"tenants_{quota}_check"), "tenants", f"{quota} > 0")
+    op.add_column("workers", sa.Column("slots", sa.BigInteger(), server_default=sa.text("1"), nullable=False))
     op.drop_index("jobs_claim_idx", "jobs")
     line = [sa.text("priority DESC"), "due_at", "queued_at", "id"]
     passed_over = [sa.text("COALESCE(min_vram_gib, 0)"), sa.text("COALESCE(not_before, '-infinity')")]
@@ -43,6 +47,7 @@ def _claim_index(columns: list[Any]) -> None:
 def downgrade() -> None:
     op.drop_index("jobs_claim_idx", "jobs")
     _claim_index([sa.text("priority DESC"), "due_at", "queued_at", "id"])
+    op.drop_column("workers", "slots")
     for quota in QUOTAS:
         op.drop_column("tenants", quota)
     op.drop_column("jobs", "micro_batch_tokens")

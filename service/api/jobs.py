@@ -194,7 +194,7 @@ def retry(here: Here, job_id: str, response: Response, versions: Versions) -> Jo
     """At the end of the line, from its last checkpoint where it has one, with as many attempts as a new one.
 
     409 where its sets are purged, and for a job that serves deletion requests once it is out of date: another is to serve
-    them, or later jobs for requests have changed what the model has forgotten.
+    them, one of them was closed, or later jobs for requests have changed what the model has forgotten.
     """
     return _moved(here, jobs.retry, job_id, versions, response)
 

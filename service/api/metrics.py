@@ -96,7 +96,7 @@ class JobFigures(Collector):
         )
         stalled = GaugeMetricFamily(
             "unlearn_queue_stalled_age_seconds",
-            "How long the job has waited longest that neither busy workers nor its tenant's limit keep waiting",
+            "How long the job has waited longest that neither workers without a free slot nor its tenant's limit keep waiting",
             labels=["queue"],
         )
         silence = GaugeMetricFamily(

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from service.api import admission, sets, tokens
+from service.api import admission, sets, shown, tokens
 from service.api.deps import Parts
 from service.api.sets import Given
 from service.api.shapes import BaseModelRef, JobWarning, base_model
@@ -26,7 +26,7 @@ from service.domain.job import (
 )
 from service.domain.memory import Load, Memory
 from service.domain.modelsizes import Sizes
-from service.store import files, lineage, reads, workers
+from service.store import files, lineage, quotas, reads, workers
 from service.store.rows import WarningRow
 from service.store.tables import Job
 
@@ -55,8 +55,13 @@ class Steps(BaseModel):
 class MemoryPlan(BaseModel):
     """The worker's peak in bytes, estimated, beside the interpreter's own 0.6 GiB; audits and benchmarks are left out."""
 
-    cpu_float32: Memory | None
-    accelerator_bfloat16: Memory | None
+    cpu_float32: Memory | None = Field(
+        description="measured: a step of two models, of 260 thousand and 135 million parameters, is told 4 % too high and "
+        "9 % too low; a check of the smaller 36 % too low, its answers 34 % too high"
+    )
+    accelerator_bfloat16: Memory | None = Field(
+        description="counted as on a CPU, and never measured on an accelerator; its allocator is taken to leave no holes"
+    )
     reason: str | None = Field(description="why it is not told")
 
 
@@ -75,7 +80,7 @@ class JobPlan(BaseModel):
     deletion_requests: list[str]
     resources: Resources
     jobs_ahead: int = Field(description="that would be claimed before it, whoever's and of whatever GPU class")
-    status_reason: str | None = Field(description="why it would wait in vain")
+    status_reason: str | None = Field(description="why it would wait, whatever is before it")
     warnings: list[JobWarning]
 
 
@@ -90,11 +95,13 @@ class Known(NamedTuple):
 def plan(here: Parts, who: Principal, request: JobCreate) -> JobPlan:
     """Raises InvalidRequest, as the creation would: for rows that are in two sets, with their numbers."""
     judged = admission.judge(here, who, request)
-    like = Job(status=Status.QUEUED, gpu_class=judged.resources.gpu_class, min_vram_gib=judged.resources.min_vram_gib)
+    resources = judged.resources.model_dump(include={"gpu_class", "min_vram_gib"})
+    like = Job(tenant_id=who.tenant, status=Status.QUEUED, **resources)
     with here.sessions.begin() as s:
         ahead = reads.ahead(s, request.priority, request.due_at)
         heard = workers.heard(s)
-        nobody = workers.nobody_runs(like, heard)
+        waits_for = shown.waits_for(like, heard, quotas.at_most(s, [who.tenant]))
+        full = quotas.full(s, who.tenant) is not None
         vram_gib = [one.vram_gib for one in heard if like.gpu_class in (*one.gpu_classes, "any") and one.vram_gib]
         before = lineage.chain(s, request.parent) if request.parent is not None else []
         earlier_rank = sum(Lora.model_validate(job.spec["lora"]).r for job in before)
@@ -103,7 +110,8 @@ def plan(here: Parts, who: Principal, request: JobCreate) -> JobPlan:
     needs = {name: frozenset(here.catalog.losses[composition[f"{name}_loss"]].needs) for name in ("forget", "retain")}
     steps = _steps(judged.method, request.budget, known, texts=2 if "refusal" in needs["forget"] else 1)
     needed = _memory(judged.entry, request.lora, earlier_rank, known, steps, composition, needs)
-    warnings = [*judged.warnings, *_too_long(known.counted), *_too_large(needed, judged.resources, vram_gib)]
+    warnings = [*judged.warnings, *_too_many(full), *_too_long(known.counted)]
+    warnings += _too_large(needed, judged.resources, vram_gib)
     return JobPlan(
         model=request.model,
         base_model=base_model(judged.entry),
@@ -118,7 +126,7 @@ def plan(here: Parts, who: Principal, request: JobCreate) -> JobPlan:
         deletion_requests=list(request.deletion_requests),
         resources=judged.resources,
         jobs_ahead=ahead,
-        status_reason=nobody,
+        status_reason=waits_for,
         warnings=[JobWarning(**warning._asdict()) for warning in warnings],
     )
 
@@ -213,6 +221,13 @@ def _no_memory(reason: str) -> MemoryPlan:
     return MemoryPlan(cpu_float32=None, accelerator_bfloat16=None, reason=reason)
 
 
+def _too_many(full: bool) -> Iterator[WarningRow]:
+    if full:
+        yield WarningRow(
+            "open_jobs", "the tenant has as many jobs that have not ended as it may: a creation would be a 429"
+        )
+
+
 def _too_long(counted: Mapping[str, Counted]) -> Iterator[WarningRow]:
     for purpose, (told, _) in counted.items():
         if told.too_long:
@@ -224,10 +239,10 @@ def _too_long(counted: Mapping[str, Counted]) -> Iterator[WarningRow]:
 
 
 def _too_large(needed: MemoryPlan, resources: Resources, vram_gib: Sequence[float]) -> Iterator[WarningRow]:
-    if needed.accelerator_bfloat16 is None:
+    if needed.accelerator_bfloat16 is None or resources.gpu_class == "cpu":
         return
     gib = needed.accelerator_bfloat16.total / GIB
-    said = f"the job needs about {gib:.3g} GiB on an accelerator, in bfloat16"
+    said = f"the job needs about {gib:.3g} GiB on an accelerator, in bfloat16, by an estimate that was measured on none"
     if resources.min_vram_gib is not None and gib > resources.min_vram_gib:
         yield WarningRow("memory_above_request", f"{said}, and min_vram_gib is {resources.min_vram_gib:g}")
     if vram_gib and gib > max(vram_gib):

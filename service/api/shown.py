@@ -75,12 +75,12 @@ def _besides(s: Session, found: Sequence[Any]) -> list[_Beside]:
     certificates = evidence.ids(s, [job.id for job in found if job.status is Status.SUCCEEDED])
     base_models = {name: _base_model(s, name) for name in {job.model for job in found}}
     return [
-        _Beside(base_models[job.model], places.get(job.id), _waits_for(job, heard, at_most), certificates.get(job.id))
+        _Beside(base_models[job.model], places.get(job.id), waits_for(job, heard, at_most), certificates.get(job.id))
         for job in found
     ]
 
 
-def _waits_for(job: Any, heard: Sequence[Any], at_most: dict[str, int]) -> str | None:
+def waits_for(job: Any, heard: Sequence[Any], at_most: dict[str, int]) -> str | None:
     """Why no worker takes it now, whatever is before it in the line."""
     nobody = workers.nobody_runs(job, heard)
     if nobody is None and job.status is Status.QUEUED and (bound := at_most.get(job.tenant_id)) is not None:

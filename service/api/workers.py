@@ -23,7 +23,8 @@ class WorkerObject(BaseModel):
     )
     gpu_classes: list[str]
     vram_gib: float
-    jobs: int = Field(description="that it runs, whoever's")
+    slots: int = Field(description="jobs that it runs at once")
+    jobs: int = Field(description="that it runs, whoever's; it takes another while these are fewer than its slots")
     seen_at: datetime
 
 
@@ -39,6 +40,7 @@ def list_workers(here: Here) -> Page[WorkerObject]:
             state="silent" if worker.name not in heard else "busy" if worker.name in busy else "idle",
             gpu_classes=worker.gpu_classes,
             vram_gib=worker.vram_gib,
+            slots=worker.slots,
             jobs=busy.get(worker.name, 0),
             seen_at=worker.seen_at,
         )

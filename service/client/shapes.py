@@ -283,6 +283,7 @@ class Worker(Answer):
     state: str
     gpu_classes: list[str]
     vram_gib: float
+    slots: int
     jobs: int
     seen_at: datetime
 

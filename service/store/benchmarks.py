@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import TERMINAL, BenchmarkSpec
-from service.store import audit, tenancy
+from service.store import audit, idempotency, tenancy
 from service.store.tables import Benchmark, File, Job, Model
 
 
@@ -72,4 +72,5 @@ def remove(s: Session, name: str) -> None:
     if user is not None:
         raise InvalidTransition(f"job {user} still needs benchmark {name!r}")
     s.execute(delete(Benchmark).where(Benchmark.name == name))
+    idempotency.withdraw(s, tenancy.tenant(s), f"benchmarks/{name}")
     audit.write(s, "benchmark.removed", "benchmark", name)

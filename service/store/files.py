@@ -163,7 +163,7 @@ def purge(s: Session, file_id: str) -> str:
         raise InvalidTransition(f"{needed} still needs file {file_id}")
     if file.purged_at is None:
         file.sealed, file.purge_at, file.purged_at = None, None, s.scalars(select(func.now())).one()
-        idempotency.withdraw(s, file.tenant_id, file.id)  # it has the name that was just lost
+        idempotency.withdraw(s, file.tenant_id, f"files/{file.id}")  # it has the name that was just lost
         audit.write(s, "file.purged", "file", file.id, {"digest": file.digest}, tenant_id=file.tenant_id)
     return file.key
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import NamedTuple
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -78,10 +78,16 @@ def forget(s: Session) -> int:
     return len(s.scalars(old.returning(IdempotencyKey.key), execution_options={"synchronize_session": False}).all())
 
 
-def withdraw(s: Session, tenant_id: str, object_id: str) -> None:
-    """The answer that told of an object which is gone: who makes it again, makes another."""
-    made = IdempotencyKey.headers["Location"].astext.endswith(f"/{object_id}", autoescape=True)
-    gone = delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, made)
+def withdraw(s: Session, tenant_id: str, place: str) -> None:
+    """What was answered of an object that is gone, or with a secret that is: who makes it again, makes another.
+
+    Args:
+        place: the object's collection and id, as paths of the API end: the answers are that which made it, and those
+            to requests below it.
+    """
+    made = IdempotencyKey.headers["Location"].astext.endswith(f"/{place}", autoescape=True)
+    below = IdempotencyKey.route.contains(f"/{place}/", autoescape=True)
+    gone = delete(IdempotencyKey).where(IdempotencyKey.tenant_id == tenant_id, or_(made, below))
     s.execute(gone, execution_options={"synchronize_session": False})
 
 

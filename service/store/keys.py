@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.identity import Principal, Scope
-from service.store import audit, tenancy
+from service.store import audit, idempotency, tenancy
 from service.store.ids import new_id
 from service.store.paging import Order, fetch_page
 from service.store.secrets import Secrets
@@ -114,6 +114,7 @@ def revoke(s: Session, key_id: str) -> ApiKey:
         raise NotFound("API key", key_id)
     if row.revoked_at is None:
         row.revoked_at = s.scalar(select(func.now()))
+        idempotency.withdraw(s, row.tenant_id, f"api-keys/{row.id}")  # it has the secret
         audit.write(s, "key.revoked", "api_key", row.id, {"name": row.name, "prefix": row.prefix})
     return row
 

@@ -103,21 +103,21 @@ def figures(s: Session) -> Figures:
 
 
 def _stalled(s: Session) -> dict[str, float]:
-    """How long the oldest job has waited that an idle worker should have taken, or that no worker can run.
+    """How long the oldest job has waited that a worker with a free slot should have taken, or that no worker can run.
 
     Not one that waits after a failure, nor one whose tenant runs as many as it may, nor one of which all workers that can run it
-    are busy, be it in another class.
+    have no slot free, be it for another class.
     """
     full = select(Job.tenant_id).join(Tenant, Tenant.id == Job.tenant_id).where(Job.status.in_(HELD))
     full = full.group_by(Job.tenant_id, Tenant.max_running_jobs).having(func.count() >= Tenant.max_running_jobs)
     age_s = func.extract("epoch", func.now() - func.greatest(Job.updated_at, Job.not_before))  # passes over a null
     kinds = (Job.gpu_class, Job.min_vram_gib)
     waiting = select(*kinds, func.max(age_s)).where(Job.status == Status.QUEUED, Job.tenant_id.not_in(full))
-    there, occupied = heard(s), busy(s)
+    there, held = heard(s), busy(s)
     ages = dict[str, float]()
     for gpu_class, vram_gib, age in s.execute(waiting.group_by(*kinds)):
         able = [worker for worker in there if can_run(worker, gpu_class, vram_gib)]
-        all_busy = able and all(worker.name in occupied for worker in able)
+        all_busy = able and all(held.get(worker.name, 0) >= worker.slots for worker in able)
         if age > 0 and not all_busy:
             ages[gpu_class] = max(float(age), ages.get(gpu_class, 0.0))
     return ages

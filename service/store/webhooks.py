@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
-from service.store import audit, tenancy
+from service.store import audit, idempotency, tenancy
 from service.store.ids import new_id
 from service.store.paging import Order, fetch_page
 from service.store.secrets import Secrets
@@ -92,12 +92,15 @@ def delete(s: Session, endpoint_id: str) -> None:
     gone = deleted(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id).returning(WebhookEndpoint.id)
     if s.scalar(gone.execution_options(synchronize_session=False)) is None:
         raise NotFound("webhook endpoint", endpoint_id)
+    _withdraw_answers(s, endpoint_id)
     audit.write(s, "webhook_endpoint.deleted", "webhook_endpoint", endpoint_id)
 
 
 def rotate(s: Session, secrets: Secrets, endpoint_id: str) -> NewSecret:
     """A new secret. The one before signs beside it for a day; one before that does no more."""
     row, secret = locked(s, endpoint_id), new_secret()
+    if row.sealed_old_secret is not None:  # it signs no more; after a day, no answer is left that has one of before
+        _withdraw_answers(s, endpoint_id)
     row.sealed_old_secret, row.sealed_secret = row.sealed_secret, _sealed(secrets, row.id, secret)
     row.old_secret_until = row.updated_at = s.scalars(select(func.now())).one()
     row.old_secret_until += OLD_SECRET_SIGNS
@@ -152,6 +155,10 @@ def logged(s: Session, found: Sequence[WebhookDelivery]) -> Sequence[Logged]:
 def opened(secrets: Secrets, endpoint_id: str, sealed: Sequence[str]) -> list[str]:
     """To sign with. Raises SealBroken."""
     return [secrets.open(_purpose(endpoint_id), one).decode() for one in sealed]
+
+
+def _withdraw_answers(s: Session, endpoint_id: str) -> None:
+    idempotency.withdraw(s, tenancy.tenant(s), f"webhook-endpoints/{endpoint_id}")
 
 
 def _sealed(secrets: Secrets, endpoint_id: str, secret: str) -> str:

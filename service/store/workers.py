@@ -17,9 +17,9 @@ FORGOTTEN = timedelta(days=1)
 HEARD = select(Worker).where(Worker.seen_at > func.now() - timedelta(minutes=SILENT_MIN))
 
 
-def seen(s: Session, name: str, gpu_classes: Sequence[str], vram_gib: float) -> None:
+def seen(s: Session, name: str, gpu_classes: Sequence[str], vram_gib: float, slots: int = 1) -> None:
     """This worker runs, now. Those that said so long ago are forgotten."""
-    said = {"gpu_classes": list(gpu_classes), "vram_gib": vram_gib, "seen_at": func.now()}
+    said = {"gpu_classes": list(gpu_classes), "vram_gib": vram_gib, "slots": slots, "seen_at": func.now()}
     row = insert(Worker).values(name=name, **said)
     s.execute(row.on_conflict_do_update(index_elements=[Worker.name], set_=said))
     s.execute(delete(Worker).where(Worker.seen_at < func.now() - FORGOTTEN))

@@ -567,13 +567,16 @@ def test_workers_are_shown_with_what_they_do(http: TestClient, sessions: Session
     claim(sessions)
     with sessions.begin() as s:
         workers.seen(s, "w", ["cpu"], 0)
-        workers.seen(s, "free", ["cpu", "h100"], 80)
+        workers.seen(s, "free", ["cpu", "h100"], 80, 4)
         workers.seen(s, "gone", ["cpu"], 0)
         s.execute(update(Worker).where(Worker.name == "gone").values(seen_at=func.now() - timedelta(minutes=6)))
-    shown = {
-        one["id"]: (one["state"], one["jobs"], one["gpu_classes"]) for one in http.get("/v1/workers").json()["data"]
+    fields = ("state", "jobs", "slots", "gpu_classes")
+    shown = {one["id"]: tuple(one[name] for name in fields) for one in http.get("/v1/workers").json()["data"]}
+    assert shown == {
+        "w": ("busy", 1, 1, ["cpu"]),
+        "free": ("idle", 0, 4, ["cpu", "h100"]),
+        "gone": ("silent", 0, 1, ["cpu"]),
     }
-    assert shown == {"w": ("busy", 1, ["cpu"]), "free": ("idle", 0, ["cpu", "h100"]), "gone": ("silent", 0, ["cpu"])}
 
 
 # --- correlation

@@ -143,6 +143,38 @@ def test_with_a_purged_file_the_answer_that_has_its_name_is_gone(send: Send, htt
     )
 
 
+def test_with_what_it_made_the_answer_is_gone_and_the_secret_in_it(send: Send, http: TestClient, kept: Send) -> None:
+    other_name = {"name": "other"}
+    for path, changes in (("/v1/benchmarks", other_name), ("/v1/api-keys", other_name), (ENDPOINTS, {})):
+        first, other = send(path, "k"), send(path, "l", **changes)
+        answers = kept()[0]["idempotency_keys"]
+        assert http.delete(first.headers["Location"]).status_code == 204
+        assert kept()[0]["idempotency_keys"] == answers - 1, path
+        assert send(path, "l", **changes).json() == other.json()
+        again = send(path, "k")
+        assert (again.status_code, "Idempotent-Replayed" in again.headers) == (201, False), path
+        assert http.get(again.headers["Location"]).status_code == 200
+
+
+def test_an_answer_with_a_secret_that_signs_no_more_is_gone(send: Send, http: TestClient) -> None:
+    made = send(ENDPOINTS, "k")
+    rotate = f"{made.headers['Location']}/rotate-secret"
+
+    def rotated(key: str) -> Any:
+        return http.post(rotate, headers={"Idempotency-Key": f'"{key}"'})
+
+    first = rotated("first")
+    assert send(ENDPOINTS, "k").json() == made.json(), "its secret signs for a day"
+    second = rotated("second")
+    assert rotated("second").json() == second.json()
+    assert "Idempotent-Replayed" not in send(ENDPOINTS, "k").headers
+    third = rotated("first")
+    assert "Idempotent-Replayed" not in third.headers
+    assert len({one.json()["secret"] for one in (made, first, second, third)}) == 4
+    assert http.delete(made.headers["Location"]).status_code == 204
+    assert rotated("first").status_code == 404
+
+
 def test_what_is_made_and_the_answer_are_there_together_or_not_at_all(
     send: Send, kept: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

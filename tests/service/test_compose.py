@@ -33,7 +33,8 @@ OF_LIBRARIES = {
     "HF_HOME": "huggingface_hub: where pinned revisions of Hub models are kept",
     "TOKENIZERS_PARALLELISM": "tokenizers: no thread pool in a process that forks",
     **dict.fromkeys(
-        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"), "botocore, under s3fs"
+        ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"),
+        "botocore, under s3fs",
     ),
 }
 OF_IMAGES = {

@@ -15,9 +15,10 @@ from service.domain.memory import Load, SetLengths
 from service.domain.modelfiles import digest_model, digest_tokenizer
 from service.domain.modelsizes import Linear, Sizes
 from service.settings import Settings
+from service.store import jobs, tenants, workers
 from service.store import models as registry
-from service.store import workers
 from service.store.session import Sessions
+from service.store.tenants import DEFAULT
 
 JOBS = "/v1/unlearning/jobs"
 DRY = {"dry_run": True}
@@ -169,12 +170,42 @@ def test_what_cannot_be_told_is_null_with_a_reason(
 def test_it_warns_where_memory_will_not_do(http: TestClient, sessions: Sessions, body: dict[str, Any]) -> None:
     large = body | {"lora": {"r": 1024}, "resources": {"min_vram_gib": 0.001}}
     plan = http.post(JOBS, json=large, params=DRY).json()
-    assert [warning["code"] for warning in plan["warnings"]] == ["memory_above_request"]
+    [warning] = plan["warnings"]
+    assert warning["code"] == "memory_above_request"
+    assert "by an estimate that was measured on none" in warning["message"]
     for vram_gib, codes in ((0.0, []), (0.001, ["memory_above_workers"]), (1.0, [])):
         with sessions.begin() as s:
             workers.seen(s, "w", ["cpu"], vram_gib)
         plan = http.post(JOBS, json=body | {"lora": {"r": 1024}}, params=DRY).json()
         assert [warning["code"] for warning in plan["warnings"]] == codes, vram_gib
+
+
+def test_for_a_job_on_a_cpu_it_does_not_warn_of_accelerators(http: TestClient, body: dict[str, Any]) -> None:
+    small = {"lora": {"r": 1024}, "resources": {"gpu_class": "cpu", "min_vram_gib": 0.001}}
+    plan = http.post(JOBS, json=body | small, params=DRY).json()
+    assert plan["memory"]["accelerator_bfloat16"]["total"] > 0.001 * 2**30
+    assert plan["warnings"] == []
+
+
+def test_it_tells_of_the_tenants_quotas(http: TestClient, sessions: Sessions, body: dict[str, Any]) -> None:
+    def told() -> tuple[str | None, list[str]]:
+        plan = http.post(JOBS, json=body, params=DRY).json()
+        return plan["status_reason"], [warning["code"] for warning in plan["warnings"]]
+
+    with sessions.begin() as s:
+        workers.seen(s, "w", ["cpu"], 0)
+        tenants.change(s, DEFAULT, max_running_jobs=1, max_open_jobs=2)
+    assert told() == (None, [])
+    assert http.post(JOBS, json=body).status_code == 201
+    with sessions.begin() as s:
+        assert jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
+    assert told() == ("the tenant runs as many jobs at once as it may: 1", [])
+    assert http.post(JOBS, json=body).status_code == 201
+    assert told()[1] == ["open_jobs"]
+    assert http.post(JOBS, json=body).status_code == 429
+    with sessions.begin() as s:
+        tenants.change(s, DEFAULT, max_running_jobs=2, max_open_jobs=3)
+    assert told() == (None, [])
 
 
 def test_it_is_printed_in_words(http: TestClient, body: dict[str, Any]) -> None:

@@ -41,10 +41,12 @@ def waiting(new_job: NewJob, sessions: Sessions) -> NewJob:
     return create
 
 
-def works(sessions: Sessions, name: str, *classes: str, vram_gib: float = 0, on: str | None = None) -> None:
+def works(
+    sessions: Sessions, name: str, *classes: str, vram_gib: float = 0, slots: int = 1, on: str | None = None
+) -> None:
     """A worker says that it is there, and takes the job of class `on`."""
     with sessions.begin() as s:
-        workers.seen(s, name, classes, vram_gib)
+        workers.seen(s, name, classes, vram_gib, slots)
     if on is not None:
         with sessions.begin() as s:
             assert jobs.claim(s, worker=name, classes=[on], vram_gib=vram_gib, lease_s=60)
@@ -66,6 +68,20 @@ def test_one_whose_worker_is_busy_in_another_class_is_not(
     assert stalled() == {}
     works(sessions, "idle", "tpu")
     assert stalled().keys() == {"any"} & {gpu_class}, "what the second worker hears too, it could take"
+
+
+def test_one_whose_worker_has_a_slot_free_is_until_that_is_taken_too(
+    new_job: NewJob, waiting: NewJob, stalled: Ages, sessions: Sessions
+) -> None:
+    for gpu_class in ("gpu", "tpu"):
+        new_job(resources=Resources(gpu_class=gpu_class))
+    works(sessions, "w", "gpu", "tpu", "cpu", slots=2, on="gpu")
+    waiting("cpu")
+    assert stalled()["cpu"] == pytest.approx(HOUR_S, abs=30)
+    works(sessions, "w", "gpu", "tpu", "cpu", slots=2, on="tpu")
+    assert stalled() == {}
+    works(sessions, "w", "gpu", "tpu", "cpu", slots=3)
+    assert stalled().keys() == {"cpu"}, "it was started again with more"
 
 
 def test_one_that_no_worker_can_run_is_stalled_however_busy_they_are(

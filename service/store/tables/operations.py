@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import func
+from sqlalchemy import func, text
 from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -27,4 +27,5 @@ class Worker(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     gpu_classes: Mapped[list[str]]
     vram_gib: Mapped[float] = mapped_column(DOUBLE_PRECISION)
+    slots: Mapped[int] = mapped_column(server_default=text("1"))  # jobs that it runs at once
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
