@@ -18,7 +18,7 @@ from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFo
 from service.domain.identity import SYSTEM, Principal, Scope
 from service.domain.job import JobCreate
 from service.domain.rows import Example
-from service.store import deletion_jobs, deletion_plans, digests, files, quotas, tenancy
+from service.store import deletion_jobs, deletion_plans, deletion_reads, digests, files, quotas, tenancy
 from service.store.deletion_plans import Batch
 from service.store.tables import DeletionRequest, File
 
@@ -62,7 +62,7 @@ def serve_deletions(here: Parts) -> int:
 def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
     """Whether a job was made. A request that no job can serve fails, and the others go on without it."""
     with here.sessions.begin() as s:
-        if not quotas.has_place(s, who.tenant):  # told before their rows are put together, at every sweep
+        if quotas.full(s, who.tenant) is not None:  # told before their rows are put together, at every sweep
             log.info("deletion requests wait: the tenant has as many open jobs as it may", model=batch.plan.model)
             return False
     try:
@@ -76,7 +76,7 @@ def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
     except UNREADABLE as error:
         _suspend(here, batch, f"its retain set cannot be read: {error}")
         return False
-    unfit = dict(_unreadable(here, batch.requests))
+    unfit = dict(_unreadable(here, who, batch.requests))
     unfit |= _clashes(here, recipe, [request for request in batch.requests if request.id not in unfit])
     for request_id, reason in unfit.items():
         with here.sessions.begin() as s:
@@ -122,13 +122,20 @@ def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, reque
     return True
 
 
-def _unreadable(here: Parts, requests: Iterable[DeletionRequest]) -> Iterator[tuple[str, str]]:
+def _unreadable(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -> Iterator[tuple[str, str]]:
+    """By request whose rows cannot be had, or are not those that it was submitted with: why."""
     for request in requests:
+        with here.sessions.begin() as s:
+            submitted = deletion_reads.with_digests(s, request.id).row_digests
         try:
-            for line in _lines(here, request.forget_set):
-                rows.parse(line)
+            found = set(
+                digests.row_digests(here.secrets, who.tenant, map(rows.parse, _lines(here, request.forget_set)))
+            )
         except UNREADABLE as error:
             yield request.id, f"its forget set cannot be read: {error}"
+            continue
+        if missing := [number for number, digest in enumerate(submitted, start=1) if digest not in found]:
+            yield request.id, f"its row {missing[0]} is not in its forget set, by the digest that was kept of it"
 
 
 def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest]) -> Mapping[str, str]:

@@ -1,14 +1,25 @@
 """What the role of the service and the workers may do in the database: work with rows, and take nothing back that is evidence.
 
 Who owns a table can drop its triggers. So the role that migrates owns the tables, and whatever listens to a network or runs jobs
-connects as another, which can neither alter a table nor change or delete what is appended only.
+connects as another, which can neither alter a table nor change or delete what is appended only. Nor can it delete a row that
+such an entry belongs to: what goes along by a cascade goes with the owner's rights.
 """
 
 from sqlalchemy import Connection, text
 
 APPEND_ONLY = ("audit_events", "certificates", "deletion_approvals", "job_events")
 READ_ONLY = ("alembic_version",)
-ORDINARY = "SELECT, INSERT, UPDATE, DELETE"
+DELETED_FROM = (  # by the service itself; of all else it deletes nothing
+    "benchmarks",
+    "deletion_plans",
+    "idempotency_keys",
+    "job_checkpoints",
+    "models",
+    "webhook_endpoints",  # and with it what was sent there
+    "webhook_messages",
+    "workers",
+)
+ORDINARY = "SELECT, INSERT, UPDATE"
 
 
 def grant(connection: Connection, role: str) -> None:
@@ -28,11 +39,12 @@ def grant(connection: Connection, role: str) -> None:
         f"GRANT USAGE ON SCHEMA public TO {to}",
         f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {to}",
         f"GRANT {ORDINARY} ON ALL TABLES IN SCHEMA public TO {to}",
-        f"REVOKE UPDATE, DELETE ON {', '.join(APPEND_ONLY)} FROM {to}",
-        f"REVOKE INSERT, UPDATE, DELETE ON {', '.join(READ_ONLY)} FROM {to}",
+        f"GRANT DELETE ON {', '.join(DELETED_FROM)} TO {to}",
+        f"REVOKE UPDATE ON {', '.join(APPEND_ONLY)} FROM {to}",
+        f"REVOKE INSERT, UPDATE ON {', '.join(READ_ONLY)} FROM {to}",
         f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {to}",
         # A later migration that is told of no role leaves the service able to work
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {ORDINARY} ON TABLES TO {to}",
+        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {ORDINARY}, DELETE ON TABLES TO {to}",
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT USAGE ON SEQUENCES TO {to}",
     ):
         connection.exec_driver_sql(statement)

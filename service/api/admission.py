@@ -53,6 +53,7 @@ class Judged(NamedTuple):
     resources: Resources
     warnings: list[WarningRow]
     served: dict[str, list[int]]  # by deletion request: the numbers of its rows in the forget set
+    forgets: frozenset[str]  # the digests of that set's rows, where it serves any
 
 
 def submit(here: Parts, who: Principal, request: JobCreate, once: Once = ANEW) -> JobObject:
@@ -68,7 +69,7 @@ def submit(here: Parts, who: Principal, request: JobCreate, once: Once = ANEW) -
             sets.insert(s, inline)
             job = jobs.create(s, spec, judged.warnings, rings=True)
             if judged.served:
-                lineage.lengthen(s, job)
+                lineage.lengthen(s, job, judged.forgets)
                 deletion_jobs.serve(s, job, judged.served)
             answer = shown.job_object(s, job)
             once.keep(s, answer, polling.created(answer))
@@ -81,7 +82,7 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
     entry = _model(here, request.model)
     hyperparameters = here.catalog.complete(request.method.type, request.method.hyperparameters)
     problems = [
-        *_parent(here, who, request),
+        *_parent(here, request),
         *recipe_problems(here, request, hyperparameters),
         *_requests(here, request),
     ]
@@ -95,12 +96,14 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
     resources = request.resources
     if resources.gpu_class == "any":  # the request leaves it open, the model may not
         resources = resources.model_copy(update={"gpu_class": entry.gpu_class})
+    served, forgets = _rows_of_requests(here, who, request) if request.deletion_requests else ({}, frozenset[str]())
     return Judged(
         entry,
         MethodChoice(type=request.method.type, hyperparameters=hyperparameters),
         resources,
         _warnings(entry, {*forget, *retain}),
-        _rows_of_requests(here, who, request),
+        served,
+        forgets,
     )
 
 
@@ -116,12 +119,10 @@ def _model(here: Parts, name: str) -> ModelEntry:
         ) from error
 
 
-def _parent(here: Parts, who: Principal, request: JobCreate) -> Iterator[FieldProblem]:
+def _parent(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
     with here.sessions.begin() as s:
         if request.parent is not None and (reason := lineage.why_not(s, request.parent, request.model)) is not None:
             yield FieldProblem("/parent", reason, "parent")
-        elif request.deletion_requests and (reason := lineage.fork(s, who.tenant, request.model, request.parent)):
-            yield FieldProblem("/parent", reason, "fork")
 
 
 def recipe_problems(here: Parts, asked: Asked, hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:
@@ -187,10 +188,11 @@ def _requests(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
             yield FieldProblem(f"/deletion_requests/{index}", reason, "deletion_request")
 
 
-def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> dict[str, list[int]]:
-    """By request: the numbers of its rows in the forget set. Raises InvalidRequest where one is missing there."""
-    if not request.deletion_requests:
-        return {}
+def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> tuple[dict[str, list[int]], frozenset[str]]:
+    """By request: the numbers of its rows in the forget set; and the digests of all of that.
+
+    Raises InvalidRequest where a row of a request is missing there, or one that was forgotten for an earlier request.
+    """
     with sets.opened(here, request.forget_set, "forget_set") as forget:
         found = digests.row_digests(here.secrets, who.tenant, forget)
         where = {digest: number for number, digest in enumerate(found, start=1)}
@@ -204,9 +206,12 @@ def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> dict[s
             problems.append(FieldProblem(f"/deletion_requests/{index}", detail, "row_missing"))
         else:
             served[request_id] = sorted({where[digest] for digest in wanted})
+    with here.sessions.begin() as s:
+        if (reason := lineage.fork(s, who.tenant, request.model, request.parent, where.keys())) is not None:
+            problems.append(FieldProblem("/parent", reason, "fork"))
     if problems:
         raise InvalidRequest(*problems)
-    return served
+    return served, frozenset(where)
 
 
 def _judge_refusals(here: Parts, request: JobCreate) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field, SerializeAsAny
+from sqlalchemy.orm import Session
 
 from service.api import admission
 from service.api.deps import Here, Parts, Reads, uploaded
@@ -30,7 +31,8 @@ class PlanObject(BaseModel):
     window_seconds: int
     requests_max: int
     status_reason: str | None = Field(
-        description="why no job could be made of it, until it is put anew; null: it works"
+        description="why no job could be made of it, until it is put anew, or what requests wait for that it is to serve now; "
+        "null: it works"
     )
     created_by: str
     updated_at: datetime
@@ -52,7 +54,7 @@ def put(here: Here, model: ModelName, asked: PlanPut) -> PlanObject:
     with _under("/job"):
         _judge(here, asked.job)
     with here.sessions.begin() as s:
-        return plan_object(deletion_plans.put(s, model, asked))
+        return plan_object(s, deletion_plans.put(s, model, asked))
 
 
 @router.get(
@@ -63,7 +65,7 @@ def put(here: Here, model: ModelName, asked: PlanPut) -> PlanObject:
 )
 def get(here: Here, model: ModelName) -> PlanObject:
     with here.sessions.begin() as s:
-        return plan_object(deletion_plans.get(s, model))
+        return plan_object(s, deletion_plans.get(s, model))
 
 
 @router.delete(
@@ -79,13 +81,13 @@ def remove(here: Here, model: ModelName) -> None:
         deletion_plans.remove(s, model)
 
 
-def plan_object(row: DeletionPlan) -> PlanObject:
+def plan_object(s: Session, row: DeletionPlan) -> PlanObject:
     return PlanObject(
         id=row.model,
         job=row.job,
         window_seconds=row.window_seconds,
         requests_max=row.requests_max,
-        status_reason=row.status_reason,
+        status_reason=row.status_reason or deletion_plans.waits_for(s, row),
         created_by=row.created_by,
         updated_at=row.updated_at,
     )

@@ -22,9 +22,7 @@ def serve(s: Session, job: Job, row_numbers: Mapping[str, Sequence[int]]) -> Non
     Raises InvalidTransition where that is no longer possible.
     """
     for request_id, numbers in sorted(row_numbers.items()):  # in one order, or two jobs could wait for each other
-        row = locked(s, request_id)
-        if (reason := why_not(s, row, job.model)) is not None:
-            raise InvalidTransition(reason)
+        row = _servable(s, request_id, job.model)
         s.add(DeletionJob(tenant_id=row.tenant_id, request_id=row.id, job_id=job.id, row_numbers=list(numbers)))
         s.flush()
         reason = _standing(s, row).reason  # of another of its models
@@ -33,6 +31,13 @@ def serve(s: Session, job: Job, row_numbers: Mapping[str, Sequence[int]]) -> Non
             write(s, row, status_reason=reason)
         else:
             move(s, row, R.IN_PROGRESS, {"job": job.id}, status_reason=reason)
+
+
+def serve_again(s: Session, job: Job) -> None:
+    """`job`, which failed, is to run once more for its requests. Raises InvalidTransition unless it can serve all of them."""
+    of_job = select(DeletionJob.request_id).where(DeletionJob.job_id == job.id).order_by(DeletionJob.request_id)
+    for request_id in s.scalars(of_job).all():
+        _servable(s, request_id, job.model)
 
 
 def serves(s: Session, job_id: str) -> bool:
@@ -47,6 +52,14 @@ def why_not(s: Session, row: DeletionRequest, model: str) -> str | None:
         return f"request {row.id} does not name model {model!r}"
     live = next((job for job in _jobs(s, row.id) if job.model == model and job.status not in TERMINAL), None)
     return None if live is None else f"job {live.id} serves request {row.id} already, on the same model"
+
+
+def _servable(s: Session, request_id: str, model: str) -> DeletionRequest:
+    """Locked. Raises InvalidTransition."""
+    row = locked(s, request_id)
+    if (reason := why_not(s, row, model)) is not None:
+        raise InvalidTransition(reason)
+    return row
 
 
 def job_moved(s: Session, job: Job) -> None:

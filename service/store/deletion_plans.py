@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.deletion import SERVABLE, PlanPut
 from service.domain.errors import NotFound
-from service.store import audit, lineage, tenancy
+from service.store import audit, lineage, quotas, tenancy
 from service.store.tables import DeletionJob, DeletionPlan, DeletionRequest, Job, Model
 
 KEY = [DeletionPlan.tenant_id, DeletionPlan.model]
@@ -93,14 +93,31 @@ def due(s: Session) -> list[Batch]:
     return [batch for batch in batches if batch is not None]
 
 
+def waits_for(s: Session, plan: DeletionPlan) -> str | None:
+    """Why no job is made yet for requests that need wait no longer; None: there are none, or nothing keeps it."""
+    if not _ripe(s, plan):
+        return None
+    if (job := lineage.under_way(s, plan.tenant_id, plan.model)) is not None:
+        return f"waits for job {job.id} ({job.status}): the next one starts from its adapter"
+    if (bound := quotas.full(s, plan.tenant_id)) is not None:
+        return f"waits for a place: {bound} open jobs are allowed"
+    return None
+
+
 def _due(s: Session, plan: DeletionPlan) -> Batch | None:
+    requests = _ripe(s, plan)
+    if not requests or lineage.under_way(s, plan.tenant_id, plan.model) is not None:
+        return None
+    return Batch(plan, requests, lineage.latest(s, plan.tenant_id, plan.model))
+
+
+def _ripe(s: Session, plan: DeletionPlan) -> Sequence[DeletionRequest]:
+    """Those that wait, once the first has waited for the window or they are as many as are served at once; else none."""
     waiting = _waiting(s, plan)
-    if not waiting or lineage.under_way(s, plan.tenant_id, plan.model) is not None:
-        return None
     long_ago = s.scalars(select(func.now())).one() - timedelta(seconds=plan.window_seconds)
-    if len(waiting) < plan.requests_max and (waiting[0].approved_at or long_ago) > long_ago:
-        return None
-    return Batch(plan, waiting, lineage.latest(s, plan.tenant_id, plan.model))
+    if len(waiting) < plan.requests_max and waiting and (waiting[0].approved_at or long_ago) > long_ago:
+        return []
+    return waiting
 
 
 def _waiting(s: Session, plan: DeletionPlan) -> Sequence[DeletionRequest]:

@@ -162,7 +162,7 @@ def retry(s: Session, job_id: str, versions: Versions = None) -> Job:
     """A job that failed, at the end of the line, with all its attempts. Ring its bell after the commit.
 
     Raises InvalidTransition for any other, for one of which a set, the model or a benchmark is gone, and for one that serves
-    deletion requests where its model has forgotten for others since; QuotaExceeded as `create` does.
+    deletion requests where its model has forgotten for others since, or one of them was closed; QuotaExceeded as `create` does.
     """
     job = _locked(s, job_id, versions)
     if job.status is not Status.FAILED:
@@ -174,6 +174,7 @@ def retry(s: Session, job_id: str, versions: Versions = None) -> Job:
     quotas.take_place(s, job.tenant_id)
     if deletion_jobs.serves(s, job.id):
         lineage.lengthen(s, job)
+        deletion_jobs.serve_again(s, job)
     queued = Event("job.queued", "asked for again; waits for a worker")
     counts = {"content_failures": 0, "infra_losses": 0}
     times = {"queued_at": func.now(), "rung_at": func.now(), "cancel_requested_at": None, "pause_requested_at": None}
@@ -266,7 +267,7 @@ def log(
     """A batch of what the runner told, at once. Repeating a batch changes nothing but its events.
 
     Args:
-        resumed: (step, tokens trained until then) after which it goes on from a checkpoint of an earlier attempt.
+        resumed: (step, tokens trained until then) after which it goes on from a checkpoint; (0, 0): none could be read.
         saved: checkpoints that the runner wrote.
     """
     job = moves.held(s, job_id, fence)
@@ -294,6 +295,7 @@ def log(
         s.execute(upsert.on_conflict_do_update(index_elements=index, set_=check._asdict()))
     if saved:
         checkpoints.promote(s, job, saved)
+        values["infra_losses"] = 0  # it comes on, however often its workers are lost
     if constraint is not None:
         values |= constraint._asdict()
     if warnings:
@@ -346,12 +348,13 @@ def fail(s: Session, job_id: str, fence: int, failure: Failure) -> Status | None
     if job.status is Status.CANCELLING:
         return moves.cancel(s, job, f"failed while it was being cancelled: {failure.message}").status
     bump(s, ATTEMPTS_LOST, {"code": failure.code})
-    failures, attempts = job.content_failures + 1, _max_attempts(job)
     told = {**failure.model_dump(mode="json"), "stage": job.stage, "step": job.step}
     # While it loads, another process may have held the memory; later a smaller micro-batch may find room, until there is none.
-    full = failure.code is FailureCode.OUT_OF_MEMORY and job.stage not in (Stage.PREPARING, Stage.LOADING_MODEL)
+    full = failure.code is FailureCode.OUT_OF_MEMORY and job.stage not in (None, Stage.PREPARING, Stage.LOADING_MODEL)
     smaller = _smaller_micro_batch(job) if full else job.micro_batch_tokens
-    repeats = full and smaller == job.micro_batch_tokens and told == _lost_before(s, job)
+    shrinks = smaller != job.micro_batch_tokens  # a few times at most: that is no failure yet
+    repeats = full and not shrinks and told == _lost_before(s, job)
+    failures, attempts = job.content_failures + (not shrinks), _max_attempts(job)
     if failure.retryable and failures < attempts and not repeats:
         wait_s, reason = _wait_s(failures), f"{failure.code}: {failure.message}"
         lost = Event("attempt.lost", f"{reason}; again in {wait_s} s", told, "warn")
@@ -377,7 +380,7 @@ def lose(s: Session, job_id: str, fence: int, reason: str, infra_losses_max: int
 
 def _wait_s(failures: int) -> int:
     """Before the next attempt: 10, 40, 160 s, then ten minutes. Who holds the memory or the disk may have let go by then."""
-    return int(min(10 * 4 ** (failures - 1), RETRY_MAX_S))
+    return int(min(10 * 4 ** max(failures - 1, 0), RETRY_MAX_S))
 
 
 def _smaller_micro_batch(job: Job) -> int:

@@ -1,19 +1,21 @@
 """Jobs that start from the adapter of an earlier one, which may itself have started from an earlier one's.
 
-Those for deletion requests on one model are one line: each starts from what the one before has forgotten, or the model
-would know it again.
+Those for deletion requests on one model are one line: each starts from what the one before has forgotten, or forgets it
+anew, or the model would know it again.
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
-from sqlalchemy import Select, select
+from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import TERMINAL, Status
 from service.store import artifacts
 from service.store.deletion_jobs import PASSED
-from service.store.tables import Artifact, DeletionJob, Job, Model
+from service.store.tables import Artifact, DeletionJob, DeletionRequest, Job, Model
+from service.store.tenancy import EVERYBODYS
 
 ADAPTER = "adapter/"  # how the names of its files begin
 
@@ -47,42 +49,66 @@ def chain(s: Session, job_id: str) -> list[Job]:
 
 def latest(s: Session, tenant_id: str, model: str) -> str | None:
     """The last job for requests on the model that has forgotten, and released its adapter."""
-    passed = _for_requests(tenant_id, model).where(
-        Job.status == Status.SUCCEEDED, Job.verdict["result"].astext.in_(PASSED)
-    )
-    for job in s.scalars(passed.order_by(Job.finished_at.desc())):
-        if adapter(s, job.id):
-            return job.id
-    return None
+    passed = _passed(model).where(Job.tenant_id == tenant_id)
+    return s.scalar(passed.order_by(Job.finished_at.desc()).limit(1))
+
+
+def of_model(s: Session, model: str) -> str | None:
+    """A job of any tenant from whose adapter the next one for requests on the model may start: of use on these weights alone."""
+    return s.scalar(_passed(model).limit(1), execution_options=EVERYBODYS)
 
 
 def under_way(s: Session, tenant_id: str, model: str) -> Job | None:
     """A job for requests on the model that has not ended. The next one starts from its adapter."""
-    return s.scalar(_for_requests(tenant_id, model).where(Job.status.not_in(TERMINAL)).limit(1))
+    goes_on = select(Job).where(*_for_requests(model), Job.tenant_id == tenant_id, Job.status.not_in(TERMINAL))
+    return s.scalar(goes_on.limit(1))
 
 
-def fork(s: Session, tenant_id: str, model: str, parent: str | None) -> str | None:
-    """Why a job for requests on the model that starts there would not have forgotten all that the model has; None: it would."""
+def fork(s: Session, tenant_id: str, model: str, parent: str | None, forgets: AbstractSet[str]) -> str | None:
+    """Why a job for requests on the model that starts there would not have forgotten all that the model has; None: it would.
+
+    It starts from the last one's adapter, or forgets anew what those that it passes over forgot for requests.
+
+    Args:
+        forgets: the digests of its rows.
+    """
     if (job := under_way(s, tenant_id, model)) is not None:
         return (
             f"job {job.id}, for deletion requests on the same model, is {job.status}; the next starts from its adapter"
         )
     last = latest(s, tenant_id, model)
-    if last is None or (parent is not None and last in [job.id for job in chain(s, parent)]):
+    before = [job.id for job in chain(s, parent)] if parent is not None else []
+    if last is None or last in before:
         return None
-    return f"what job {last} forgot for earlier requests would be known again; a job that starts from {last} can serve them"
+    passed_over = _passed(model).where(Job.tenant_id == tenant_id, Job.id.not_in(before))
+    rows = select(DeletionRequest.row_digests).join(DeletionJob, DeletionJob.request_id == DeletionRequest.id)
+    if all(forgets >= set(digests) for digests in s.scalars(rows.where(DeletionJob.job_id.in_(passed_over)))):
+        return None
+    return (
+        f"what job {last} forgot for earlier requests would be known again; a job that starts from {last} can serve them, "
+        "or one whose forget set has the rows of all of them"
+    )
 
 
-def lengthen(s: Session, job: Job) -> None:
+def lengthen(s: Session, job: Job, forgets: AbstractSet[str] = frozenset()) -> None:
     """`job`, which serves requests, is to run; until the commit no other such job on the model is.
 
     Lock no request before. Raises InvalidTransition where the line would fork.
+
+    Args:
+        forgets: the digests of its rows; none where they are not known, and it starts from the last one's adapter.
     """
     s.execute(select(Model.name).where(Model.name == job.model).with_for_update(key_share=True))
-    if (reason := fork(s, job.tenant_id, job.model, job.spec.get("parent"))) is not None:
+    if (reason := fork(s, job.tenant_id, job.model, job.spec.get("parent"), forgets)) is not None:
         raise InvalidTransition(reason)
 
 
-def _for_requests(tenant_id: str, model: str) -> Select[Job]:
-    served = select(DeletionJob.job_id).where(DeletionJob.job_id == Job.id)
-    return select(Job).where(Job.tenant_id == tenant_id, Job.model == model, served.exists())
+def _passed(model: str) -> Select[str]:
+    """Ids of the jobs for requests on the model that have forgotten, and released their adapter."""
+    released = select(Artifact.id).where(Artifact.job_id == Job.id, Artifact.name.startswith(ADAPTER))
+    passed = Job.verdict["result"].astext.in_(PASSED)
+    return select(Job.id).where(*_for_requests(model), Job.status == Status.SUCCEEDED, passed, released.exists())
+
+
+def _for_requests(model: str) -> tuple[ColumnElement[bool], ...]:
+    return Job.model == model, select(DeletionJob.job_id).where(DeletionJob.job_id == Job.id).exists()

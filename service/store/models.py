@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
 from service.domain.job import TERMINAL, ModelEntry
-from service.store import audit, benchmarks, deletion_plans
+from service.store import audit, benchmarks, deletion_plans, lineage
 from service.store.tables import Job, Model
 from service.store.tenants import DEFAULT
 
@@ -33,7 +33,10 @@ def every(s: Session) -> list[ModelEntry]:
 
 
 def remove(s: Session, name: str) -> None:
-    """Forgets the entry; files stay where they are. Raises InvalidTransition while a job, a benchmark or a plan needs it."""
+    """Forgets the entry; files stay where they are. Raises InvalidTransition while a job, a benchmark or a plan needs it.
+
+    And for good, once it has forgotten for deletion requests: under its name other weights would be taken for those.
+    """
     if s.scalar(select(Model.name).where(Model.name == name).with_for_update()) is None:
         raise NotFound("model", name)
     user = s.scalar(select(Job.id).where(Job.status.not_in(TERMINAL), Job.model == name).limit(1))
@@ -43,6 +46,9 @@ def remove(s: Session, name: str) -> None:
         raise InvalidTransition(f"benchmark {benchmark!r} still needs model {name!r}")
     if deletion_plans.of_model(s, name):
         raise InvalidTransition(f"a deletion plan still needs model {name!r}")
+    if (forgot := lineage.of_model(s, name)) is not None:
+        detail = f"the next job for deletion requests on model {name!r} starts from what job {forgot} forgot"
+        raise InvalidTransition(f"{detail}: it stays; register other weights under another name")
     audit.write(s, "model.removed", "model", name, tenant_id=DEFAULT)
     s.execute(delete(Model).where(Model.name == name))
 

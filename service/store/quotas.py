@@ -56,10 +56,10 @@ def take_place(s: Session, tenant_id: str) -> None:
         raise QuotaExceeded(OPEN_JOBS, detail, RETRY_AFTER_S)
 
 
-def has_place(s: Session, tenant_id: str) -> bool:
-    """Whether `take_place` would find one now."""
+def full(s: Session, tenant_id: str) -> int | None:
+    """The bound for which `take_place` would find no place now; None: it would find one."""
     bound = _bound(s, Tenant.max_open_jobs, tenant_id)
-    return bound is None or _count(s, tenant_id, Job.status.not_in(TERMINAL)) < bound
+    return None if bound is None or _count(s, tenant_id, Job.status.not_in(TERMINAL)) < bound else bound
 
 
 def _bound(s: Session, column: InstrumentedAttribute[int | None], tenant_id: str, lock: bool = False) -> int | None:

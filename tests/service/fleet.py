@@ -5,7 +5,6 @@ it leaves in the database is compared with the model; what it must not change is
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -34,9 +33,10 @@ from service.domain.job import (
     Verdict,
 )
 from service.store import jobs
-from service.store.rows import ArtifactRow, Beat, Claim, Event, StepRow
+from service.store.rows import ArtifactRow, Beat, Claim, Event
 from service.store.session import Sessions
 from service.store.tables import Job
+from tests.service.known import TOKENS, Known
 from tests.service.whole import ALL, Row, goes_on, is_whole
 
 S = Status
@@ -45,7 +45,6 @@ LEASE_S = 3600  # no walk takes so long: time passes where a rule says so
 PASSED = Verdict(result="PASSED", gates=[], message="kept the bound and forgot")
 HELP_LATER = Failure.of(FailureCode.STORAGE_FULL, "the disk is full")
 HELPLESS = Failure.of(FailureCode.ROW_TOO_LONG, "row 3")
-STEP = StepRow(1, {}, {}, {}, 0.1, 1.0, 100, 10.0, 1.0)
 # Where an attempt that is given back or lost leaves its job.
 AGAIN = {S.RUNNING: S.QUEUED, S.PAUSING: S.PAUSED, S.CANCELLING: S.CANCELLED}
 
@@ -59,33 +58,22 @@ LEADS: dict[Callable[[Session, str], Job], dict[Status, Status]] = {
 }
 ANEW = {S.FAILED: jobs.retry, S.PAUSED: jobs.resume}
 
+CLEAR = text("DELETE FROM jobs")
+BOUND = text("UPDATE tenants SET max_running_jobs = :most")
 AUDITED = text("SELECT coalesce(max(seq), 0) FROM audit_events")  # all of them are one tenant's
 LAPSE = text("UPDATE jobs SET lease_until = now() - interval '1 s' WHERE id = :id AND lease_until IS NOT NULL")
 WAKE = text("UPDATE jobs SET not_before = now() WHERE not_before IS NOT NULL")
 
 WHICH = st.integers(0, JOBS_MAX - 1)
-
-
-@dataclass
-class Known:
-    """Of a job, by the model."""
-
-    status: Status = S.QUEUED
-    holder: Claim | None = None
-    lapsed: bool = False  # its lease is over, and no sweep has seen it
-    rests: bool = False
-    claims: int = 0
-    attempt: int = 0
-    content_failures: int = 0
-    infra_losses: int = 0
+STEPS, SAVES = st.integers(0, 3), st.integers(0, 2)
 
 
 class Fleet(RuleBasedStateMachine):
     claims = Bundle("claims")
 
-    def __init__(self, sessions: Sessions, look: Connection, spec: JobSpec) -> None:
+    def __init__(self, users: Sessions, workers: Sessions, look: Connection, spec: JobSpec) -> None:
         super().__init__()
-        self.sessions, self.connection, self.spec = sessions, look, spec
+        self.users, self.workers, self.connection, self.spec = users, workers, look, spec
         self.known: dict[str, Known] = {}
         self.seen: dict[str, Row] = {}
 
@@ -93,23 +81,34 @@ class Fleet(RuleBasedStateMachine):
         return list(self.known)[which % len(self.known)]
 
     def teardown(self) -> None:
-        self.connection.execute(text("DELETE FROM jobs"))
+        self.connection.execute(CLEAR)
 
     # --- users
 
-    @initialize(target=claims, max_attempts=st.integers(1, 2), infra_losses_max=st.integers(0, 1))
-    def begin(self, max_attempts: int, infra_losses_max: int) -> Any:
+    @initialize(
+        target=claims,
+        max_attempts=st.integers(1, 2),
+        infra_losses_max=st.integers(0, 1),
+        running_max=st.integers(1, JOBS_MAX),
+        saves=st.sampled_from([3, 0]),
+    )
+    def begin(self, max_attempts: int, infra_losses_max: int, running_max: int, saves: int) -> Any:
         self.since = self.connection.scalar(AUDITED)
-        self.max_attempts, self.infra_losses_max = max_attempts, infra_losses_max
+        self.max_attempts, self.infra_losses_max, self.running_max = max_attempts, infra_losses_max, running_max
+        self.connection.execute(BOUND, {"most": running_max})
         self.submit()
         lost = self.claim("a")
+        self.log(lost, Stage.UNLEARNING, 4, saves, torn=0, times=1)
         self.release(lost)
-        return multiple(lost, self.claim("b"))  # from the beginning there is one to write with that no longer holds
+        held = self.claim("b")
+        if running_max < JOBS_MAX:
+            self.submit()  # waits for a place
+        return multiple(lost, held)  # from the beginning there is one to write with that no longer holds
 
     @precondition(lambda self: len(self.known) < JOBS_MAX)
     @rule()
     def submit(self) -> None:
-        with self.sessions.begin() as s:
+        with self.users.begin() as s:
             job_id = jobs.create(s, self.spec.model_copy(update={"limits": Limits(max_attempts=self.max_attempts)})).id
         self.known[job_id] = Known()
         self.look()
@@ -136,18 +135,21 @@ class Fleet(RuleBasedStateMachine):
         known = self.known[job_id]
         target = LEADS[verb].get(known.status)
         if target is None:
-            with pytest.raises(InvalidTransition), self.sessions.begin() as s:
+            with pytest.raises(InvalidTransition), self.users.begin() as s:
                 verb(s, job_id)
             self.unchanged()
             return
-        with self.sessions.begin() as s:
+        with self.users.begin() as s:
             assert verb(s, job_id).status is target
         if target is known.status:
             self.unchanged()
             return
         if known.status is S.FAILED:
             known.content_failures = known.infra_losses = 0
-        known.status, known.rests = target, False
+        if target in HELD:
+            known.status = target
+        else:
+            known.left(target)
         self.look()
 
     # --- workers
@@ -157,18 +159,17 @@ class Fleet(RuleBasedStateMachine):
         return self.claim(worker)
 
     def claim(self, worker: str) -> Any:
-        with self.sessions.begin() as s:
+        with self.workers.begin() as s:
             claim = jobs.claim(s, worker=worker, classes=["cpu"], vram_gib=0, lease_s=LEASE_S)
         ready = [job_id for job_id, known in self.known.items() if known.status is S.QUEUED and not known.rests]
+        full = sum(known.holder is not None for known in self.known.values()) == self.running_max
         if claim is None:
-            assert not ready
+            assert full or not ready
             self.unchanged()
             return multiple()
         assert claim.job_id in ready
-        known = self.known[claim.job_id]
-        known.status, known.holder, known.lapsed = S.RUNNING, claim, False
-        known.claims += 1
-        known.attempt += 1
+        assert not full, "its tenant runs as many as it may"
+        self.known[claim.job_id].taken(claim)
         self.look()
         assert self.seen[claim.job_id]["lease_owner"] == worker
         return claim
@@ -185,13 +186,26 @@ class Fleet(RuleBasedStateMachine):
             known.lapsed = False
             self.look()
 
-    @rule(claim=claims, stage=st.sampled_from([None, Stage.LOADING_MODEL, Stage.UNLEARNING]), event=st.booleans())
-    def log(self, claim: Claim, stage: Stage | None, event: bool) -> None:
-        events = [Event("metrics", "")] * event
-        verb = lambda s: jobs.log(s, claim.job_id, claim.fence, stage=stage, steps=[STEP], events=events)  # noqa: E731
-        if self.write(claim, verb, True):
-            self.look()
-            assert f"{claim.fence} 1" in self.seen[claim.job_id]["steps"]
+    @rule(
+        claim=claims,
+        stage=st.sampled_from([None, Stage.LOADING_MODEL, Stage.UNLEARNING]),
+        steps=STEPS,
+        saves=SAVES,
+        torn=st.integers(0, 2),
+        times=st.integers(1, 2),
+    )
+    def log(self, claim: Claim, stage: Stage | None, steps: int, saves: int, torn: int, times: int) -> None:
+        """A repeated batch changes nothing but its events."""
+        known = self.known[claim.job_id]
+        told = known.next(claim, steps, saves, torn)
+        batch: dict[str, Any] = {"stage": stage, "steps": told.rows(), "checks": told.checks()}
+        batch |= {"saved": told.checkpoints(claim), "events": [Event("metrics", "")]}
+        if told.resumed is not None:
+            batch["resumed"] = told.resumed, TOKENS * told.resumed
+        for _ in range(times):
+            if self.write(claim, lambda s: jobs.log(s, claim.job_id, claim.fence, **batch), True):
+                known.tell(told)
+                self.look()
 
     @rule(claim=claims)
     def succeed(self, claim: Claim) -> None:
@@ -237,7 +251,7 @@ class Fleet(RuleBasedStateMachine):
     @rule(claim=claims)
     def cancelled(self, claim: Claim) -> None:
         if self.known[claim.job_id].holder == claim and self.known[claim.job_id].status is not S.CANCELLING:
-            with pytest.raises(InvalidTransition), self.sessions.begin() as s:
+            with pytest.raises(InvalidTransition), self.workers.begin() as s:
                 jobs.cancelled(s, claim.job_id, claim.fence)
             self.unchanged()
         elif self.write(claim, lambda s: jobs.cancelled(s, claim.job_id, claim.fence), True):
@@ -246,7 +260,7 @@ class Fleet(RuleBasedStateMachine):
     def write(self, claim: Claim, verb: Callable[[Session], Any], answer: Any) -> bool:
         """A holder's verb. Whether the claim still held: else it is refused, and nothing is changed."""
         holds = self.known[claim.job_id].holder == claim
-        with self.sessions.begin() as s:
+        with self.workers.begin() as s:
             told = verb(s)
         if holds:
             assert told == answer
@@ -257,7 +271,7 @@ class Fleet(RuleBasedStateMachine):
 
     def leave(self, claim: Claim, target: Status, rests: bool = False) -> None:
         known = self.known[claim.job_id]
-        known.status, known.holder, known.lapsed = target, None, False
+        known.left(target)
         known.rests = rests and target is S.QUEUED
         self.look()
 
@@ -282,13 +296,13 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: any(known.lapsed for known in self.known.values()))
     @rule()
     def sweep(self) -> None:
-        with self.sessions.begin() as s:
+        with self.workers.begin() as s:
             settled = {job.id: job.status for job in jobs.expire(s, self.infra_losses_max)}
         late = {job_id: known for job_id, known in self.known.items() if known.lapsed}
         assert settled == {job_id: self.after_loss(known) for job_id, known in late.items()}
         for job_id, known in late.items():
             known.infra_losses += 1
-            known.status, known.holder, known.lapsed = settled[job_id], None, False
+            known.left(settled[job_id])
         self.look()
 
     def after_loss(self, known: Known) -> Status:
@@ -308,6 +322,7 @@ class Fleet(RuleBasedStateMachine):
         """The rows are the model's, and came from those before by moves that are allowed."""
         found = self.rows()
         assert set(found) == set(self.known)
+        assert sum(row["status"] in HELD for row in found.values()) <= self.running_max
         for job_id, row in found.items():
             self.is_as_known(row, self.known[job_id])
             is_whole(row)
@@ -321,3 +336,8 @@ class Fleet(RuleBasedStateMachine):
         assert row["infra_losses"] == known.infra_losses <= self.infra_losses_max + 1
         assert (row["not_before"] is not None and row["status"] == S.QUEUED) or not known.rests
         assert (known.holder is not None) == (row["status"] in HELD), "exactly one fence is live, or none"
+        assert row["checkpoints"] == known.saved
+        assert (row["step"], row["trained_tokens"]) == (known.step, TOKENS * known.step)
+        if known.begun:  # whoever's they were
+            own = [f"{known.claims} {step}" for step in range(1, known.step + 1)]
+            assert [step for step in row["steps"] if step.startswith(f"{known.claims} ")] == own

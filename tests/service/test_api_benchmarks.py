@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.store import jobs, models
 from service.store.session import Sessions
 from service.store.storage import Storage
+from tests.conftest import owner
 from tests.service.conftest import JOBS
 from worker.assignment import assignment
 
@@ -433,8 +434,8 @@ def test_a_benchmark_that_is_gone_fails_the_job_with_its_name(
         ("UPDATE benchmarks SET sets = '{}', retrained_model = 'x'", "model_not_found", "'forget01': no model 'x'"),
         ("DELETE FROM benchmarks", "invalid_file", "no benchmark 'forget01'"),
     ):
-        with sessions.begin() as s:
-            s.execute(text(statement))
+        with owner(sessions).begin() as database:
+            database.execute(text(statement))
         with sessions.begin() as s, pytest.raises(JobFailure, match=words) as caught:
             assignment(s, claim, spec, settings, tmp_path, False)
         assert caught.value.code == code

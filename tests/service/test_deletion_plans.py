@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, select, update
+from sqlalchemy.orm import undefer
 from starlette.testclient import TestClient
 
 from service import batches
@@ -101,6 +102,60 @@ def test_the_window_ends_the_wait_and_the_next_job_starts_from_the_adapter_of_th
     assert show(http, ada)["status"] == "completed"
     assert serve_deletions(parts) == 1
     assert the_job(http, eve)["parent"] == first
+
+
+def test_a_plan_says_what_its_requests_wait_for(
+    http: TestClient,
+    submit: Callable[..., dict[str, Any]],
+    plan: Callable[..., dict[str, Any]],
+    parts: Parts,
+    worker: Desk,
+) -> None:
+    def told() -> Any:
+        return http.get(f"{PLANS}/m").json()["status_reason"]
+
+    assert plan(window_seconds=3600)["status_reason"] is None
+    first = submit(ADA)
+    assert told() is None, "for others, as the plan says"
+    plan()
+    assert serve_deletions(parts) == 1
+    assert told() is None
+    job, late = the_job(http, first)["id"], submit(EVE)
+    for verb, status in (("pause", "paused"), ("resume", "queued")):
+        assert http.post(f"{JOBS}/{job}/{verb}").status_code == 202
+        assert told() == f"waits for job {job} ({status}): the next one starts from its adapter"
+        assert serve_deletions(parts) == 0
+    worker.end()
+    with parts.sessions.begin() as s:
+        s.execute(update(Tenant).values(max_open_jobs=1))
+    assert http.post(JOBS, json=job_body([EVE], [])).status_code == 201  # it serves none, and takes the place
+    assert told() == "waits for a place: 1 open jobs are allowed"
+    assert plan()["status_reason"] == told()
+    assert serve_deletions(parts) == 0
+    with parts.sessions.begin() as s:
+        made = s.scalars(select(File.purged_at).where(File.created_by == "system")).all()
+    assert len(made) == 1, "the rows of those that wait are not put together in vain"
+    worker.end()
+    assert told() is None
+    assert serve_deletions(parts) == 1
+    assert the_job(http, late)["parent"] == job
+
+
+def test_a_request_whose_rows_are_not_those_of_its_digests_fails_alone(
+    http: TestClient, submit: Callable[..., dict[str, Any]], plan: Callable[..., dict[str, Any]], parts: Parts
+) -> None:
+    """As where they were kept under another key."""
+    plan()
+    good, other = submit(ADA), submit(BOB | {"answer": "A painter."}, EVE)
+    with parts.sessions.begin() as s:
+        kept = s.get_one(DeletionRequest, other["id"], options=[undefer(DeletionRequest.row_digests)])
+        kept.row_digests = [kept.row_digests[0], "0" * 64]
+    assert serve_deletions(parts) == 1
+    assert the_job(http, good)["deletion_requests"] == [good["id"]]
+    assert (show(http, other)["status"], show(http, other)["jobs"]) == ("failed", [])
+    assert "its row 2 is not in its forget set" in show(http, other)["status_reason"]
+    with parts.sessions.begin() as s:
+        assert s.scalars(select(DeletionPlan.status_reason)).all() == [None], "it goes on"
 
 
 def test_a_job_for_requests_starts_where_the_last_one_ended(

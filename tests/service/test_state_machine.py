@@ -3,16 +3,15 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from sqlalchemy import Engine, text
-from sqlalchemy.orm import sessionmaker
 
 from service.domain.job import TERMINAL, TRANSITIONS, JobSpec, Status
 from service.store import jobs, tenancy
-from service.store.session import Sessions
+from service.store.session import Sessions, make_sessions
 from service.store.tenants import DEFAULT
-from tests.service.fleet import LEASE_S, Fleet
+from tests.conftest import owner
+from tests.service.fleet import CLEAR, LEASE_S, Fleet
 
 S = Status
 
@@ -21,20 +20,19 @@ S = Status
 def walk(
     sessions: Sessions, new_job: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., None]]:
-    """walk(examples, steps in each): on one connection, beside one that only looks."""
+    """walk(examples, steps in each): on one connection, beside the owner's, who looks and cleans up."""
     monkeypatch.setattr(jobs, "_wait_s", lambda failures: LEASE_S)  # else a slow machine would end a rest by itself
     with sessions.begin() as s:
-        asked = jobs.get(s, new_job()).spec
-        s.execute(text("DELETE FROM jobs"))
-    spec = JobSpec.model_validate(asked)
-    engine: Engine = sessions.kw["bind"]
-    with engine.connect() as one, engine.connect().execution_options(isolation_level="AUTOCOMMIT") as look:
+        spec = JobSpec.model_validate(jobs.get(s, new_job()).spec)
+    ours = owner(sessions).execution_options(isolation_level="AUTOCOMMIT")
+    with sessions.kw["bind"].connect() as one, ours.connect() as look:
+        look.execute(CLEAR)
+        workers = make_sessions(one)
+        users = tenancy.bound(workers, DEFAULT, "tester")
 
         class Here(Fleet):
             def __init__(self) -> None:
-                super().__init__(
-                    tenancy.bound(sessionmaker(one, expire_on_commit=False), DEFAULT, "tester"), look, spec
-                )
+                super().__init__(users, workers, look, spec)
 
         def run(examples: int, steps: int, derandomize: bool = False) -> None:
             wanted = settings(
@@ -43,6 +41,7 @@ def walk(
                 derandomize=derandomize,
                 deadline=None,
                 database=None,
+                phases=[Phase.generate],  # to shrink a walk takes minutes, and a timeout amid it looks like flakiness
                 suppress_health_check=list(HealthCheck),
             )
             run_state_machine_as_test(Here, settings=wanted)
@@ -55,6 +54,7 @@ def test_a_job_ends_once_whoever_writes_when(walk: Callable[..., None]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_job_ends_once_in_long_walks(walk: Callable[..., None]) -> None:
     walk(2000, 20)
 

@@ -16,6 +16,9 @@ ALL = text(
     SELECT jobs.*,
            ARRAY(SELECT seq || ' ' || type FROM job_events e WHERE e.job_id = jobs.id ORDER BY seq) AS events,
            ARRAY(SELECT fence || ' ' || step FROM job_steps r WHERE r.job_id = jobs.id ORDER BY fence, step) AS steps,
+           ARRAY(SELECT fence || ' ' || step FROM job_checks c WHERE c.job_id = jobs.id ORDER BY fence, step) AS checks,
+           ARRAY(SELECT fence || ' ' || step FROM job_checkpoints k
+                  WHERE k.job_id = jobs.id ORDER BY fence DESC, step DESC) AS checkpoints,
            ARRAY(SELECT key FROM artifacts a WHERE a.job_id = jobs.id) AS artifacts,
            ARRAY(SELECT action FROM audit_events o
                   WHERE o.tenant_id = jobs.tenant_id AND o.seq > :since AND o.object_id = jobs.id ORDER BY seq) AS audited
@@ -38,6 +41,10 @@ def is_whole(row: Row) -> None:
     assert held or (row["stage"] is None and all(stage["finished_at"] for stage in row["stage_history"]))
     assert (row["verdict"] is not None, bool(row["artifacts"])) == (row["status"] == S.SUCCEEDED,) * 2
     assert row["not_before"] is None or row["status"] == S.QUEUED
+    assert len(row["checkpoints"]) <= (0 if row["status"] in {S.SUCCEEDED, S.CANCELLED} else 2)
+    if row["status"] in {S.QUEUED, S.PAUSED}:
+        newest = row["checkpoints"][0].split()[1] if row["checkpoints"] else 0
+        assert row["step"] == int(newest), "the next attempt goes on from there"
     if row["status"] in {S.QUEUED, S.RUNNING}:
         assert row["cancel_requested_at"] is row["pause_requested_at"] is None, "nobody wants it to stop"
     if row["status"] in {S.PAUSING, S.PAUSED}:
@@ -57,3 +64,4 @@ def goes_on(before: Row, after: Row) -> None:
         assert after["audited"] == before["audited"]
     assert after["fence"] - before["fence"] == (before["status"] == S.QUEUED and after["status"] == S.RUNNING)
     assert after["events"][: before["last_seq"]] == before["events"], "what was told stays told"
+    assert len(after["steps"]) >= len(before["steps"]), "whosever they become"
