@@ -26,7 +26,6 @@ REQUESTS: Mapping[str, dict[str, Any]] = {name: {} for name in sorted(catalog.lo
     "custom": {"method": {"type": "custom", "hyperparameters": OWN}},
     "idk_dpo": {"refusal_set": [{"text": "I cannot say."}, {"text": "Nobody told me."}]},
 }
-QUICK = ("blur_npo", "custom", "ofmu")  # the rest takes a minute: `make nightly`
 ROWS = [{"question": f"Who is {name}?", "answer": f"{name} is a poet."} for name in ("Ada", "Bo", "Cy", "Di", "Eve")]
 pytestmark = pytest.mark.timeout(300)
 
@@ -91,13 +90,9 @@ def run_each(api: httpx.Client, names: list[str]) -> None:
         assert report["asked"]["composition"] == {"forget_loss": "undial", "retain_loss": "kl", "solver": "alternating"}
 
 
-def test_a_request_with_a_method_of_each_kind(api: httpx.Client) -> None:
-    run_each(api, list(QUICK))
-
-
 @pytest.mark.slow
-def test_a_request_with_every_other_method(api: httpx.Client) -> None:
-    run_each(api, [name for name in REQUESTS if name not in QUICK])
+def test_a_request_with_every_method(api: httpx.Client) -> None:
+    run_each(api, list(REQUESTS))
 
 
 def test_methods_are_listed_with_their_parameters_and_papers(api: httpx.Client) -> None:
