@@ -22,6 +22,7 @@ from tests.worker.conftest import SHAPE, make_tokenizer
 
 JOBS = "/v1/unlearning/jobs"
 OWN = {"forget": {"type": "undial", "strength": 5.0}, "retain": {"type": "kl"}, "solver": {"type": "alternating"}}
+OWN_COMPOSITION = {"forget_loss": "undial", "retain_loss": "kl", "solver": "alternating"}
 REQUESTS: Mapping[str, dict[str, Any]] = {name: {} for name in sorted(catalog.load().methods)} | {
     "custom": {"method": {"type": "custom", "hyperparameters": OWN}},
     "idk_dpo": {"refusal_set": [{"text": "I cannot say."}, {"text": "Nobody told me."}]},
@@ -60,10 +61,11 @@ def ended(api: httpx.Client, job_id: str) -> dict[str, Any]:
         time.sleep(0.3)
 
 
-def run_each(api: httpx.Client, names: list[str]) -> None:
+@pytest.mark.slow
+def test_a_request_with_every_method(api: httpx.Client) -> None:
     listed = {method["id"]: method for method in api.get("/v1/methods").raise_for_status().json()["data"]}
     created = {}
-    for name in names:
+    for name, own in REQUESTS.items():
         body = {
             "model": "tiny",
             "method": {"type": name},
@@ -72,7 +74,7 @@ def run_each(api: httpx.Client, names: list[str]) -> None:
             "forget_set": ROWS[:2],
             "retain_set": ROWS[2:],
         }
-        reply = api.post(JOBS, json=body | REQUESTS[name])
+        reply = api.post(JOBS, json=body | own)
         assert reply.status_code == 201, reply.text
         created[name] = reply.json()["id"]
     with ThreadPoolExecutor(len(created)) as all_at_once:
@@ -82,17 +84,9 @@ def run_each(api: httpx.Client, names: list[str]) -> None:
         report = api.get(f"{JOBS}/{job['id']}/report", headers={"Accept": "application/json"}).json()
         assert report["trajectory"]["steps_total"] == 3
         assert report["asked"]["hyperparameters"].keys() == listed[name]["parameters"]["properties"].keys()
-        if name != "custom":
-            assert report["asked"]["composition"] == listed[name]["composition"]
+        composition = OWN_COMPOSITION if name == "custom" else listed[name]["composition"]
+        assert report["asked"]["composition"] == composition
         assert "Before and after" in api.get(f"{JOBS}/{job['id']}/report", headers={"Accept": "text/html"}).text
-    if "custom" in jobs:
-        report = api.get(f"{JOBS}/{jobs['custom']['id']}/report", headers={"Accept": "application/json"}).json()
-        assert report["asked"]["composition"] == {"forget_loss": "undial", "retain_loss": "kl", "solver": "alternating"}
-
-
-@pytest.mark.slow
-def test_a_request_with_every_method(api: httpx.Client) -> None:
-    run_each(api, list(REQUESTS))
 
 
 def test_methods_are_listed_with_their_parameters_and_papers(api: httpx.Client) -> None:

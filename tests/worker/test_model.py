@@ -290,6 +290,17 @@ def card_front(folder: Path) -> dict[str, Any]:
     return front
 
 
+def test_the_config_of_an_adapter_is_written_in_one_order(register: Any, tmp_path: Path) -> None:
+    """Bit for bit the same in every process, though names are a set to PEFT, and hashes differ."""
+    network = model.adapt(register().load("float32"), Lora(), 0)
+    assert network.peft is not None
+    network.peft.peft_config["default"].target_modules = ["v_proj", "k_proj", "q_proj"]
+    model.save(network, tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["k_proj", "q_proj", "v_proj"]
+    assert list(written) == sorted(written)
+
+
 def test_what_is_saved_loads_anywhere_and_says_the_same(register: Any, tmp_path: Path) -> None:
     registered = register()
     network = model.adapt(registered.load("float32"), Lora(r=4, alpha=8), 0)

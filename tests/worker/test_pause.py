@@ -10,6 +10,7 @@ from sqlalchemy import select, update
 from service.domain.job import Failure, FailureCode, Status
 from service.store import jobs
 from service.store.checkpoints import of_job
+from service.store.storage import Storage
 from service.store.tables import Job, JobStep
 from tests.worker.test_supervise import Bench, alive, bench, until
 
@@ -141,6 +142,18 @@ def test_the_last_two_stay_while_it_runs(bench: Bench, new_job: Callable[..., st
     assert len(rows) == 2
     assert len(files) <= 4, "those without a row are gone, but for what is being written just now"
     assert checkpoint_files(bench) == set()
+
+
+def test_what_was_saved_and_never_promoted_goes_with_the_next_attempt(
+    bench: Bench, new_job: Callable[..., str]
+) -> None:
+    job_id = new_job(metadata=SAVES)
+    stray = f"jobs/{job_id}/checkpoints/0-7"  # its worker was killed before it heard of it
+    Storage(bench.settings.storage_url).write(stray, [b"state"])
+    with bench.running():
+        until(lambda: bool(saved(bench, job_id)))
+        assert "0-7" not in checkpoint_files(bench)
+        bench.stopping.set()
 
 
 def test_a_job_that_failed_goes_on_from_there_when_it_is_tried_again(bench: Bench, new_job: Callable[..., str]) -> None:

@@ -341,6 +341,16 @@ def test_a_release_never_becomes_a_failure(
     assert bench.job(job_id).status is Status.RUNNING
 
 
+def test_nor_does_a_pause(bench: Bench, new_job: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = new_job(metadata={"fake": "endless"})  # which does not hear the word, and is ended
+    with bench.running() as answer:
+        monkeypatch.setattr(jobs, "paused", unwritable)
+        with bench.sessions.begin() as s:
+            jobs.pause(s, job_id)
+    assert answer == [None], "the sweep gives it back once its lease has lapsed"
+    assert bench.job(job_id).status is Status.PAUSING
+
+
 def test_what_the_reference_says_goes_with_the_end_of_the_job(bench: Bench, new_job: Callable[..., str]) -> None:
     """It tells of the forget set; until then the next attempt finds it."""
     job_id = new_job(metadata={"fake": "exits"}, limits=Limits(max_attempts=2))

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service.domain.job import Stage, Status
-from worker.records import ConstraintRecord, StageRecord, StepRecord
+from worker.records import ConstraintRecord, ResumedRecord, StageRecord, StepRecord
 from worker.telemetry import Telemetry
 
 
@@ -52,6 +52,18 @@ def series_of(registry: CollectorRegistry, job_id: str) -> dict[tuple[str, str],
         for sample in family.samples
         if sample.labels.get("job_id") == job_id
     }
+
+
+def test_tokens_count_once_however_many_attempts_tell_of_them(
+    registry: CollectorRegistry, telemetry: Telemetry
+) -> None:
+    telemetry.claimed(("a", 1), "pdu")
+    telemetry.record(("a", 1), step(10, 1.0))
+    telemetry.ended(("a", 1), Status.QUEUED)
+    telemetry.claimed(("a", 2), "pdu")
+    telemetry.record(("a", 2), ResumedRecord(step=10, tokens=1000))
+    telemetry.record(("a", 2), step(11, 1.0))
+    assert registry.get_sample_value("unlearn_training_tokens_total", {"method": "pdu"}) == 1100
 
 
 def test_the_gauges_of_a_job_are_those_of_its_last_step(registry: CollectorRegistry, telemetry: Telemetry) -> None:
