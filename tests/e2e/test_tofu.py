@@ -30,6 +30,7 @@ from service.processes import free_port
 
 Json = dict[str, Any]
 JOBS = "/v1/unlearning/jobs"
+EPSILON_RELATIVE = 0.15
 PROMPT = ("--user-start", "Question: ", "--user-end", "\n", "--assistant-start", "Answer: ")
 pytestmark = pytest.mark.timeout(420)
 
@@ -65,35 +66,43 @@ def api(here: Stack) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def rows(tofu: Path) -> dict[str, list[Json]]:
-    full = [json.loads(line) for line in (tofu / "data" / "tofu" / "full.json").read_text().splitlines()]
-    return {"forget_set": full[3960:4000], "retain_set": full[:400] + full[3600:3960]}
+def full(tofu: Path) -> list[Json]:
+    return [json.loads(line) for line in (tofu / "data" / "tofu" / "full.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows(full: list[Json]) -> dict[str, list[Json]]:
+    return {"forget_set": full[3960:], "retain_set": full[:100] + full[3860:3960]}
+
+
+def uploaded(api: httpx.Client, rows: dict[str, list[Json]]) -> dict[str, str]:
+    ids = {}
+    for purpose, of_set in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in of_set)
+        reply = api.post("/v1/files", data={"purpose": purpose}, files={"file": (f"{purpose}.jsonl", lines)})
+        assert reply.status_code == 201, reply.text
+        ids[purpose] = reply.json()["id"]
+    return ids
+
+
+def created(api: httpx.Client, body: Json) -> str:
+    reply = api.post(JOBS, json=body)
+    assert reply.status_code == 201, reply.text
+    return str(reply.json()["id"])
 
 
 @pytest.fixture(scope="module")
 def jobs(api: httpx.Client, rows: dict[str, list[Json]]) -> dict[str, Json]:
     """The request that must pass and the one that cannot, both ended."""
-    uploaded = {}
-    for purpose, content in rows.items():
-        lines = "".join(json.dumps(row) + "\n" for row in content)
-        reply = api.post("/v1/files", data={"purpose": purpose}, files={"file": (f"{purpose}.jsonl", lines)})
-        assert reply.status_code == 201, reply.text
-        uploaded[purpose] = reply.json()["id"]
-    body = {
-        "model": "tofu260K",
-        "method": {"type": "pdu", "hyperparameters": {}},
-        "constraint": {"epsilon_relative": 0.10},
-        "budget": {"max_steps": 180, "forget_target": 0.05},
-        **uploaded,
+    both = {"model": "tofu260K", "constraint": {"epsilon_relative": EPSILON_RELATIVE}, **uploaded(api, rows)}
+    passes = both | {"method": {"type": "pdu"}, "budget": {"max_steps": 180, "forget_target": 0.05}}
+    timid = both | {
+        "method": {"type": "pdu", "hyperparameters": {"learning_rate": 1e-6}},
+        "budget": {"max_steps": 10},
     }
-    timid = body | {"method": {"type": "pdu", "hyperparameters": {"learning_rate": 1e-6}}, "budget": {"max_steps": 30}}
-    created = {}
-    for name, request in {"passes": body, "timid": timid}.items():
-        reply = api.post(JOBS, json=request)
-        assert reply.status_code == 201, reply.text
-        created[name] = reply.json()["id"]
-    with ThreadPoolExecutor() as both:
-        return dict(zip(created, both.map(lambda job_id: ended(api, job_id), created.values()), strict=True))
+    ids = {name: created(api, body) for name, body in {"passes": passes, "timid": timid}.items()}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(ids, pool.map(lambda job_id: ended(api, job_id), ids.values()), strict=True))
 
 
 def ended(api: httpx.Client, job_id: str) -> Json:
@@ -123,11 +132,29 @@ def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[st
     assert probability["before"] == pytest.approx(0.816, abs=5e-4)
     assert probability["after"] < 0.05
     bound = report["constraint"]
-    assert bound["rows_measured"] == bound["rows_total"] == 760
-    assert bound["epsilon"] == pytest.approx(1.1 * bound["before"])
+    assert bound["rows_measured"] == bound["rows_total"] == 200
+    assert bound["epsilon"] == pytest.approx((1 + EPSILON_RELATIVE) * bound["before"])
     assert bound["after"] == bound["upper"] <= bound["epsilon"]
     assert report["stop"]["reason"] == "target_reached"
     assert report["released"]["published"]
+
+
+@pytest.mark.slow
+def test_forget01_passes_within_a_tenth_of_the_loss_on_760_rows(
+    api: httpx.Client, rows: dict[str, list[Json]], full: list[Json]
+) -> None:
+    body = {
+        "model": "tofu260K",
+        "method": {"type": "pdu"},
+        "constraint": {"epsilon_relative": 0.10},
+        "budget": {"max_steps": 180, "forget_target": 0.05},
+        **uploaded(api, {"forget_set": rows["forget_set"], "retain_set": full[:400] + full[3600:3960]}),
+    }
+    job = ended(api, created(api, body))
+    assert job["verdict"]["result"] == "PASSED", job
+    bound = report_of(api, job)["constraint"]
+    assert bound["rows_measured"] == bound["rows_total"] == 760
+    assert bound["after"] <= bound["epsilon"] == pytest.approx(1.1 * bound["before"])
 
 
 def test_a_request_that_forgets_nothing_fails_although_it_keeps_the_bound(
@@ -158,8 +185,8 @@ def test_the_published_adapter_reproduces_the_report(
     tokenizer = AutoTokenizer.from_pretrained(base)
     probabilities, losses, counts = [], {"forget_set": 0.0, "retain_set": 0.0}, {"forget_set": 0, "retain_set": 0}
     with torch.no_grad():
-        for purpose, content in rows.items():
-            for row in content:
+        for purpose, of_set in rows.items():
+            for row in of_set:
                 prompt = f"Question: {row['question']}\nAnswer: "
                 start = len(tokenizer(prompt)["input_ids"])
                 ids = [*tokenizer(prompt + row["answer"])["input_ids"], tokenizer.eos_token_id]
@@ -215,10 +242,9 @@ def submit(api: httpx.Client, rows: dict[str, list[Json]], **changes: Any) -> st
         purpose: [{"question": row["question"], "answer": row["answer"]} for row in content[:8]]
         for purpose, content in rows.items()
     }
-    body = {"model": "tofu260K", "method": {"type": "pdu"}, "constraint": {"epsilon": 0.5}} | few | changes
-    reply = api.post(JOBS, json=body)
-    assert reply.status_code == 201, reply.text
-    return str(reply.json()["id"])
+    return created(
+        api, {"model": "tofu260K", "method": {"type": "pdu"}, "constraint": {"epsilon": 0.5}} | few | changes
+    )
 
 
 def test_a_running_job_stops_at_its_next_step_when_it_is_cancelled(

@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import structlog
 import uvicorn
 from sqlalchemy import func, select, update
 from starlette.testclient import TestClient
@@ -62,13 +61,12 @@ def failed(sessions: Sessions) -> str:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[StringIO]:
+def log(monkeypatch: pytest.MonkeyPatch) -> StringIO:
     """As the service writes it: the default draws tracebacks, slowly."""
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", written := StringIO())
         logs.configure("INFO")
-    yield written
-    structlog.reset_defaults()
+    return written
 
 
 @contextmanager

@@ -191,6 +191,8 @@ def test_leases_expire_while_the_storage_hangs_and_after_it_broke(
 ) -> None:
     """The first deletion breaks with an error that nobody foresaw, the next one hangs until the end."""
     job_id, stop, hangs = new_job(), threading.Event(), threading.Event()
+    with sessions.begin() as s:
+        jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
 
     def delete(*_: object) -> int:
         if not hangs.is_set():
@@ -206,7 +208,6 @@ def test_leases_expire_while_the_storage_hangs_and_after_it_broke(
     try:
         assert hangs.wait(10)
         with sessions.begin() as s:
-            jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
             s.execute(text("UPDATE jobs SET lease_until = now() - interval '1 s'"))
         deadline = time.monotonic() + 10
         while status(sessions, job_id) is not Status.QUEUED:
