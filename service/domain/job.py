@@ -83,11 +83,9 @@ class FailureCode(StrEnum):
     MAX_RUNTIME_EXCEEDED = "max_runtime_exceeded"
     WORKER_LOST = "worker_lost"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # of earlier versions; now the last attempt's own code is kept
-    CHECKPOINT_CORRUPT = "checkpoint_corrupt"
     ARTIFACT_UPLOAD_FAILED = "artifact_upload_failed"
     STORAGE_FULL = "storage_full"
     ROW_TOO_LONG = "row_too_long"
-    SIGNING_FAILED = "signing_failed"
     NO_CAPABLE_WORKER = "no_capable_worker"
     INTERNAL_ERROR = "internal_error"
 
