@@ -17,6 +17,7 @@ from service import logs, register, remote, remote_compliance, remote_webhooks, 
 from service.app import create_app
 from service.domain import modelfiles
 from service.domain.errors import UnlearnError
+from service.domain.identity import ROLES
 from service.domain.job import SPACE_WARNING, ModelEntry, PromptFormat
 from service.evidence import command
 from service.settings import Settings
@@ -219,7 +220,10 @@ def list_tenants() -> None:
 
 
 @tenants_app.command("key")
-def tenant_key(name: Annotated[str, typer.Argument()] = tenants.DEFAULT, role: str = "admin") -> None:
+def tenant_key(
+    name: Annotated[str, typer.Argument()] = tenants.DEFAULT,
+    role: Annotated[str, typer.Option(help=", ".join(ROLES))] = "admin",
+) -> None:
     """Make a key on this machine, the first of a tenant, and show it: once. More are made with it, over HTTP."""
     with _told():
         typer.echo(register.first_key(Settings(), name, role))
@@ -336,8 +340,13 @@ def _told() -> Iterator[None]:
     with terminal.told():
         try:
             yield
+        except sqlalchemy.exc.ArgumentError as error:
+            raise UnlearnError("DATABASE_URL is not such as postgresql+psycopg://USER@HOST/NAME") from error
         except sqlalchemy.exc.DBAPIError as error:
-            raise UnlearnError(f"the database says: {str(error.orig).partition(chr(10))[0]}") from error
+            said = str(error.orig).partition("\n")[0]
+            where = "; DATABASE_URL says where it is, and `. .unlearn/environment` sets it after `unlearn up`"
+            unreached = isinstance(error, sqlalchemy.exc.OperationalError)
+            raise UnlearnError(f"the database says: {said}{where if unreached else ''}") from error
 
 
 def _line(entry: ModelEntry) -> str:

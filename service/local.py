@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from service import embedded, migrate, register
-from service.processes import free_port, interruptible, running, tail
+from service.processes import free_port, interruptible, is_free, running, tail
 from service.settings import Settings
 from service.store.secrets import KEY_BYTES
 
@@ -72,8 +72,11 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
         knobs: fields of Settings; what is not given comes from the environment, the worker's metrics port is a free one,
             the storage lies below `folder` unless it is given.
 
-    Raises RuntimeError when a part does not come up.
+    Raises RuntimeError when the API's port is taken or a part does not come up.
     """
+    asked = Settings(**knobs)
+    if not is_free(asked.api_host, asked.api_port):  # else whoever listens there would be taken for our API
+        raise RuntimeError(f"port {asked.api_port} of {asked.api_host} is taken; API_PORT chooses another")
     folder = folder.absolute()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Child processes of ours, as context managers: a log each, no terminal, gone when we are gone."""
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -65,6 +66,18 @@ def interruptible() -> Iterator[None]:
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
     """The last lines, for whoever has to be told why a process ended."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # As servers do: what lingers of a closed one is no bar.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
+    return True
 
 
 def free_port() -> int:

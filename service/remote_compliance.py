@@ -2,13 +2,16 @@
 
 import json
 import shlex
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from service.client import DeletionRequest, Key
+from service.client import ApiError, Client, DeletionRequest, Key
+from service.domain.deletion import DenialReason, RequestStatus
+from service.domain.identity import ROLES
 from service.terminal import DEFAULT_URL, Out, Rows, Url, connected, pair, show, stamp
 
 app = typer.Typer(rich_markup_mode=None)
@@ -36,7 +39,7 @@ RequestId = Annotated[str, typer.Argument(metavar="REQUEST")]
 @keys_app.command("create")
 def create_key(
     name: str,
-    role: Annotated[str | None, typer.Option(help="compliance_submitter, compliance_approver, mlops, ...")] = None,
+    role: Annotated[str | None, typer.Option(help=", ".join(ROLES))] = None,
     scope: Annotated[list[str] | None, typer.Option(help="beside those of the role; again for more")] = None,
     expires: Annotated[datetime | None, typer.Option(help="default: never")] = None,
     url: Url = DEFAULT_URL,
@@ -62,7 +65,8 @@ def revoke_key(key_id: str, url: Url = DEFAULT_URL) -> None:
 
 def _key_line(key: Key) -> str:
     state = "revoked" if key.revoked_at else f"used {stamp(key.last_used_at) if key.last_used_at else 'never'}"
-    return f"{key.id}  {key.prefix}...  {key.name}  {state}  {' '.join(key.scopes)}"
+    ends = f"  expires {stamp(key.expires_at)}" if key.expires_at else ""
+    return f"{key.id}  {key.prefix}...  {key.name}  {state}{ends}  {' '.join(key.scopes)}"
 
 
 # --- deletion requests
@@ -91,19 +95,35 @@ def submit_request(
             due_at=due,
         )
         typer.echo(request.id)
+        if reference:
+            _warn_of_others(api, request.id, reference)
+
+
+def _warn_of_others(api: Client, request_id: str, reference: str) -> None:
+    """A form that is sent twice is two requests; told once the new one is there, to who may see the others."""
+    with suppress(ApiError):
+        for other in api.requests.list(external_reference=reference):
+            if other.id != request_id and other.finished_at is None:
+                typer.echo(
+                    f"warning: {other.id} ({other.status}) has the reference {reference}, too; "
+                    "`unlearn requests cancel` takes one of them back",
+                    err=True,
+                )
 
 
 @requests_app.command("list")
 def list_requests(
-    status: str | None = None,
+    status: Annotated[str | None, typer.Option(help=", ".join(RequestStatus))] = None,
     due_before: datetime | None = None,
     subject: Annotated[str | None, typer.Option(help="an identifier as it was submitted")] = None,
+    reference: Annotated[str | None, typer.Option(help="its number in your own system")] = None,
     as_json: AsJson = False,
     url: Url = DEFAULT_URL,
 ) -> None:
     """The latest first, a line each."""
     with connected(url) as api:
-        show(api.requests.list(status=status, due_before=due_before, subject=subject), as_json, _request_line)
+        found = api.requests.list(status=status, due_before=due_before, subject=subject, external_reference=reference)
+        show(found, as_json, _request_line)
 
 
 @requests_app.command("show")
@@ -111,6 +131,14 @@ def show_request(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """As JSON, with its jobs, approvals and deadlines."""
     with connected(url) as api:
         typer.echo(json.dumps(api.requests.get(request_id).raw, indent=2))
+
+
+@requests_app.command("rows")
+def show_rows(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
+    """Number and keyed digest of each row, a line each; reports name their rows by it. Both outlast the purge."""
+    with connected(url) as api:
+        for number, digest in enumerate(api.requests.rows(request_id), 1):
+            typer.echo(f"{number}  {digest}")
 
 
 @requests_app.command("approve")
@@ -123,7 +151,7 @@ def approve(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
 @requests_app.command("deny")
 def deny(
     request_id: RequestId,
-    reason: Annotated[str, typer.Option(help="suspected_fraud, insuf_verification, no_match, ... or other")],
+    reason: Annotated[str, typer.Option(help=", ".join(DenialReason))],
     note: str | None = None,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -141,9 +169,9 @@ def cancel(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
 
 @requests_app.command("extend")
 def extend(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> None:
-    """Once, as far as the regulation allows."""
+    """Once, as far as the regulation allows; prints the new deadline."""
     with connected(url) as api:
-        typer.echo(api.requests.extend(request_id, reason).status)
+        typer.echo(stamp(api.requests.extend(request_id, reason).due_at))
 
 
 @requests_app.command("close")
@@ -155,7 +183,8 @@ def close(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> None
 
 def _request_line(one: DeletionRequest) -> str:
     late = "  OVERDUE" if one.overdue else ""
-    return f"{one.id}  {one.status}  due {stamp(one.due_at)}{late}  {one.external_reference or ''}".rstrip()
+    words = (one.id, one.status, f"due {stamp(one.due_at)}{late}", one.external_reference, one.status_reason)
+    return "  ".join(word for word in words if word)
 
 
 # --- plans
@@ -187,6 +216,7 @@ def set_plan(
 
 @plans_app.command("show")
 def show_plan(model: str, url: Url = DEFAULT_URL) -> None:
+    """As JSON; `status_reason`: what its next job waits for."""
     with connected(url) as api:
         typer.echo(json.dumps(api.plans.get(model).raw, indent=2))
 
@@ -214,7 +244,7 @@ def evidence(
     out: Annotated[Path, typer.Option(file_okay=False, help="a folder that is made")],
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Fetch all that a job proves anything with, and print the command that checks it offline."""
+    """Fetch all that a job proves anything with, and print the command that checks it offline. Wants an auditor's key."""
     with connected(url) as api:
         found = api.evidence(job_id, out)
     options = [
@@ -225,7 +255,10 @@ def evidence(
 
 @app.command()
 def purge(file_id: list[str], url: Url = DEFAULT_URL) -> None:
-    """Make uploaded sets unreadable, for ever. Counts and keyed digests stay."""
+    """Make uploaded sets unreadable, for ever. Counts and keyed digests stay.
+
+    Ids of sets stand in what `unlearn requests show`, `plans show` and `status JOB` print.
+    """
     with connected(url) as api:
         for one in file_id:
             api.files.purge(one)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ A = TypeVar("A", bound=Answer)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 POLL_S = 1.0
+VISIBLE = re.compile(r"[!-~]+")
 TOLD = (UnlearnError, RuntimeError, OSError, httpx.TransportError, httpx.InvalidURL)
 
 Url = Annotated[str, typer.Option("--url", envvar="UNLEARN_URL", help="where the API answers", show_default=True)]
@@ -33,13 +35,26 @@ Out = Annotated[Path, typer.Option(dir_okay=False, help="the file to write")]
 def connected(url: str) -> Iterator[Client]:
     """A client with the key of the environment; its errors are told, and those of the block."""
     with told():
-        key = os.environ.get("UNLEARN_API_KEY")
-        if not key:
+        try:
+            with Client(url, _key()) as api:
+                yield api
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             raise UnlearnError(
-                "UNLEARN_API_KEY is not set: an API key, of `unlearn tenants key` or of an administrator"
-            )
-        with Client(url, key) as api:
-            yield api
+                f"no answer from the API at {url}: {str(error).rstrip('.')}. Is it up? --url or UNLEARN_URL says where it is"
+            ) from error
+
+
+def _key() -> str:
+    """Never part of an error: what is told is written down."""
+    key = os.environ.get("UNLEARN_API_KEY", "").strip()
+    if not key:
+        raise UnlearnError(
+            "UNLEARN_API_KEY is not set: an API key, of an administrator's `unlearn keys create`, or, after `unlearn up`, "
+            "of `. .unlearn/environment`"
+        )
+    if not VISIBLE.fullmatch(key):
+        raise UnlearnError("UNLEARN_API_KEY is no API key: it has other characters than visible ASCII")
+    return key
 
 
 @contextmanager
@@ -76,6 +91,14 @@ def stamp(when: datetime) -> str:
 
 def follow(api: Client, job_id: str, as_json: bool = False) -> int:
     """To its end: a bar on a terminal, elsewhere a line per look with news, or each event as JSON. The exit status."""
+    try:
+        return _followed(api, job_id, as_json)
+    except KeyboardInterrupt:
+        typer.echo(f"{job_id} goes on: `unlearn watch` follows it again, `unlearn cancel` ends it", err=True)
+        raise
+
+
+def _followed(api: Client, job_id: str, as_json: bool) -> int:
     if as_json:
         for event in api.events(job_id):
             typer.echo(json.dumps(event.raw))

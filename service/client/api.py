@@ -16,6 +16,7 @@ from service.client.sets import Files, Given
 from service.client.shapes import Artifact, Attempt, Checkpoint, Event, Job, Json, Step
 from service.client.webhooks import Webhooks
 from service.client.wire import Wire, at, if_match, once
+from service.domain.errors import UnlearnError
 
 JOBS = "/v1/unlearning/jobs"
 TIMEOUT_S = 60.0
@@ -222,12 +223,13 @@ class Client:
         self._wire.save(path, out, sha256=artifact.sha256)
 
     def adapter(self, job_id: str, folder: Path) -> None:
-        """The PEFT adapter's files, into a folder that is made."""
+        """The PEFT adapter's files, into a folder that is made. Raises UnlearnError, and makes none, where there are none."""
+        found = [one for one in self.artifacts(job_id) if one.name.startswith("adapter/")]
+        if not found:
+            raise UnlearnError(f"{job_id} has no adapter: none was released, or not yet")
         folder.mkdir(parents=True, exist_ok=True)
-        for artifact in self.artifacts(job_id):
-            kind, _, name = artifact.name.rpartition("/")
-            if kind == "adapter":
-                self.download(artifact, folder / Path(name).name)
+        for artifact in found:
+            self.download(artifact, folder / Path(artifact.name).name)
 
     def report(self, job_id: str) -> Json:
         return self._wire.json("GET", at(JOBS, job_id, "report"), headers={"Accept": "application/json"})

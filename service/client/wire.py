@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +19,17 @@ from service.domain.errors import FieldProblem, UnlearnError
 TRIES = 3
 WAIT_S = 0.3  # before the second try; twice as long before the third
 PATIENCE_S = 60.0  # who is told to wait longer is told so instead
+SILENCE_S = 2.0  # a longer wait is logged
 PAGE = 100
 REPEATABLE = ("GET", "PUT", "DELETE")  # and what has an Idempotency-Key
 BROKEN = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
 KEY = "Idempotency-Key"
 
+log = logging.getLogger(__name__)
+
 
 class ApiError(UnlearnError):
-    """A problem (RFC 9457). Its text is for people: title, status, detail, and a line for each fault of the request."""
+    """A problem (RFC 9457). Its text is for people: title, status, and a line for each fault of the request, or the detail."""
 
     def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
         self.status = status
@@ -36,8 +40,9 @@ class ApiError(UnlearnError):
         )
         self.request_id: str | None = problem.get("request_id")
         self.raw = dict(problem)
-        lines = [f"{problem.get('title')} ({status}): {self.detail}"]
-        super().__init__("\n".join([*lines, *(f"  {one.pointer or '-'}: {one.detail}" for one in self.errors)]))
+        told = f"{problem.get('title')} ({status})"
+        faults = [f"  {one.pointer}: {one.detail}" if one.pointer else f"  {one.detail}" for one in self.errors]
+        super().__init__("\n".join([told, *faults]) if faults else f"{told}: {self.detail}")
 
 
 class Wire:
@@ -70,6 +75,8 @@ class Wire:
 
     def save(self, path: str, out: Path, accept: str = "*/*", sha256: str | None = None) -> None:
         """The answer's bytes as a file: whole, and of that digest where one is given, or not at all."""
+        if not out.parent.is_dir():
+            raise UnlearnError(f"there is no folder {out.parent} to write {out.name} into")
         part, digest = out.with_name(f"{out.name}.part"), hashlib.sha256()
         headers = {"Accept": f"{accept}, application/problem+json"}
         try:
@@ -113,6 +120,8 @@ class Wire:
                     return reply
                 pause_s = pause_s if told_s is None else told_s
                 reply.close()
+                if pause_s > SILENCE_S:
+                    log.warning("the service answers %d and asks to wait: again in %g s", reply.status_code, pause_s)
             sleep(pause_s)
         raise AssertionError("the last try returns or raises")
 
@@ -151,7 +160,12 @@ def _object(reply: httpx.Response) -> Json:
 
 
 def at(path: str, *parts: str) -> str:
-    """A path below another; what a URL takes for its own, it does not take from a part."""
+    """A path below another; what a URL takes for its own, it does not take from a part.
+
+    Raises UnlearnError for a part that is empty: the path would be another's.
+    """
+    if not all(parts):
+        raise UnlearnError("an id or a name is empty")
     return "/".join([path, *(quote(part, safe="") for part in parts)])
 
 

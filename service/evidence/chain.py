@@ -9,7 +9,7 @@ compute a new chain; what prevents it is an anchor that left the house, such as 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ValidationError
 
 from service.evidence import canonical
 from service.evidence.canonical import Instant, Sha256, Strict
@@ -109,8 +109,11 @@ def verify(lines: Iterable[bytes], anchor: Head | None = None, after: Head | Non
 
 
 def reason(error: ValueError) -> str:
-    """An error in one short line; what pydantic says in several begins with the field."""
-    return ": ".join(part.strip() for part in str(error).splitlines()[:3])[:REASON_CHARS]
+    """An error in one short line; of pydantic's, the first field with what is wrong there, never what stands in it."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"[:REASON_CHARS]
+    return str(error).partition("\n")[0][:REASON_CHARS]
 
 
 def _read(text: bytes) -> AuditRow:

@@ -16,7 +16,7 @@ from service.domain.deletion import DenialReason
 from service.domain.identity import ROLES
 from service.store.session import Sessions
 from tests.service import test_cli
-from tests.service.deleting import Desk, approvals  # noqa: F401  a fixture
+from tests.service.deleting import FAILED, Desk, approvals  # noqa: F401  a fixture
 
 run = test_cli.run
 url = test_cli.url  # an API with one model, "m"; the environment has an administrator's key
@@ -84,6 +84,16 @@ def test_a_warning_that_cannot_be_had_costs_nobody_the_requests_id(
     for _ in range(2):
         sent = submit("--reference", "DSR-1")
         assert (sent.exit_code, sent.stdout[:5], sent.stderr) == (0, "dreq_", "")
+
+
+def test_a_request_that_failed_says_why_in_the_list(
+    over: Run, submit: Run, sets: list[object], sessions: Sessions
+) -> None:
+    request_id = submit("--reference", "DSR-1").stdout.strip()
+    job_id = over("submit", "--model", "m", *sets, "--epsilon", 1, "--serves", request_id).stdout.strip()
+    Desk(sessions).end(FAILED)
+    line = over("requests", "list").stdout
+    assert re.fullmatch(rf"{request_id}  failed  due \S+  DSR-1  job {job_id} [^\n]*the verdict is FAILED\n", line)
 
 
 def test_a_deadline_is_extended_once_and_told(over: Run, submit: Run) -> None:
@@ -170,9 +180,11 @@ def test_an_empty_id_is_told_before_anything_is_asked(over: Run) -> None:
 
 
 def test_what_cannot_be_fetched_leaves_nothing(
-    over: Run, make_key: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    over: Run, sets: list[object], make_key: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert over("evidence", "ujob_x", "--out", tmp_path / "evidence").exit_code == 2
+    waits = over("submit", "--model", "m", *sets, "--epsilon", 1).stdout.strip()
+    assert f"{waits} has no adapter" in over("evidence", waits, "--out", tmp_path / "evidence").stderr
     assert "there is no folder" in over("audit", "export", "--out", tmp_path / "none" / "audit.jsonl").stderr
     monkeypatch.setenv("UNLEARN_API_KEY", make_key("compliance_approver"))
     refused = over("audit", "export", "--out", tmp_path / "audit.jsonl")
@@ -191,12 +203,11 @@ def test_a_database_that_cannot_be_reached_is_told_with_the_setting_that_names_i
 
 def test_who_stops_watching_is_told_that_the_job_goes_on(over: Run, url: str, sets: list[object]) -> None:
     job_id = over("submit", "--model", "m", *sets, "--epsilon", 1).stdout.strip()
-    for options in ([], ["--json"]):
-        command = [sys.executable, "-m", "service.cli", "watch", job_id, *options, "--url", url]
-        watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert watching.stdout is not None
-        assert watching.stdout.readline()  # the job as it was found
-        watching.send_signal(signal.SIGINT)
-        told = watching.communicate(timeout=30)[1]
-        assert (watching.returncode, f"{job_id} goes on" in told) == (130, True), told
+    command = [sys.executable, "-m", "service.cli", "watch", job_id, "--url", url]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    assert watching.stdout.readline()  # the job as it was found
+    watching.send_signal(signal.SIGINT)
+    told = watching.communicate(timeout=30)[1]
+    assert (watching.returncode, f"{job_id} goes on" in told) == (130, True), told
     assert json.loads(over("status", job_id).stdout)["status"] == "queued"

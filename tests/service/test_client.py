@@ -138,7 +138,9 @@ def test_an_error_has_the_services_words_and_leaves_no_file(api: Client) -> None
     assert elsewhere.value.status == 404, "an id has no query"
 
 
-def test_what_is_tried_again_happens_once(api: Client, network: Network, slept: list[float]) -> None:
+def test_what_is_tried_again_happens_once_and_a_long_wait_is_told(
+    api: Client, network: Network, slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
     job = submitted(api)
     body = {name: job.raw[name] for name in ("model", "constraint", "forget_set", "retain_set")}
     body["method"] = {"type": "pdu"}
@@ -155,6 +157,7 @@ def test_what_is_tried_again_happens_once(api: Client, network: Network, slept: 
         assert len({request.headers["Idempotency-Key"] for request in network.sent}) == 1
         assert (len(network.sent), len(list(api.jobs())) - known) == (3, 1)
     assert slept == [0.3, 0.6, 0.3, 0.6, 7.0, 0.6]
+    assert caplog.messages == ["the service answers 429 and asks to wait: again in 7 s"]
     network.after = [httpx.ReadError("lost")]
     made = api.keys.create("auditor", role="auditor")
     assert [key.id for key in api.keys.list() if key.name == "auditor"] == [made.id]

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 
 from service import demo
 from service.domain.job import PromptFormat
+from service.local import stack
 from service.processes import free_port, interruptible, running
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +104,15 @@ def test_it_comes_up_whole_and_ctrl_c_leaves_nothing(reachable_folder: Path) -> 
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 128 + signal.SIGINT
         assert until(lambda: not any(map(alive, started)), 5)
+
+
+def test_a_port_that_somebody_has_is_told_and_nobody_elses_api_is_taken_for_ours(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        taken = pytest.raises(RuntimeError, match=f"port {port} of 127.0.0.1 is taken; API_PORT chooses another")
+        with taken, stack(tmp_path / "new", api_port=port):
+            pass
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("later_s", [0.0, 0.7])
