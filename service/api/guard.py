@@ -1,19 +1,21 @@
 """Who asks, and may he? Told before a byte of the body is read."""
 
 from collections.abc import Callable, Coroutine
+from functools import cached_property
 from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from sqlalchemy.orm import Session
 
 from service.api import limits
 from service.api.deps import Parts, revalidated
 from service.domain.errors import Forbidden, Unauthenticated
 from service.domain.identity import Principal, Scope
 from service.settings import Settings
-from service.store import keys
+from service.store import keys, tenancy
 from service.store.session import looking
 from service.store.tables import Tenant
 
@@ -34,37 +36,47 @@ class Guarded(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        needed = self.scopes
 
         async def guarded(request: Request) -> Response:
             parts: Parts = request.app.state.parts
             if self.open(parts.settings):
                 return await handle(request)
-            principal = await run_sync(admit, parts, request)
-            lacking = principal.lacks(needed) if needed else frozenset(Scope)
+            known = await run_sync(self._enter, parts, request)
+            return known or revalidated(request, await handle(request))
+
+        return guarded
+
+    def _enter(self, parts: Parts, request: Request) -> Response | None:
+        """What the database is asked before the route itself, in one turn of one thread and over one connection."""
+        with looking(parts.sessions) as s:
+            principal = admit(s, parts, request)
+            lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
             if lacking:
                 raise Forbidden(sorted(lacking))
             request.state.principal = principal
-            return revalidated(request, await handle(request))
+            tenancy.bind(s, principal.tenant, principal.id)
+            return self.known(s, request)
 
-        return guarded
+    def known(self, s: Session, request: Request) -> Response | None:
+        """304, where a glance shows that the client has the answer already; None: the route is to answer."""
+        return None
 
     def open(self, settings: Settings) -> bool:
         """Whether this deployment leaves it open."""
         return False
 
-    @property
+    @cached_property
     def scopes(self) -> frozenset[Scope]:
         declared = (one for one in self.dependencies if isinstance(one, params.Security))
         return frozenset(Scope(scope) for one in declared for scope in one.scopes or ())
 
 
-def admit(parts: Parts, request: Request) -> Principal:
+def admit(s: Session, parts: Parts, request: Request) -> Principal:
     """Raises Unauthenticated; QuotaExceeded for somebody who asks too often, or an address that guesses."""
     limiter: limits.Limiter = request.app.state.limiter
     address = limits.network(request)
     try:
-        principal = authenticate(parts, request.headers.get("authorization", ""))
+        principal = authenticate(s, parts, request.headers.get("authorization", ""))
     except Unauthenticated:  # who is known is never kept out by those who share his address
         limiter.count(request.state, limiter.failures, address)
         raise
@@ -72,24 +84,18 @@ def admit(parts: Parts, request: Request) -> Principal:
     return principal
 
 
-def authenticate(parts: Parts, authorization: str) -> Principal:
+def authenticate(s: Session, parts: Parts, authorization: str) -> Principal:
     """Raises Unauthenticated, which does not say what was wrong with the credentials."""
     scheme, _, token = authorization.partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("send `Authorization: Bearer` with an API key or a token")
     if token.startswith("ulk_"):
-        with looking(parts.sessions) as s:
-            principal = keys.recognise(s, parts.secrets, token)
+        principal = keys.recognise(s, parts.secrets, token)
     else:
         principal = parts.provider.recognise(token) if parts.provider else None
-        if principal is not None and not _serves(parts, principal.tenant):
+        if principal is not None and s.get(Tenant, principal.tenant) is None:
             principal = None
     if principal is None:
         raise Unauthenticated("the key or token is not valid here, or no longer")
     return principal
-
-
-def _serves(parts: Parts, tenant_id: str) -> bool:
-    with parts.sessions.begin() as s:
-        return s.get(Tenant, tenant_id) is not None

@@ -393,6 +393,7 @@ def _fields(error: ValidationError) -> list[str]:
 
 
 def base_model(entry: ModelEntry) -> BaseModelRef:
+    """`entry`: or a row with its columns."""
     return BaseModelRef(
         id=entry.location if entry.source == "hub" else entry.name,
         revision=entry.revision,

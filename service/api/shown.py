@@ -8,17 +8,23 @@ from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from service.api import polling, shapes
-from service.api.shapes import BaseModelRef, JobObject
+from service.api.shapes import JobObject
 from service.domain.errors import NotFound
 from service.domain.job import Budget, Status
-from service.store import artifacts, evidence, models, quotas, reads, workers
-from service.store.tables import Job
+from service.store import artifacts, evidence, quotas, reads, workers
+from service.store.tables import Job, Model
 
-GLANCED = select(  # made once: a poll asks it, and to put it together takes longer than the answer
-    *(Job.id, Job.tenant_id, Job.version, Job.model, Job.status, Job.status_reason, Job.not_before),
-    *(Job.gpu_class, Job.min_vram_gib, Job.stage, Job.stage_history, Job.step, Job.updated_at),
-    Job.spec["budget"].label("budget"),
-).where(Job.id == bindparam("given"))
+BASE = (Model.name, Model.source, Model.location, Model.revision, Model.digest, Model.tokenizer_digest)
+BASES = select(*BASE).where(Model.name.in_(bindparam("names", expanding=True)))
+GLANCED = (  # made once: a poll asks it, and to put it together takes longer than the answer
+    select(
+        *(Job.id, Job.tenant_id, Job.version, Job.model, Job.status, Job.status_reason, Job.not_before),
+        *(Job.gpu_class, Job.min_vram_gib, Job.stage, Job.stage_history, Job.step, Job.updated_at),
+        *(Job.spec["budget"].label("budget"), *BASE),
+    )
+    .outerjoin(Model, Model.name == Job.model)
+    .where(Job.id == bindparam("given"))
+)
 
 
 class Glance(NamedTuple):
@@ -31,7 +37,6 @@ class Glance(NamedTuple):
 class _Beside(NamedTuple):
     """What can change while the job's row, and so its version, stays as it is."""
 
-    base_model: BaseModelRef | None
     place: int | None
     waits_for: str | None
     certificate: str | None
@@ -42,11 +47,18 @@ def job_object(s: Session, job: Job) -> JobObject:
 
 
 def job_objects(s: Session, found: Sequence[Job]) -> list[JobObject]:
-    """In the same order. A page of jobs costs as many queries as one job, but for one per model that they name."""
+    """In the same order. A page of jobs costs as many queries as one job."""
+    rows: Any = s.execute(BASES, {"names": [*{job.model for job in found}]})
+    base_models = {row.name: shapes.base_model(row) for row in rows}
     published = artifacts.of_jobs(s, [job.id for job in found if job.status is Status.SUCCEEDED])
     return [
         shapes.job_object(
-            job, beside.base_model, beside.place, published.get(job.id, ()), beside.certificate, beside.waits_for
+            job,
+            base_models.get(job.model),
+            beside.place,
+            published.get(job.id, ()),
+            beside.certificate,
+            beside.waits_for,
         )
         for job, beside in zip(found, _besides(s, found), strict=True)
     ]
@@ -57,7 +69,8 @@ def glance(s: Session, job_id: str) -> Glance:
     row: Any = s.execute(GLANCED, {"given": job_id}).one_or_none()
     if row is None:
         raise NotFound("job", job_id)
-    [(base_model, place, waits_for, certificate)] = _besides(s, [row])
+    [(place, waits_for, certificate)] = _besides(s, [row])
+    base_model = shapes.base_model(row) if row.name is not None else None  # an administrator has removed it
     tag = polling.tag(row.version, base_model, place, shapes.status_reason(row, place, waits_for), certificate)
     try:
         eta = shapes.eta_seconds(row, Budget.model_validate(row.budget, extra="ignore"))
@@ -73,11 +86,7 @@ def _besides(s: Session, found: Sequence[Any]) -> list[_Beside]:
     heard = workers.heard(s) if waiting else []
     at_most = quotas.at_most(s, {job.tenant_id for job in found if job.status is Status.QUEUED})
     certificates = evidence.ids(s, [job.id for job in found if job.status is Status.SUCCEEDED])
-    base_models = {name: _base_model(s, name) for name in {job.model for job in found}}
-    return [
-        _Beside(base_models[job.model], places.get(job.id), waits_for(job, heard, at_most), certificates.get(job.id))
-        for job in found
-    ]
+    return [_Beside(places.get(job.id), waits_for(job, heard, at_most), certificates.get(job.id)) for job in found]
 
 
 def waits_for(job: Any, heard: Sequence[Any], at_most: dict[str, int]) -> str | None:
@@ -86,10 +95,3 @@ def waits_for(job: Any, heard: Sequence[Any], at_most: dict[str, int]) -> str | 
     if nobody is None and job.status is Status.QUEUED and (bound := at_most.get(job.tenant_id)) is not None:
         return f"the tenant runs as many jobs at once as it may: {bound}"
     return nobody
-
-
-def _base_model(s: Session, name: str) -> BaseModelRef | None:
-    try:
-        return shapes.base_model(models.get(s, name))
-    except NotFound:  # an administrator has removed it
-        return None

@@ -7,11 +7,11 @@ each other, either: this lock is always the last.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from sqlalchemy import event, func, insert, select
+from sqlalchemy import bindparam, event, func, insert, select
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,17 @@ from service.store.tables import AuditCheck, AuditEvent, Tenant
 NOTED = "audit"  # in Session.info
 PAGE = 1000  # entries
 WHOLE_EVERY = timedelta(days=1)
+
+# Made once: all that is written writes here, too. Waits for the turn at a chain, and says when it came.
+TURN = select(func.clock_timestamp()).select_from(
+    func.pg_advisory_xact_lock(func.hashtextextended(bindparam("chain"), 0))
+)
+LAST = (
+    select(AuditEvent.seq, AuditEvent.hash)
+    .where(AuditEvent.tenant_id == bindparam("tenant"))
+    .order_by(AuditEvent.seq.desc())
+    .limit(1)
+)
 
 
 class Noted(NamedTuple):
@@ -52,8 +63,7 @@ def write(
 
 def head(s: Session, tenant_id: str) -> Head | None:
     """The last row; None: the chain has none."""
-    last = select(AuditEvent.seq, AuditEvent.hash).where(AuditEvent.tenant_id == tenant_id)
-    row = s.execute(last.order_by(AuditEvent.seq.desc()).limit(1), execution_options=tenancy.EVERYBODYS).one_or_none()
+    row = s.execute(LAST, {"tenant": tenant_id}, execution_options=tenancy.EVERYBODYS).one_or_none()
     return Head(seq=row.seq, hash=row.hash) if row else None
 
 
@@ -143,10 +153,9 @@ def _append(s: Session) -> None:
     if noted:
         s.flush()  # else it would come after the lock
     for tenant_id, of_tenant in groupby(sorted(noted, key=lambda one: one.tenant_id), key=lambda one: one.tenant_id):
-        s.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(f"audit {tenant_id}", 0))))
+        now = s.scalars(TURN, {"chain": f"audit {tenant_id}"}).one()
         last = head(s, tenant_id)
         first, prev_hash = (last.seq + 1, last.hash) if last else (1, chain.genesis(tenant_id))
-        now: datetime = s.scalars(select(func.clock_timestamp())).one()
         rows = []
         for seq, one in enumerate(of_tenant, start=first):
             place = {"tenant": tenant_id, "seq": seq, "id": new_id("aud"), "created_at": canonical.instant(now)}

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import and_, func, insert, or_, select, update
+from sqlalchemy import and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
@@ -43,12 +43,20 @@ from service.store.rows import (
     StepRow,
     WarningRow,
 )
-from service.store.tables import Artifact, Benchmark, File, Job, JobCheck, JobEvent, JobStep, Model
+from service.store.tables import Artifact, Benchmark, File, Job, JobCheck, JobEvent, JobStep, Model, Tenant
 
 RETRY_MAX_S = 600
 AT_ONCE = 32  # jobs that a claim looks at: about as many workers may claim at the same time without looking again
 MICRO_BATCH_SHRINKS = 4  # by this much, each time that memory had no room
 MICRO_BATCH_TOKENS_MIN = 256
+STILL_READY = (  # made once: each claim asks it, and to put it together takes longer than the answer
+    select(Job, Tenant.max_running_jobs)
+    .join(Tenant, Tenant.id == Job.tenant_id)
+    .where(Job.id.in_(bindparam("ids", expanding=True)), line.ready(Job))
+    .order_by(*line.order(Job))
+    .limit(1)
+    .with_for_update(of=Job, skip_locked=True)
+)
 
 Versions = AbstractSet[int] | None  # those at which a job may be for a move; None: any
 
@@ -224,13 +232,14 @@ def _first_free(s: Session, classes: Collection[str], vram_gib: float) -> Job | 
     """Locked, and so its tenant's place for one more that runs."""
     most = AT_ONCE
     while found := line.first(s, classes, vram_gib, most):
-        still = select(Job).where(Job.id.in_(found), line.ready(Job)).order_by(*line.order(Job)).limit(1)
-        job = s.scalar(still.with_for_update(skip_locked=True), execution_options=FRESH)
-        if job is None and len(found) < most:
+        free = s.execute(STILL_READY, {"ids": found}, execution_options=FRESH).one_or_none()
+        if free is None and len(found) < most:
             return None  # all of them are somebody else's by now
-        if job is None:
+        if free is None:
             most *= 8
-        elif quotas.may_run(s, job.tenant_id):
+            continue
+        job: Job = free.Job
+        if free.max_running_jobs is None or quotas.may_run(s, job.tenant_id):
             return job  # else somebody took the tenant's last place since; so it is passed over now
     return None
 

@@ -10,7 +10,8 @@ from datetime import datetime, timedelta
 from random import random
 from typing import NamedTuple
 
-from sqlalchemy import delete, func, insert, or_, select, update
+from sqlalchemy import bindparam, delete, func, insert, or_, select, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Session
 
 from service.domain.errors import InvalidTransition, NotFound
@@ -24,6 +25,19 @@ from service.webhooks.events import EventType, Subject
 FAILING_MAX = timedelta(days=5)  # an endpoint that took nothing for so long is disabled
 LEASE_MARGIN = timedelta(seconds=45)  # beyond an attempt's own limit: for the two transactions around it
 KEPT = timedelta(days=30)  # a message and the log of its deliveries
+WANT = (  # made once: each move of a job asks it
+    select(WebhookEndpoint.id)
+    .where(
+        WebhookEndpoint.tenant_id == bindparam("tenant"),
+        WebhookEndpoint.status == "enabled",
+        or_(
+            func.jsonb_array_length(WebhookEndpoint.event_types) == 0,
+            WebhookEndpoint.event_types.contains(bindparam("wanted", type_=JSONB)),
+        ),
+    )
+    .order_by(WebhookEndpoint.id)
+    .with_for_update(read=True, key_share=True)  # it is not deleted before the deliveries name it
+)
 DUE = (WebhookDelivery.status == "pending") & (WebhookDelivery.next_at <= func.now())
 
 
@@ -44,14 +58,7 @@ class Turn(NamedTuple):
 
 def enqueue(s: Session, tenant_id: str, event: EventType, subject: Subject) -> None:
     """For each of the tenant's enabled endpoints that wants to know; for none, nothing is written."""
-    everything = func.jsonb_array_length(WebhookEndpoint.event_types) == 0
-    wants = or_(everything, WebhookEndpoint.event_types.contains([event]))
-    found = s.scalars(
-        select(WebhookEndpoint.id)
-        .where(WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.status == "enabled", wants)
-        .order_by(WebhookEndpoint.id)
-        .with_for_update(read=True, key_share=True)  # it is not deleted before the deliveries name it
-    ).all()
+    found = s.scalars(WANT, {"tenant": tenant_id, "wanted": [event]}).all()
     if found:
         _write(s, tenant_id, event, subject, found)
 

@@ -33,9 +33,10 @@ def at_most(s: Session, tenant_ids: Collection[str]) -> dict[str, int]:
 
 
 def may_run(s: Session, tenant_id: str) -> bool:
-    """Whether it may run one job more. If so, nobody else is told the same before the commit; else nothing stays locked."""
-    if _bound(s, Tenant.max_running_jobs, tenant_id) is None:
-        return True
+    """Whether a tenant with a bound may run one job more.
+
+    If so, nobody else is told the same before the commit; else nothing stays locked.
+    """
     locking = s.begin_nested()
     bound = _bound(s, Tenant.max_running_jobs, tenant_id, lock=True)
     may = bound is None or _count(s, tenant_id, Job.status.in_(HELD)) < bound

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Engine, event, text
 from starlette.testclient import TestClient
 
 from service.domain.job import Failure, FailureCode, Stage, Verdict
@@ -88,6 +88,25 @@ def test_what_leaves_the_answer_as_it_is_is_a_304(http: TestClient, new_job: New
     new_job(priority=9)
     assert http.get(path).content == before.content
     assert http.get(path, headers={"If-None-Match": before.headers["ETag"]}).status_code == 304
+
+
+def test_a_poll_that_finds_what_it_knows_asks_who_it_is_and_how_the_job_is(
+    http: TestClient, new_job: NewJob, sessions: Sessions
+) -> None:
+    path = f"{JOBS}/{new_job()}"
+    claimed(sessions)
+    tag = {"If-None-Match": http.get(path).headers["ETag"]}
+    asked: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        assert http.get(path, headers=tag).status_code == 304
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert [one.partition("FROM ")[2].split()[0] for one in asked] == ["api_keys", "jobs"]
 
 
 def test_another_tenants_job_is_not_there_for_who_has_its_tag(
