@@ -72,6 +72,7 @@ def api() -> None:
     served = create_app(settings)
     config = uvicorn.Config(
         served,
+        http="h11",  # httptools is faster, and keeps a head of any length in memory
         host=settings.api_host,
         port=settings.api_port,
         log_level=settings.log_level.lower(),
@@ -340,12 +341,10 @@ def _told() -> Iterator[None]:
     with terminal.told():
         try:
             yield
-        except sqlalchemy.exc.ArgumentError as error:
-            raise UnlearnError("DATABASE_URL is not such as postgresql+psycopg://USER@HOST/NAME") from error
         except sqlalchemy.exc.DBAPIError as error:
             said = str(error.orig).partition("\n")[0]
             where = "; DATABASE_URL says where it is, and `. .unlearn/environment` sets it after `unlearn up`"
-            unreached = isinstance(error, sqlalchemy.exc.OperationalError)
+            unreached = error.orig is not None and getattr(error.orig, "sqlstate", None) is None
             raise UnlearnError(f"the database says: {said}{where if unreached else ''}") from error
 
 

@@ -7,10 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 
-from service.client import ApiError, Client, DeletionRequest, Key
+from service.client import Client, DeletionRequest, Key
 from service.domain.deletion import DenialReason, RequestStatus
+from service.domain.errors import UnlearnError
 from service.domain.identity import ROLES
 from service.terminal import DEFAULT_URL, Out, Rows, Url, connected, pair, show, stamp
 
@@ -101,7 +103,7 @@ def submit_request(
 
 def _warn_of_others(api: Client, request_id: str, reference: str) -> None:
     """A form that is sent twice is two requests; told once the new one is there, to who may see the others."""
-    with suppress(ApiError):
+    with suppress(UnlearnError, httpx.TransportError):  # the new one is there, whatever becomes of the look
         for other in api.requests.list(external_reference=reference):
             if other.id != request_id and other.finished_at is None:
                 typer.echo(

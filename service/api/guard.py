@@ -47,13 +47,13 @@ class Guarded(APIRoute):
         return guarded
 
     def _enter(self, parts: Parts, request: Request) -> Response | None:
-        """What the database is asked before the route itself, in one turn of one thread and over one connection."""
+        """What is asked before the route itself, in one turn of one thread."""
+        principal = admit(parts, request)
+        lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
+        if lacking:
+            raise Forbidden(sorted(lacking))
+        request.state.principal = principal
         with looking(parts.sessions) as s:
-            principal = admit(s, parts, request)
-            lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
-            if lacking:
-                raise Forbidden(sorted(lacking))
-            request.state.principal = principal
             tenancy.bind(s, principal.tenant, principal.id)
             return self.known(s, request)
 
@@ -71,12 +71,12 @@ class Guarded(APIRoute):
         return frozenset(Scope(scope) for one in declared for scope in one.scopes or ())
 
 
-def admit(s: Session, parts: Parts, request: Request) -> Principal:
+def admit(parts: Parts, request: Request) -> Principal:
     """Raises Unauthenticated; QuotaExceeded for somebody who asks too often, or an address that guesses."""
     limiter: limits.Limiter = request.app.state.limiter
     address = limits.network(request)
     try:
-        principal = authenticate(s, parts, request.headers.get("authorization", ""))
+        principal = authenticate(parts, request.headers.get("authorization", ""))
     except Unauthenticated:  # who is known is never kept out by those who share his address
         limiter.count(request.state, limiter.failures, address)
         raise
@@ -84,18 +84,19 @@ def admit(s: Session, parts: Parts, request: Request) -> Principal:
     return principal
 
 
-def authenticate(s: Session, parts: Parts, authorization: str) -> Principal:
+def authenticate(parts: Parts, authorization: str) -> Principal:
     """Raises Unauthenticated, which does not say what was wrong with the credentials."""
     scheme, _, token = authorization.partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("send `Authorization: Bearer` with an API key or a token")
-    if token.startswith("ulk_"):
-        principal = keys.recognise(s, parts.secrets, token)
-    else:
-        principal = parts.provider.recognise(token) if parts.provider else None
-        if principal is not None and s.get(Tenant, principal.tenant) is None:
-            principal = None
+    with looking(parts.sessions) as s:
+        if token.startswith("ulk_"):
+            principal = keys.recognise(s, parts.secrets, token)
+        else:
+            principal = parts.provider.recognise(token) if parts.provider else None
+            if principal is not None and s.get(Tenant, principal.tenant) is None:
+                principal = None
     if principal is None:
         raise Unauthenticated("the key or token is not valid here, or no longer")
     return principal

@@ -224,7 +224,7 @@ class Client:
 
     def adapter(self, job_id: str, folder: Path) -> None:
         """The PEFT adapter's files, into a folder that is made. Raises UnlearnError, and makes none, where there are none."""
-        found = [one for one in self.artifacts(job_id) if one.name.startswith("adapter/")]
+        found = [one for one in self.artifacts(job_id) if one.name.rpartition("/")[0] == "adapter"]
         if not found:
             raise UnlearnError(f"{job_id} has no adapter: none was released, or not yet")
         folder.mkdir(parents=True, exist_ok=True)

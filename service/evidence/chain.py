@@ -109,7 +109,7 @@ def verify(lines: Iterable[bytes], anchor: Head | None = None, after: Head | Non
 
 
 def reason(error: ValueError) -> str:
-    """An error in one short line; of pydantic's, the first field with what is wrong there, never what stands in it."""
+    """An error in one short line; of pydantic's, the first field with what is wrong there, never the value there."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"[:REASON_CHARS]

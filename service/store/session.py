@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, text
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.store.tenancy import TenantSession
@@ -24,9 +24,22 @@ DEAD_PEER = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_inte
 
 
 def make_engine(database_url: str) -> Engine:
-    """Connects lazily. A connection that died with a restarted database costs nobody a request."""
-    engine = create_engine(
+    """Connects lazily. A connection that a restarted database has closed costs nobody a request.
+
+    One whose peer vanished without a word does, until keepalive finds out. Raises RuntimeError for another URL than such a one.
+    """
+    try:
+        engine = _engine(database_url)
+    except (ArgumentError, ModuleNotFoundError) as error:
+        raise RuntimeError("DATABASE_URL is not such as postgresql+psycopg://USER@HOST/NAME") from error
+    engine.dialect.do_ping = _lives  # type: ignore[method-assign]
+    return engine
+
+
+def _engine(database_url: str) -> Engine:
+    return create_engine(
         database_url,
+        pool_pre_ping=True,
         pool_size=5,
         max_overflow=20,
         pool_timeout=10,
@@ -34,17 +47,15 @@ def make_engine(database_url: str) -> Engine:
         hide_parameters=True,  # a failed statement is logged; who asked for what to be forgotten is not
         json_serializer=to_json,
     )
-    event.listen(engine, "checkout", _refuse_dead)
-    return engine
 
 
-def _refuse_dead(connection: Any, *_: object) -> None:
-    """As `pool_pre_ping`, without its round trip: to one that waits, a server says nothing but that it ends."""
-    if not connection.closed:
-        heard = select.poll()
-        heard.register(connection.fileno(), select.POLLIN)
-    if connection.closed or heard.poll(0):
-        raise InvalidatePoolError
+def _lives(dbapi_connection: Any) -> bool:
+    """What `pool_pre_ping` asks, without a round trip: to one that waits, a server hardly says anything but that it ends."""
+    if dbapi_connection.closed:
+        return False
+    heard = select.poll()
+    heard.register(dbapi_connection.fileno(), select.POLLIN)
+    return not heard.poll(0)
 
 
 def make_sessions(engine: Engine) -> Sessions:

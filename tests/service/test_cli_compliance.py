@@ -195,7 +195,7 @@ def test_what_cannot_be_fetched_leaves_nothing(
 def test_a_database_that_cannot_be_reached_is_told_with_the_setting_that_names_it(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for address in ("postgresql+psycopg://u@/db?host=/nowhere", "nowhere"):
+    for address in ("postgresql+psycopg://u@/db?host=/nowhere", "postgresql://u@/db", "nowhere"):
         monkeypatch.setenv("DATABASE_URL", address)
         refused = run("tenants", "list")
         assert (refused.exit_code, "DATABASE_URL" in refused.stderr) == (2, True), refused.output

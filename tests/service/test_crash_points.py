@@ -297,10 +297,8 @@ def test_an_approval_counts_with_all_that_follows_from_it_or_not_at_all(
         found.append(death)
         path = f"{REQUESTS}/{waiting[-1]}"
         assert http.get(path).json()["status"] == ("approved" if death.whole else "pending_approval"), death
-        shown = http.post(
-            f"{path}/approve", headers=approver
-        ).json()  # who was not answered asks again, and counts once
-        assert (shown["status"], len(shown["approvals"])) == ("approved", 1)
+        again = http.post(f"{path}/approve", headers=approver)  # who was not answered asks again, and counts once
+        assert (again.status_code, again.json()["status"], len(again.json()["approvals"])) == (200, "approved", 1)
 
     whole_or_nothing(*found)
     expected = {"deletion_approvals": 1, "audit_events": 2, "webhook_messages": 1, "webhook_deliveries": len(endpoints)}

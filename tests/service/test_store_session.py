@@ -2,11 +2,13 @@
 
 import select
 import time
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, text
 
-from service.store import tenants
+from service.store import session, tenants
 from service.store.session import Sessions, looking
 from tests.conftest import owner
 
@@ -34,6 +36,27 @@ def test_who_asks_after_a_restart_of_the_database_is_answered(engine: Engine, se
         with looking(sessions) as s:
             assert s.scalar(text("SELECT 1")) == 1
     assert all(one.closed for one in before)
+
+
+def test_a_connection_that_was_just_opened_is_taken_whatever_the_server_says(
+    engine: Engine, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a restart would use up the attempts that SQLAlchemy makes, and the caller would be told of a bug."""
+    refused = 0
+
+    class Talkative:
+        def register(self, *_: object) -> None: ...
+
+        def poll(self, _: int) -> list[int]:
+            nonlocal refused
+            refused += 1
+            return [1]
+
+    held(engine, 1)
+    monkeypatch.setattr(session, "select", SimpleNamespace(poll=Talkative, POLLIN=select.POLLIN))
+    with sessions.begin() as s:
+        assert s.scalar(text("SELECT 1")) == 1
+    assert refused == 1, "the kept one; the new one is not asked"
 
 
 def test_a_connection_that_lives_is_taken_again(engine: Engine, sessions: Sessions) -> None:
