@@ -6,6 +6,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import shutil
+import signal
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -38,6 +39,10 @@ ROOM_BYTES = 4 * 2**30  # of two clusters, with the logs that they write ahead
 MASTER_KEY = b64encode(bytes(range(32))).decode()
 PLAIN = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
 collect_ignore = ["benchmarks"]  # programs
+
+
+# A shell has SIGINT ignored in what it starts in the background, and whatever the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def configure_logs() -> None:
