@@ -8,14 +8,13 @@ from anyio.to_thread import run_sync
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from sqlalchemy.orm import Session
 
 from service.api import limits
 from service.api.deps import Parts, revalidated
 from service.domain.errors import Forbidden, Unauthenticated
 from service.domain.identity import Principal, Scope
 from service.settings import Settings
-from service.store import keys, tenancy
+from service.store import keys
 from service.store.session import looking
 from service.store.tables import Tenant
 
@@ -53,11 +52,9 @@ class Guarded(APIRoute):
         if lacking:
             raise Forbidden(sorted(lacking))
         request.state.principal = principal
-        with looking(parts.sessions) as s:
-            tenancy.bind(s, principal.tenant, principal.id)
-            return self.known(s, request)
+        return self.known(parts, request)
 
-    def known(self, s: Session, request: Request) -> Response | None:
+    def known(self, parts: Parts, request: Request) -> Response | None:
         """304, where a glance shows that the client has the answer already; None: the route is to answer."""
         return None
 

@@ -26,7 +26,7 @@ from service.api.shown import Glance
 from service.api.stream import EventStream
 from service.domain.identity import Scope
 from service.domain.job import EXACT_MAX, TERMINAL, JobCreate, ModelName, Status, Strict
-from service.store import jobs, reads
+from service.store import jobs, reads, tenancy
 from service.store.session import looking
 from service.store.tables import Job
 
@@ -34,10 +34,13 @@ from service.store.tables import Job
 class Glanced(Guarded):
     """Most polls find what they know: they are answered without what it takes to read a request and to tell of a job."""
 
-    def known(self, s: Session, request: Request) -> Response | None:
+    def known(self, parts: Parts, request: Request) -> Response | None:
         if "if-none-match" not in request.headers or "prefer" in request.headers:
             return None
-        now = shown.glance(s, request.path_params["job_id"])
+        who = request.state.principal
+        with looking(parts.sessions) as s:
+            tenancy.bind(s, who.tenant, who.id)
+            now = shown.glance(s, request.path_params["job_id"])
         return Response(status_code=304, headers=now.headers) if unchanged(request, now.headers["ETag"]) else None
 
 

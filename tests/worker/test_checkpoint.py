@@ -214,19 +214,24 @@ def spoil(job: Assignment, told: Sequence[Record], which: int, damage: str) -> N
             path.unlink()
 
 
+def silent(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """What has this in its key is there, but the storage does not answer."""
+    real = Storage.open
+
+    def away(self: Storage, key: str) -> Any:
+        if part in key:
+            raise StorageUnavailable("the storage failed: Connection refused")
+        return real(self, key)
+
+    monkeypatch.setattr(Storage, "open", away)
+
+
 def test_a_storage_that_does_not_answer_is_no_reason_to_begin_at_the_beginning(
     assign: Assign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = asked_for(assign, budget={"max_steps": STEPS})
     _, before = attempt(job, tmp_path, killed_at=4)
-    real = Storage.open
-
-    def away(self: Storage, key: str) -> Any:
-        if "/checkpoints/" in key:
-            raise StorageUnavailable("the storage failed: Connection refused")
-        return real(self, key)
-
-    monkeypatch.setattr(Storage, "open", away)
+    silent(monkeypatch, "/checkpoints/")
     last, after = attempt(job, tmp_path, before, fence=2)
     assert last is not None
     assert getattr(last, "code", None) == "artifact_upload_failed", "worth another attempt, later"
@@ -257,14 +262,7 @@ def test_where_one_does_not_answer_the_one_before_it_is_used(
 ) -> None:
     job = asked_for(assign, budget={"max_steps": STEPS})
     _, before = attempt(job, tmp_path, killed_at=4)
-    real = Storage.open
-
-    def away(self: Storage, key: str) -> Any:
-        if key.endswith("/checkpoints/1-3"):
-            raise StorageUnavailable("the storage failed: Input/output error")
-        return real(self, key)
-
-    monkeypatch.setattr(Storage, "open", away)
+    silent(monkeypatch, "/checkpoints/1-3")
     last, after = attempt(job, tmp_path, before, fence=2)
     assert isinstance(last, ResultRecord)
     assert told_steps(after) == [3, 4, 5]
