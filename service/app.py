@@ -36,7 +36,7 @@ from service.dispatch import CeleryDispatcher, Dispatcher
 from service.domain import catalog
 from service.settings import Settings
 from service.store.secrets import secrets_of
-from service.store.session import make_engine, make_sessions
+from service.store.session import make_engine, make_looks, make_sessions
 from service.store.storage import Storage
 
 DESCRIPTION = (
@@ -56,7 +56,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = make_engine(settings.database_url)
+        engine, looks = make_engine(settings.database_url), make_looks(settings.database_url)
         bell = dispatcher or CeleryDispatcher(settings)
         storage = Storage(settings.storage_url)
         storage.create()
@@ -69,7 +69,8 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
             secrets,
             provider,
         )
-        app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
+        app.state.parts, app.state.looks, app.state.registry = parts, looks, registry
+        app.state.limiter = Limiter(settings)
         collector = metrics.JobFigures(parts)
         registry.register(collector)
         yield
@@ -77,6 +78,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         if isinstance(bell, CeleryDispatcher) and bell is not dispatcher:
             bell.close()
         engine.dispose()
+        await looks.dispose()
 
     app = FastAPI(
         title="Unlearning as a service",

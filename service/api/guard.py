@@ -8,15 +8,15 @@ from anyio.to_thread import run_sync
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.api import limits
 from service.api.deps import Parts, revalidated
 from service.domain.errors import Forbidden, Unauthenticated
 from service.domain.identity import Principal, Scope
 from service.settings import Settings
-from service.store import keys
-from service.store.session import looking
-from service.store.tables import Tenant
+from service.store import keys, tenants
+from service.store.session import look
 
 BEARER = HTTPBearer(
     auto_error=False,
@@ -37,24 +37,17 @@ class Guarded(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            parts: Parts = request.app.state.parts
-            if self.open(parts.settings):
+            if self.open(request.app.state.parts.settings):
                 return await handle(request)
-            known = await run_sync(self._enter, parts, request)
-            return known or revalidated(request, await handle(request))
+            request.state.principal = principal = await admit(request)
+            lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
+            if lacking:
+                raise Forbidden(sorted(lacking))
+            return await self.known(request) or revalidated(request, await handle(request))
 
         return guarded
 
-    def _enter(self, parts: Parts, request: Request) -> Response | None:
-        """What is asked before the route itself, in one turn of one thread."""
-        principal = admit(parts, request)
-        lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
-        if lacking:
-            raise Forbidden(sorted(lacking))
-        request.state.principal = principal
-        return self.known(parts, request)
-
-    def known(self, parts: Parts, request: Request) -> Response | None:
+    async def known(self, request: Request) -> Response | None:
         """304, where a glance shows that the client has the answer already; None: the route is to answer."""
         return None
 
@@ -68,32 +61,33 @@ class Guarded(APIRoute):
         return frozenset(Scope(scope) for one in declared for scope in one.scopes or ())
 
 
-def admit(parts: Parts, request: Request) -> Principal:
+async def admit(request: Request) -> Principal:
     """Raises Unauthenticated; QuotaExceeded for somebody who asks too often, or an address that guesses."""
     limiter: limits.Limiter = request.app.state.limiter
     address = limits.network(request)
     try:
-        principal = authenticate(parts, request.headers.get("authorization", ""))
+        principal = await authenticate(request)
     except Unauthenticated:  # who is known is never kept out by those who share his address
-        limiter.count(request.state, limiter.failures, address)
+        await limiter.count(request.state, limiter.failures, address)
         raise
-    limiter.count(request.state, limiter.default, limits.of(principal))
+    await limiter.count(request.state, limiter.default, limits.of(principal))
     return principal
 
 
-def authenticate(parts: Parts, authorization: str) -> Principal:
+async def authenticate(request: Request) -> Principal:
     """Raises Unauthenticated, which does not say what was wrong with the credentials."""
-    scheme, _, token = authorization.partition(" ")
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("send `Authorization: Bearer` with an API key or a token")
-    with looking(parts.sessions) as s:
-        if token.startswith("ulk_"):
-            principal = keys.recognise(s, parts.secrets, token)
-        else:
-            principal = parts.provider.recognise(token) if parts.provider else None
-            if principal is not None and s.get(Tenant, principal.tenant) is None:
-                principal = None
+    parts: Parts = request.app.state.parts
+    looks: AsyncEngine = request.app.state.looks
+    if token.startswith("ulk_"):
+        principal = await look(looks, keys.recognise, parts.secrets, token)
+    else:
+        principal = await run_sync(parts.provider.recognise, token) if parts.provider else None
+        if principal is not None and not await look(looks, tenants.exists, principal.tenant):
+            principal = None
     if principal is None:
         raise Unauthenticated("the key or token is not valid here, or no longer")
     return principal

@@ -26,21 +26,18 @@ from service.api.shown import Glance
 from service.api.stream import EventStream
 from service.domain.identity import Scope
 from service.domain.job import EXACT_MAX, TERMINAL, JobCreate, ModelName, Status, Strict
-from service.store import jobs, reads, tenancy
-from service.store.session import looking
+from service.store import jobs, reads
+from service.store.session import look
 from service.store.tables import Job
 
 
 class Glanced(Guarded):
     """Most polls find what they know: they are answered without what it takes to read a request and to tell of a job."""
 
-    def known(self, parts: Parts, request: Request) -> Response | None:
+    async def known(self, request: Request) -> Response | None:
         if "if-none-match" not in request.headers or "prefer" in request.headers:
             return None
-        who = request.state.principal
-        with looking(parts.sessions) as s:
-            tenancy.bind(s, who.tenant, who.id)
-            now = shown.glance(s, request.path_params["job_id"])
+        now = await _glance(request, request.path_params["job_id"])
         return Response(status_code=304, headers=now.headers) if unchanged(request, now.headers["ETag"]) else None
 
 
@@ -119,7 +116,7 @@ async def get(
     """
     wait_s = polling.wait_s(prefer or [])
     applied = {"Preference-Applied": f"wait={wait_s}"} if wait_s else {}
-    if wait_s and (seen := await _waited(here, job_id, request, wait_s)):
+    if wait_s and (seen := await _waited(request, job_id, wait_s)):
         return Response(status_code=304, headers=seen.headers | applied)
     answer = await run_sync(_look, here, job_id)
     response.headers.update(polling.headers(answer) | applied)
@@ -137,10 +134,10 @@ router.add_api_route(
 )
 
 
-async def _waited(here: Parts, job_id: str, request: Request, wait_s: int) -> Glance | None:
+async def _waited(request: Request, job_id: str, wait_s: int) -> Glance | None:
     """Until it changes, or has ended, or the time is over. What the client has, if it still has the newest."""
     until = time.monotonic() + wait_s
-    now = await run_sync(_glance, here, job_id)
+    now = await _glance(request, job_id)
     first = None if "if-none-match" in request.headers else now.headers["ETag"]
     while (
         now.status not in TERMINAL
@@ -149,13 +146,12 @@ async def _waited(here: Parts, job_id: str, request: Request, wait_s: int) -> Gl
         and not request.app.state.stopping()
     ):
         await anyio.sleep(min(LOOK_EVERY_S, rest_s))
-        now = await run_sync(_glance, here, job_id)
+        now = await _glance(request, job_id)
     return now if unchanged(request, now.headers["ETag"]) else None
 
 
-def _glance(here: Parts, job_id: str) -> Glance:
-    with looking(here.sessions) as s:
-        return shown.glance(s, job_id)
+async def _glance(request: Request, job_id: str) -> Glance:
+    return await look(request.app.state.looks, shown.glance, request.state.principal.tenant, job_id)
 
 
 def _look(here: Parts, job_id: str) -> JobObject:

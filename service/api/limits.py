@@ -58,10 +58,12 @@ class Limiter:
         self._streams_max = settings.events_streams_per_principal
         self._streams = Counter[str]()
 
-    def count(self, state: State, policy: Policy, whose: str) -> None:
+    async def count(self, state: State, policy: Policy, whose: str) -> None:
         """One more, told in the headers of the answer. Raises QuotaExceeded; then it is not counted."""
-        if not policy.quota:
-            return
+        if policy.quota:
+            await run_sync(self._count, state, policy, whose)
+
+    def _count(self, state: State, policy: Policy, whose: str) -> None:
         taken = self._ask(lambda limiter: limiter.hit(policy.item, whose))
         left = self._tell(state, policy, whose)
         if not taken:
@@ -103,7 +105,7 @@ class Limiter:
 async def count_job(request: Request) -> None:
     """A dependency of routes that create jobs."""
     limiter: Limiter = request.app.state.limiter
-    await run_sync(limiter.count, request.state, limiter.jobs, of(request.state.principal))
+    await limiter.count(request.state, limiter.jobs, of(request.state.principal))
 
 
 def of(who: Principal) -> str:

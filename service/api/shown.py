@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from sqlalchemy import bindparam, select
+from sqlalchemy import Connection, bindparam, select
 from sqlalchemy.orm import Session
 
 from service.api import polling, shapes
@@ -23,7 +23,7 @@ GLANCED = (  # made once: a poll asks it, and to put it together takes longer th
         *(Job.spec["budget"].label("budget"), *BASE),
     )
     .outerjoin(Model, Model.name == Job.model)
-    .where(Job.id == bindparam("given"))
+    .where(Job.id == bindparam("given"), Job.tenant_id == bindparam("owner"))
 )
 
 
@@ -64,12 +64,12 @@ def job_objects(s: Session, found: Sequence[Job]) -> list[JobObject]:
     ]
 
 
-def glance(s: Session, job_id: str) -> Glance:
+def glance(connection: Connection, tenant_id: str, job_id: str) -> Glance:
     """Raises NotFound. Cheaper than the whole, and the same ETag: whatever `_besides` does not tell has a version."""
-    row: Any = s.execute(GLANCED, {"given": job_id}).one_or_none()
+    row: Any = connection.execute(GLANCED, {"given": job_id, "owner": tenant_id}).one_or_none()
     if row is None:
         raise NotFound("job", job_id)
-    [(place, waits_for, certificate)] = _besides(s, [row])
+    [(place, waits_for, certificate)] = _besides(connection, [row])
     base_model = shapes.base_model(row) if row.name is not None else None  # an administrator has removed it
     tag = polling.tag(row.version, base_model, place, shapes.status_reason(row, place, waits_for), certificate)
     try:
@@ -79,7 +79,7 @@ def glance(s: Session, job_id: str) -> Glance:
     return Glance(row.status, polling.told(tag, row.status, eta))
 
 
-def _besides(s: Session, found: Sequence[Any]) -> list[_Beside]:
+def _besides(s: Session | Connection, found: Sequence[Any]) -> list[_Beside]:
     """Of each; `found`: jobs, or rows with the columns of GLANCED."""
     waiting = [job.id for job in found if job.status is Status.QUEUED]
     places = reads.places(s, waiting)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from hashlib import sha256
 
 from pydantic import ValidationError
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from sqlalchemy.orm import Session
 
 from service.domain.errors import NotFound, StorageDamaged
@@ -80,7 +80,7 @@ def generic_result(s: Session, secrets: Secrets, row: Certificate) -> bytes:
     return dsse.to_json(certificate.issue(certificate.generic_result(certificate.read(signed)), key))
 
 
-def ids(s: Session, job_ids: Collection[str]) -> dict[str, str]:
+def ids(s: Session | Connection, job_ids: Collection[str]) -> dict[str, str]:
     """Of the certificates of those jobs that have one, by job."""
     if not job_ids:
         return {}

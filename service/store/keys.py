@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from hmac import compare_digest
 from typing import NamedTuple
 
-from sqlalchemy import bindparam, func, or_, select, update
+from sqlalchemy import Connection, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
@@ -80,17 +80,16 @@ def create(
     return NewKey(row, secret)
 
 
-def recognise(s: Session, secrets: Secrets, secret: str) -> Principal | None:
-    """Whose secret it is; None: nobody's, or of a key that is revoked or has expired. For an unbound session."""
+def recognise(connection: Connection, secrets: Secrets, secret: str) -> Principal | None:
+    """Whose secret it is, of whatever tenant; None: nobody's, or of a key that is revoked or has expired."""
     form = FORM.fullmatch(secret)
     if form is None or _check(form["body"]) != form["check"]:
         return None
-    row = s.execute(LIVE, {"given": form["prefix"]}).one_or_none()
+    row = connection.execute(LIVE, {"given": form["prefix"]}).one_or_none()
     if row is None or not compare_digest(row.digest, secrets.digest(PURPOSE, secret.encode())):
         return None
     if row.long_ago:
-        used = update(ApiKey).where(ApiKey.id == row.id, LONG_AGO).values(last_used_at=func.now())
-        s.execute(used.execution_options(synchronize_session=False))
+        connection.execute(update(ApiKey).where(ApiKey.id == row.id, LONG_AGO).values(last_used_at=func.now()))
     return Principal(row.id, row.tenant_id, frozenset(map(Scope, row.scopes)))
 
 

@@ -47,7 +47,7 @@ def first(s: Session, classes: Collection[str], vram_gib: float, most: int) -> S
     heads come first. So it costs a look into the index for each tenant and class, whatever the number of jobs, but for
     those at the head of a line that rest or do not fit, which are passed over one by one.
     """
-    return s.scalars(_first(most), {"classes": sorted({*classes, "any"}), "vram_gib": vram_gib}).all()
+    return s.connection().scalars(_first(most), {"classes": sorted({*classes, "any"}), "vram_gib": vram_gib}).all()
 
 
 @cache  # to put it together takes longer than the answer

@@ -6,7 +6,7 @@ against it, so that two at once cannot both take the last place.
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, and_, bindparam, func, select
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from service.domain.errors import QuotaExceeded
@@ -20,11 +20,12 @@ RETRY_AFTER_S = 60  # nobody knows when a job ends
 
 _held = aliased(Job)
 _running = select(func.count()).where(_held.tenant_id == Tenant.id, _held.status.in_(HELD)).scalar_subquery()
-RUNS_MOST = func.coalesce(Tenant.max_running_jobs <= _running, False)  # of a row of tenants
+# Of a row of tenants. Where it has no bound, nothing is counted.
+RUNS_MOST = and_(Tenant.max_running_jobs.is_not(None), Tenant.max_running_jobs <= _running)
 AT_MOST = select(Tenant.id, Tenant.max_running_jobs).where(Tenant.id.in_(bindparam("ids", expanding=True)), RUNS_MOST)
 
 
-def at_most(s: Session, tenant_ids: Collection[str]) -> dict[str, int]:
+def at_most(s: Session | Connection, tenant_ids: Collection[str]) -> dict[str, int]:
     """The bounds of those of the tenants that run as many jobs as they may."""
     if not tenant_ids:
         return {}

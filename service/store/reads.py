@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import Connection, bindparam, func, select
 from sqlalchemy.orm import Session
 
 from service.domain.job import TERMINAL, Status
@@ -55,7 +55,7 @@ def statuses(s: Session, job_ids: Collection[str]) -> dict[str, Status]:
     return {row.id: row.status for row in rows}
 
 
-def places(s: Session, job_ids: Collection[str]) -> dict[str, int]:
+def places(s: Session | Connection, job_ids: Collection[str]) -> dict[str, int]:
     """1: next, by the order in which jobs are claimed, whoever's and of whatever GPU class. A job that rests has no place."""
     if not job_ids:
         return {}

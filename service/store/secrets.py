@@ -7,6 +7,7 @@ import hmac
 import os
 from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from binascii import Error as NotBase64
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -56,7 +57,12 @@ class Secrets:
 
     def key(self, purpose: str) -> bytes:
         """32 bytes, from which neither the master key nor another purpose's can be computed."""
-        return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"unlearning-service:{purpose}".encode()).derive(self._master)
+        return _derived(self._master, purpose)
+
+
+@lru_cache(maxsize=64)  # each request wants the same one, and to derive it takes longer than what is done with it
+def _derived(master: bytes, purpose: str) -> bytes:
+    return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"unlearning-service:{purpose}".encode()).derive(master)
 
 
 def secrets_of(settings: Settings) -> Secrets:

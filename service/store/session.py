@@ -1,19 +1,23 @@
-"""The engine and its sessions. One transaction per `with sessions.begin() as s:`; short, never held over a wait."""
+"""The engine and its sessions. One transaction per `with sessions.begin() as s:`; short, never held over a wait.
+
+Beside them the event loop's own connections, for what each request asks.
+"""
 
 import json
 import math
 import select
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import greenlet_spawn
 
 from service.store.tenancy import TenantSession
 
+T = TypeVar("T")
 Sessions = sessionmaker[Session]
 
 # A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever.
@@ -22,6 +26,14 @@ TIMEOUTS = "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_
 # A network that drops packets is noticed within seconds, not after the system's quarter of an hour (libpq's names).
 DEAD_PEER = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
 
+OPTIONS: dict[str, Any] = {
+    "pool_pre_ping": True,
+    "pool_size": 10,  # those beyond it are closed after each use, which costs more than most uses
+    "pool_timeout": 10,
+    "connect_args": {"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn", **DEAD_PEER},
+    "hide_parameters": True,  # a failed statement is logged; who asked for what to be forgotten is not
+}
+
 
 def make_engine(database_url: str) -> Engine:
     """Connects lazily. A connection that a restarted database has closed costs nobody a request.
@@ -29,51 +41,61 @@ def make_engine(database_url: str) -> Engine:
     One whose peer vanished without a word does, until keepalive finds out. Raises RuntimeError for another URL than such a one.
     """
     try:
-        engine = _engine(database_url)
+        engine = create_engine(database_url, max_overflow=15, json_serializer=to_json, **OPTIONS)
     except (ArgumentError, ModuleNotFoundError) as error:
         raise RuntimeError("DATABASE_URL is not such as postgresql+psycopg://USER@HOST/NAME") from error
-    engine.dialect.do_ping = _lives  # type: ignore[method-assign]
+    _ping_without_asking(engine)
     return engine
 
 
-def _engine(database_url: str) -> Engine:
-    return create_engine(
+def make_looks(database_url: str) -> AsyncEngine:
+    """What `look` looks through. Connects lazily, as make_engine does."""
+    looks = create_async_engine(
         database_url,
-        pool_pre_ping=True,
-        pool_size=5,
-        max_overflow=20,
-        pool_timeout=10,
-        connect_args={"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn", **DEAD_PEER},
-        hide_parameters=True,  # a failed statement is logged; who asked for what to be forgotten is not
-        json_serializer=to_json,
+        max_overflow=0,
+        isolation_level="AUTOCOMMIT",
+        pool_reset_on_return=None,  # there is never a transaction to end
+        **OPTIONS,
     )
+    _ping_without_asking(looks.sync_engine)
+    return looks
 
 
-def _lives(dbapi_connection: Any) -> bool:
+async def look(looks: AsyncEngine, question: Callable[..., T], *given: Any) -> T:
+    """What `question(connection, *given)` finds, asked on the event loop; for reads that need no transaction.
+
+    Each statement is a transaction of its own, without the round trips of BEGIN and COMMIT, and nothing waits for a thread:
+    polls take half of what they took with a session in one. The connection sees every tenant: a question names its own.
+    """
+
+    def turn() -> T:
+        with looks.sync_engine.connect() as connection:
+            return question(connection, *given)
+
+    return await greenlet_spawn(turn)  # AsyncConnection would take one to connect, one to ask, and one to close
+
+
+def _ping_without_asking(engine: Engine) -> None:
+    dialect = engine.dialect
+
+    def lives(dbapi_connection: Any) -> bool:
+        return _lives(dialect.get_driver_connection(dbapi_connection))
+
+    dialect.do_ping = lives  # type: ignore[method-assign]
+
+
+def _lives(connection: Any) -> bool:
     """What `pool_pre_ping` asks, without a round trip: to one that waits, a server hardly says anything but that it ends."""
-    if dbapi_connection.closed:
+    if connection.closed:
         return False
     heard = select.poll()
-    heard.register(dbapi_connection.fileno(), select.POLLIN)
+    heard.register(connection.fileno(), select.POLLIN)
     return not heard.poll(0)
 
 
 def make_sessions(engine: Engine) -> Sessions:
     """Rows stay readable after the commit: an endpoint answers with them. They see every tenant (see tenancy.py)."""
     return sessionmaker(engine, class_=TenantSession, expire_on_commit=False)
-
-
-@contextmanager
-def looking(sessions: Sessions) -> Iterator[Session]:
-    """For reads that need no transaction: each statement is one, without the round trips of BEGIN and COMMIT."""
-    with sessions(bind=_autocommit(sessions.kw["bind"])) as s:
-        yield s
-
-
-@lru_cache(maxsize=8)
-def _autocommit(engine: Engine) -> Engine:
-    """Over the same connections. Kept: to make it takes longer than a look."""
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def at_most(s: Session, seconds: float) -> None:

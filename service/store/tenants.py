@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -38,6 +38,10 @@ def get(s: Session, tenant_id: str) -> Tenant:
     if tenant is None:
         raise NotFound("tenant", tenant_id)
     return tenant
+
+
+def exists(connection: Connection, tenant_id: str) -> bool:
+    return connection.execute(select(Tenant.id).where(Tenant.id == tenant_id)).one_or_none() is not None
 
 
 def change(s: Session, tenant_id: str, **rules: int | None) -> Tenant:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import Connection, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -14,7 +15,9 @@ from service.store.tenancy import EVERYBODYS
 SAY_EVERY_S = 30.0
 SILENT_MIN = 5  # a worker that has said nothing for so long is taken to be gone
 FORGOTTEN = timedelta(days=1)
-HEARD = select(Worker).where(Worker.seen_at > func.now() - timedelta(minutes=SILENT_MIN))
+HEARD = select(Worker.name, Worker.gpu_classes, Worker.vram_gib, Worker.slots).where(
+    Worker.seen_at > func.now() - timedelta(minutes=SILENT_MIN)
+)
 
 
 def seen(s: Session, name: str, gpu_classes: Sequence[str], vram_gib: float, slots: int = 1) -> None:
@@ -29,9 +32,9 @@ def gone(s: Session, name: str) -> None:
     s.execute(delete(Worker).where(Worker.name == name))
 
 
-def heard(s: Session) -> Sequence[Worker]:
-    """Those that said so within the last minutes."""
-    return s.scalars(HEARD).all()
+def heard(s: Session | Connection) -> Sequence[Any]:
+    """Those that said so within the last minutes: their rows, without the time."""
+    return s.execute(HEARD).all()
 
 
 def known(s: Session) -> Sequence[Worker]:
@@ -45,12 +48,12 @@ def busy(s: Session) -> dict[str, int]:
     return {name: count for name, count in s.execute(held, execution_options=EVERYBODYS) if name is not None}
 
 
-def can_run(worker: Worker, gpu_class: str, min_vram_gib: float | None) -> bool:
+def can_run(worker: Any, gpu_class: str, min_vram_gib: float | None) -> bool:
     """The rule of jobs.claim."""
     return gpu_class in (*worker.gpu_classes, "any") and worker.vram_gib >= (min_vram_gib or 0)
 
 
-def nobody_runs(job: Job, heard: Sequence[Worker]) -> str | None:
+def nobody_runs(job: Job, heard: Sequence[Any]) -> str | None:
     """Why a queued job waits in vain; None: it does not wait, or somebody can run it."""
     if job.status is not Status.QUEUED:
         return None

@@ -231,8 +231,8 @@ def test_a_key_of_another_master_key_is_nobodys(sessions: Sessions, settings: Se
     secret = make_key("admin")
     with sessions.begin() as s:
         ours, theirs = (secrets_of(settings), type(secrets_of(settings))(bytes(32)))
-        assert isinstance(keys.recognise(s, ours, secret), Principal)
-        assert keys.recognise(s, theirs, secret) is None
+        assert isinstance(keys.recognise(s.connection(), ours, secret), Principal)
+        assert keys.recognise(s.connection(), theirs, secret) is None
 
 
 def test_a_key_makes_only_keys_that_expire_no_later_than_itself(http: TestClient) -> None:

@@ -1,16 +1,20 @@
 """Connections, as the service and its workers have them: they outlast a restart of the database, and are what one asked for."""
 
+import asyncio
 import select
-import time
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.store import session, tenants
-from service.store.session import Sessions, looking
+from service.store import session, workers
+from service.store.session import Sessions, look, make_looks
 from tests.conftest import owner
+
+T = TypeVar("T")
 
 
 def held(engine: Engine, count: int) -> list[Any]:
@@ -22,6 +26,17 @@ def held(engine: Engine, count: int) -> list[Any]:
     return found
 
 
+def looked(database_url: str, course: Callable[[AsyncEngine], Coroutine[Any, Any, T]]) -> T:
+    async def whole() -> T:
+        looks = make_looks(database_url)
+        try:
+            return await course(looks)
+        finally:
+            await looks.dispose()
+
+    return asyncio.run(whole())
+
+
 def test_who_asks_after_a_restart_of_the_database_is_answered(engine: Engine, sessions: Sessions) -> None:
     before = held(engine, 3)
     with owner(sessions).connect() as connection:
@@ -30,10 +45,8 @@ def test_who_asks_after_a_restart_of_the_database_is_answered(engine: Engine, se
         connection.commit()
     for one in before:  # the server's farewell is on its way
         assert select.select([one.fileno()], [], [], 10)[0]
-    with sessions.begin() as s:
-        assert s.scalar(text("SELECT 1")) == 1
     for _ in before:
-        with looking(sessions) as s:
+        with sessions.begin() as s:
             assert s.scalar(text("SELECT 1")) == 1
     assert all(one.closed for one in before)
 
@@ -66,21 +79,48 @@ def test_a_connection_that_lives_is_taken_again(engine: Engine, sessions: Sessio
             assert s.scalar(text("SELECT pg_backend_pid()")) in before
 
 
-def test_each_statement_of_a_look_is_a_transaction_of_its_own_and_of_no_other_session(sessions: Sessions) -> None:
-    def now(s: Any) -> float:
-        return float(s.scalar(text("SELECT extract(epoch FROM now())")))
+def test_each_statement_of_a_look_is_a_transaction_of_its_own(database_url: str, sessions: Sessions) -> None:
+    def question(connection: Connection) -> list[float]:
+        now = "SELECT extract(epoch FROM clock_timestamp() - now())::float8"  # since its transaction began
+        connection.execute(text("INSERT INTO workers (name, gpu_classes, vram_gib, slots) VALUES ('kept', '[]', 0, 1)"))
+        return [connection.scalars(text(f"{now} FROM pg_sleep({pause})")).one() for pause in (0.2, 0)]
 
-    with looking(sessions) as s:
-        first = now(s)
-        time.sleep(0.01)
-        assert now(s) > first
-        tenants.add(s, "kept")
-        s.flush()
-    with sessions() as s:  # over the connection that the look had
-        first = now(s)
-        time.sleep(0.01)
-        assert now(s) == first
-        tenants.add(s, "dropped")
-        s.flush()
+    slow, quick = looked(database_url, lambda looks: look(looks, question))
+    assert quick < 0.2 <= slow
     with sessions() as s:
-        assert {"kept", "dropped"} & {one.id for one in tenants.every(s)} == {"kept"}
+        assert [one.name for one in workers.known(s)] == ["kept"]
+
+
+def test_a_look_that_takes_long_keeps_nobody_waiting(database_url: str) -> None:
+    done: list[str] = []
+
+    async def asks(looks: AsyncEngine, name: str, seconds: float) -> None:
+        await look(looks, lambda connection: connection.execute(text(f"SELECT pg_sleep({seconds})")))
+        done.append(name)
+
+    async def course(looks: AsyncEngine) -> None:
+        await asyncio.gather(asks(looks, "slow", 0.5), *(asks(looks, "quick", 0) for _ in range(50)))
+
+    looked(database_url, course)
+    assert done == ["quick"] * 50 + ["slow"]
+
+
+def test_who_looks_after_a_restart_of_the_database_is_answered(database_url: str, sessions: Sessions) -> None:
+    def pid(connection: Connection) -> int:
+        return connection.scalars(text("SELECT pg_backend_pid() FROM pg_sleep(0.1)")).one()
+
+    async def course(looks: AsyncEngine) -> tuple[set[int], ...]:
+        async def three() -> set[int]:
+            return set(await asyncio.gather(*(look(looks, pid) for _ in range(3))))
+
+        before, again = await three(), await three()
+        with owner(sessions).connect() as connection:
+            connection.execute(
+                text("SELECT pg_terminate_backend(pid, 10000) FROM unnest(:pids) AS pid"), {"pids": [*before]}
+            )
+        return before, again, await three()
+
+    before, again, after = looked(database_url, course)
+    assert len(before) == 3
+    assert again == before
+    assert not after & before
