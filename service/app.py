@@ -56,7 +56,9 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine, looks = make_engine(settings.database_url), make_looks(settings.database_url)
+        engine = make_engine(settings.database_url)
+        looks = make_looks(settings.database_url)  # who asks
+        glances = make_looks(settings.database_url)  # how his job is: a line of many jobs keeps nobody from being known
         bell = dispatcher or CeleryDispatcher(settings)
         storage = Storage(settings.storage_url)
         storage.create()
@@ -69,8 +71,8 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
             secrets,
             provider,
         )
-        app.state.parts, app.state.looks, app.state.registry = parts, looks, registry
-        app.state.limiter = Limiter(settings)
+        app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
+        app.state.looks, app.state.glances = looks, glances
         collector = metrics.JobFigures(parts)
         registry.register(collector)
         yield
@@ -79,6 +81,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
             bell.close()
         engine.dispose()
         await looks.dispose()
+        await glances.dispose()
 
     app = FastAPI(
         title="Unlearning as a service",

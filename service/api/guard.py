@@ -83,7 +83,7 @@ async def authenticate(request: Request) -> Principal:
     parts: Parts = request.app.state.parts
     looks: AsyncEngine = request.app.state.looks
     if token.startswith("ulk_"):
-        principal = await look(looks, keys.recognise, parts.secrets, token)
+        principal = await look(looks, keys.recognise, parts.secrets, token) if keys.well_formed(token) else None
     else:
         principal = await run_sync(parts.provider.recognise, token) if parts.provider else None
         if principal is not None and not await look(looks, tenants.exists, principal.tenant):

@@ -151,7 +151,7 @@ async def _waited(request: Request, job_id: str, wait_s: int) -> Glance | None:
 
 
 async def _glance(request: Request, job_id: str) -> Glance:
-    return await look(request.app.state.looks, shown.glance, request.state.principal.tenant, job_id)
+    return await look(request.app.state.glances, shown.glance, request.state.principal.tenant, job_id)
 
 
 def _look(here: Parts, job_id: str) -> JobObject:

@@ -37,9 +37,7 @@ class Secrets:
 
     def digest(self, purpose: str, content: bytes) -> str:
         """64 hex digits. Who lacks the key cannot try what was digested."""
-        mac = self.mac(purpose)
-        mac.update(content)
-        return mac.hexdigest()
+        return hmac.digest(_kept(self._master, purpose), content, "sha256").hex()
 
     def seal(self, purpose: str, content: bytes) -> str:
         """AES-256-GCM with a random nonce; only `open` with the same purpose reads it."""
@@ -60,9 +58,12 @@ class Secrets:
         return _derived(self._master, purpose)
 
 
-@lru_cache(maxsize=64)  # each request wants the same one, and to derive it takes longer than what is done with it
 def _derived(master: bytes, purpose: str) -> bytes:
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"unlearning-service:{purpose}".encode()).derive(master)
+
+
+# Of digests alone, which have few purposes: each request wants one, and to derive the key takes longer than the digest.
+_kept = lru_cache(maxsize=64)(_derived)
 
 
 def secrets_of(settings: Settings) -> Secrets:

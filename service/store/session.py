@@ -26,11 +26,12 @@ TIMEOUTS = "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_
 # A network that drops packets is noticed within seconds, not after the system's quarter of an hour (libpq's names).
 DEAD_PEER = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
 
+CONNECT: dict[str, Any] = {"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn", **DEAD_PEER}
+
 OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
-    "pool_size": 10,  # those beyond it are closed after each use, which costs more than most uses
     "pool_timeout": 10,
-    "connect_args": {"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn", **DEAD_PEER},
+    "connect_args": CONNECT,
     "hide_parameters": True,  # a failed statement is logged; who asked for what to be forgotten is not
 }
 
@@ -41,7 +42,7 @@ def make_engine(database_url: str) -> Engine:
     One whose peer vanished without a word does, until keepalive finds out. Raises RuntimeError for another URL than such a one.
     """
     try:
-        engine = create_engine(database_url, max_overflow=15, json_serializer=to_json, **OPTIONS)
+        engine = create_engine(database_url, pool_size=10, max_overflow=15, json_serializer=to_json, **OPTIONS)
     except (ArgumentError, ModuleNotFoundError) as error:
         raise RuntimeError("DATABASE_URL is not such as postgresql+psycopg://USER@HOST/NAME") from error
     _ping_without_asking(engine)
@@ -49,23 +50,27 @@ def make_engine(database_url: str) -> Engine:
 
 
 def make_looks(database_url: str) -> AsyncEngine:
-    """What `look` looks through. Connects lazily, as make_engine does."""
+    """What `look` looks through. Connects lazily, as make_engine does.
+
+    A look that takes longer than seconds is given up: those who wait for one of the few connections wait no longer.
+    """
     looks = create_async_engine(
         database_url,
+        pool_size=5,
         max_overflow=0,
         isolation_level="AUTOCOMMIT",
         pool_reset_on_return=None,  # there is never a transaction to end
-        **OPTIONS,
+        **OPTIONS | {"connect_args": CONNECT | {"options": f"{TIMEOUTS} -c statement_timeout=5s"}},
     )
     _ping_without_asking(looks.sync_engine)
     return looks
 
 
 async def look(looks: AsyncEngine, question: Callable[..., T], *given: Any) -> T:
-    """What `question(connection, *given)` finds, asked on the event loop; for reads that need no transaction.
+    """What `question(connection, *given)` finds, asked on the event loop; for what needs no transaction.
 
-    Each statement is a transaction of its own, without the round trips of BEGIN and COMMIT, and nothing waits for a thread:
-    polls take half of what they took with a session in one. The connection sees every tenant: a question names its own.
+    Each statement is a transaction of its own, without the round trips of BEGIN and COMMIT, and waits for no thread.
+    The connection sees every tenant: a question names its own.
     """
 
     def turn() -> T:

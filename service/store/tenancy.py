@@ -1,7 +1,8 @@
 """Whose rows a session sees: those of the tenant that it is bound to. Not bound, as the worker's and the sweep's: all.
 
 The rule is in one place, so that no query can forget it: every statement on a table of `Owned` rows gets the tenant's
-criterion, and every new row the tenant's name. What another tenant owns is not forbidden, it is not there.
+criterion, and every new row the tenant's name. What another tenant owns is not forbidden, it is not there. Past the
+session, on a bare connection, nobody adds it: there a statement names its tenant, as `shown.glance` does.
 """
 
 from functools import lru_cache

@@ -128,6 +128,8 @@ def test_without_a_database_the_process_lives_and_is_not_ready(settings: Setting
         assert (ready.status_code, ready.json()["status"]) == (503, "unready")
         reply = http.get(JOBS)
         assert (kind(reply), reply.headers["Retry-After"]) == ((503, "service-unavailable"), "5")
+        mistyped = {"Authorization": http.headers["Authorization"][:-1]}
+        assert http.get(JOBS, headers=mistyped).status_code == 401, "told without the database"
         assert "unlearn_collector_success 0.0" in http.get("/metrics").text
 
 

@@ -1,6 +1,8 @@
 """A poll that is answered from the job's version and little more: never stale, nobody else's, and for nobody unknown."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sqlalchemy import Engine, event, text
@@ -11,9 +13,11 @@ from service.settings import Settings
 from service.store import evidence_keys, jobs, keys, workers
 from service.store.secrets import secrets_of
 from service.store.session import Sessions
+from tests.conftest import owner
 from tests.service.conftest import JOBS
 from tests.service.test_store_jobs import claimed, step, wait
 
+WAITING = text("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'jobs'::regclass")
 NewJob = Callable[..., str]
 PASSED = Verdict(result="PASSED", gates=[], message="kept the bound and forgot")
 
@@ -143,3 +147,28 @@ def test_a_key_is_noted_as_used_once_a_minute(http: TestClient, sessions: Sessio
 
     http.get(JOBS)
     assert [used("0 s"), used("50 s"), used("20 s")] == [False, False, True]
+
+
+def test_a_key_whose_row_is_held_is_good_all_the_same(http: TestClient, sessions: Sessions) -> None:
+    http.get(JOBS)
+    with sessions.begin() as s:
+        s.execute(text("UPDATE api_keys SET last_used_at = last_used_at - interval '1 hour'"))
+    with sessions.begin() as s:
+        s.execute(text("SELECT 1 FROM api_keys FOR UPDATE"))
+        assert http.get(JOBS).status_code == 200
+
+
+def test_polls_that_wait_for_the_database_keep_nobody_from_being_known(
+    http: TestClient, new_job: NewJob, sessions: Sessions
+) -> None:
+    path = f"{JOBS}/{new_job()}"
+    tag = {"If-None-Match": http.get(path).headers["ETag"]}
+    with ThreadPoolExecutor(20) as pool, owner(sessions).connect() as connection:
+        connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
+        polls = [pool.submit(http.get, path, headers=tag) for _ in range(20)]
+        while connection.scalars(WAITING).one() < 5:
+            time.sleep(0.01)
+        assert http.get("/v1/models").status_code == 200
+        assert not any(poll.done() for poll in polls)
+        connection.rollback()
+        assert {poll.result().status_code for poll in polls} == {304}

@@ -124,3 +124,21 @@ def test_who_looks_after_a_restart_of_the_database_is_answered(database_url: str
     assert len(before) == 3
     assert again == before
     assert not after & before
+
+
+def test_a_look_that_is_given_up_leaves_its_answer_to_nobody(database_url: str) -> None:
+    def answer(connection: Connection, number: int, seconds: float) -> int:
+        return connection.scalars(text(f"SELECT {number} FROM pg_sleep({seconds})")).one()
+
+    async def course(looks: AsyncEngine) -> list[int]:
+        given_up = [
+            asyncio.create_task(look(looks, answer, -number, 2)) for number in range(8)
+        ]  # more than there is room
+        await asyncio.sleep(0.3)
+        for one in given_up:
+            one.cancel()
+        ended = await asyncio.gather(*given_up, return_exceptions=True)
+        assert all(isinstance(one, asyncio.CancelledError) for one in ended)
+        return [await look(looks, answer, number, 0) for number in range(20)]
+
+    assert looked(database_url, course) == [*range(20)]
