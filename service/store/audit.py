@@ -63,7 +63,6 @@ def write(
 
 def head(s: Session, tenant_id: str) -> Head | None:
     """The last row; None: the chain has none."""
-    # Past the ORM, as all that a claim asks but for the job itself
     row = s.connection().execute(LAST, {"tenant": tenant_id}).one_or_none()
     return Head(seq=row.seq, hash=row.hash) if row else None
 

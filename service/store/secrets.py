@@ -37,7 +37,7 @@ class Secrets:
 
     def digest(self, purpose: str, content: bytes) -> str:
         """64 hex digits. Who lacks the key cannot try what was digested."""
-        return hmac.digest(_kept(self._master, purpose), content, "sha256").hex()
+        return hmac.digest(_kept(self, purpose), content, "sha256").hex()
 
     def seal(self, purpose: str, content: bytes) -> str:
         """AES-256-GCM with a random nonce; only `open` with the same purpose reads it."""
@@ -55,15 +55,13 @@ class Secrets:
 
     def key(self, purpose: str) -> bytes:
         """32 bytes, from which neither the master key nor another purpose's can be computed."""
-        return _derived(self._master, purpose)
+        return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"unlearning-service:{purpose}".encode()).derive(self._master)
 
 
-def _derived(master: bytes, purpose: str) -> bytes:
-    return HKDF(SHA256(), KEY_BYTES, salt=None, info=f"unlearning-service:{purpose}".encode()).derive(master)
-
-
-# Of digests alone, which have few purposes: each request wants one, and to derive the key takes longer than the digest.
-_kept = lru_cache(maxsize=64)(_derived)
+@lru_cache(maxsize=64)
+def _kept(secrets: Secrets, purpose: str) -> bytes:
+    """Of digests alone, which have few purposes: each request wants one, and to derive the key takes longer than the digest."""
+    return secrets.key(purpose)
 
 
 def secrets_of(settings: Settings) -> Secrets:

@@ -131,9 +131,8 @@ def test_a_look_that_is_given_up_leaves_its_answer_to_nobody(database_url: str) 
         return connection.scalars(text(f"SELECT {number} FROM pg_sleep({seconds})")).one()
 
     async def course(looks: AsyncEngine) -> list[int]:
-        given_up = [
-            asyncio.create_task(look(looks, answer, -number, 2)) for number in range(8)
-        ]  # more than there is room
+        more_than_fit = range(8)
+        given_up = [asyncio.create_task(look(looks, answer, -number, 2)) for number in more_than_fit]
         await asyncio.sleep(0.3)
         for one in given_up:
             one.cancel()
