@@ -1,6 +1,6 @@
 """Who asks, and may he? Told before a byte of the body is read."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import cached_property
 from typing import Any
 
@@ -8,7 +8,6 @@ from anyio.to_thread import run_sync
 from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.api import limits
 from service.api.deps import Parts, revalidated
@@ -17,6 +16,8 @@ from service.domain.identity import Principal, Scope
 from service.settings import Settings
 from service.store import keys, tenants
 from service.store.session import look
+
+Recognise = Callable[[Request, str], Awaitable[Principal | None]]
 
 BEARER = HTTPBearer(
     auto_error=False,
@@ -39,13 +40,19 @@ class Guarded(APIRoute):
         async def guarded(request: Request) -> Response:
             if self.open(request.app.state.parts.settings):
                 return await handle(request)
-            request.state.principal = principal = await admit(request)
+            request.state.principal = principal = await admit(request, self.recognise)
             lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
             if lacking:
                 raise Forbidden(sorted(lacking))
             return await self.known(request) or revalidated(request, await handle(request))
 
         return guarded
+
+    async def recognise(self, request: Request, secret: str) -> Principal | None:
+        """Whose API key it is; None: nobody's, or no longer."""
+        state = request.app.state
+        found = await look(state.looks, keys.recognise, state.parts.secrets, secret)
+        return found and found.principal
 
     async def known(self, request: Request) -> Response | None:
         """304, where a glance shows that the client has the answer already; None: the route is to answer."""
@@ -61,12 +68,12 @@ class Guarded(APIRoute):
         return frozenset(Scope(scope) for one in declared for scope in one.scopes or ())
 
 
-async def admit(request: Request) -> Principal:
+async def admit(request: Request, recognise: Recognise) -> Principal:
     """Raises Unauthenticated; QuotaExceeded for somebody who asks too often, or an address that guesses."""
     limiter: limits.Limiter = request.app.state.limiter
     address = limits.network(request)
     try:
-        principal = await authenticate(request)
+        principal = await authenticate(request, recognise)
     except Unauthenticated:  # who is known is never kept out by those who share his address
         await limiter.count(request.state, limiter.failures, address)
         raise
@@ -74,19 +81,18 @@ async def admit(request: Request) -> Principal:
     return principal
 
 
-async def authenticate(request: Request) -> Principal:
+async def authenticate(request: Request, recognise: Recognise) -> Principal:
     """Raises Unauthenticated, which does not say what was wrong with the credentials."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token:
         raise Unauthenticated("send `Authorization: Bearer` with an API key or a token")
     parts: Parts = request.app.state.parts
-    looks: AsyncEngine = request.app.state.looks
     if token.startswith("ulk_"):
-        principal = await look(looks, keys.recognise, parts.secrets, token) if keys.well_formed(token) else None
+        principal = await recognise(request, token) if keys.well_formed(token) else None
     else:
         principal = await run_sync(parts.provider.recognise, token) if parts.provider else None
-        if principal is not None and not await look(looks, tenants.exists, principal.tenant):
+        if principal is not None and not await look(request.app.state.looks, tenants.exists, principal.tenant):
             principal = None
     if principal is None:
         raise Unauthenticated("the key or token is not valid here, or no longer")

@@ -24,7 +24,7 @@ from service.api.plan import JobPlan, plan
 from service.api.shapes import JOBS_PATH, Checkpoints, Events, JobObject, Steps
 from service.api.shown import Glance
 from service.api.stream import EventStream
-from service.domain.identity import Scope
+from service.domain.identity import Principal, Scope
 from service.domain.job import EXACT_MAX, TERMINAL, JobCreate, ModelName, Status, Strict
 from service.store import jobs, reads
 from service.store.session import look
@@ -32,12 +32,29 @@ from service.store.tables import Job
 
 
 class Glanced(Guarded):
-    """Most polls find what they know: they are answered without what it takes to read a request and to tell of a job."""
+    """Most polls find what they know: they are answered without what it takes to read a request and to tell of a job.
+
+    With an API key, one statement tells who asks and how his job is.
+    """
+
+    async def recognise(self, request: Request, secret: str) -> Principal | None:
+        if not _revalidates(request):
+            return await super().recognise(request, secret)
+        state, job_id = request.app.state, request.path_params["job_id"]
+        found = await look(state.glances, shown.recognise, state.parts.secrets, secret, job_id)
+        if found is None:
+            return None
+        request.state.seen = found.row
+        return found.principal
 
     async def known(self, request: Request) -> Response | None:
-        if "if-none-match" not in request.headers or "prefer" in request.headers:
+        if not _revalidates(request):
             return None
-        now = await _glance(request, request.path_params["job_id"])
+        job_id = request.path_params["job_id"]
+        if hasattr(request.state, "seen"):
+            now = await look(request.app.state.glances, shown.glanced, request.state.seen, job_id)
+        else:  # a token's
+            now = await _glance(request, job_id)
         return Response(status_code=304, headers=now.headers) if unchanged(request, now.headers["ETag"]) else None
 
 
@@ -148,6 +165,10 @@ async def _waited(request: Request, job_id: str, wait_s: int) -> Glance | None:
         await anyio.sleep(min(LOOK_EVERY_S, rest_s))
         now = await _glance(request, job_id)
     return now if unchanged(request, now.headers["ETag"]) else None
+
+
+def _revalidates(request: Request) -> bool:
+    return "if-none-match" in request.headers and "prefer" not in request.headers
 
 
 async def _glance(request: Request, job_id: str) -> Glance:

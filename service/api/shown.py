@@ -4,26 +4,33 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, and_, bindparam, select
 from sqlalchemy.orm import Session
 
 from service.api import polling, shapes
 from service.api.shapes import JobObject
 from service.domain.errors import NotFound
 from service.domain.job import Budget, Status
-from service.store import artifacts, evidence, quotas, reads, workers
-from service.store.tables import Job, Model
+from service.store import artifacts, evidence, keys, quotas, reads, workers
+from service.store.secrets import Secrets
+from service.store.tables import ApiKey, Job, Model
 
 BASE = (Model.name, Model.source, Model.location, Model.revision, Model.digest, Model.tokenizer_digest)
 BASES = select(*BASE).where(Model.name.in_(bindparam("names", expanding=True)))
-GLANCED = (  # made once: a poll asks it, and to put it together takes longer than the answer
-    select(
-        *(Job.id, Job.tenant_id, Job.version, Job.model, Job.status, Job.status_reason, Job.not_before),
-        *(Job.gpu_class, Job.min_vram_gib, Job.stage, Job.stage_history, Job.step, Job.updated_at),
-        *(Job.spec["budget"].label("budget"), *BASE),
-    )
+GLANCED = (
+    *(Job.id, Job.version, Job.status, Job.status_reason, Job.not_before, Job.gpu_class, Job.min_vram_gib, Job.stage),
+    *(Job.stage_history, Job.step, Job.updated_at, Job.spec["budget"].label("budget"), *BASE),
+)
+# Made once: polls ask them, and to put them together takes longer than the answer. A job is the tenant's, or not there.
+OF_TENANT = (
+    select(Job.tenant_id, *GLANCED)
     .outerjoin(Model, Model.name == Job.model)
-    .where(Job.id == bindparam("given"), Job.tenant_id == bindparam("owner"))
+    .where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
+)
+OF_KEY = (  # the key's row, whatever job is asked for
+    keys.LIVE.add_columns(*GLANCED)
+    .outerjoin(Job, and_(Job.id == bindparam("job_id"), Job.tenant_id == ApiKey.tenant_id))
+    .outerjoin(Model, Model.name == Job.model)
 )
 
 
@@ -64,10 +71,24 @@ def job_objects(s: Session, found: Sequence[Job]) -> list[JobObject]:
     ]
 
 
+def recognise(connection: Connection, secrets: Secrets, secret: str, job_id: str) -> keys.Recognised | None:
+    """As keys.recognise, and with the same look what `glanced` judges of the job that is asked for."""
+    return keys.recognise(connection, secrets, secret, OF_KEY, job_id=job_id)
+
+
 def glance(connection: Connection, tenant_id: str, job_id: str) -> Glance:
-    """Raises NotFound. Cheaper than the whole, and the same ETag: whatever `_besides` does not tell has a version."""
-    row: Any = connection.execute(GLANCED, {"given": job_id, "owner": tenant_id}).one_or_none()
-    if row is None:
+    """Raises NotFound."""
+    row = connection.execute(OF_TENANT, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
+    return glanced(connection, row, job_id)
+
+
+def glanced(connection: Connection, row: Any, job_id: str) -> Glance:
+    """Cheaper than the whole, and the same ETag: whatever `_besides` does not tell has a version. Raises NotFound.
+
+    Args:
+        row: of OF_TENANT or OF_KEY; None, or one whose job has no id: there is none.
+    """
+    if row is None or row.id is None:
         raise NotFound("job", job_id)
     [(place, waits_for, certificate)] = _besides(connection, [row])
     base_model = shapes.base_model(row) if row.name is not None else None  # an administrator has removed it
@@ -80,7 +101,7 @@ def glance(connection: Connection, tenant_id: str, job_id: str) -> Glance:
 
 
 def _besides(s: Session | Connection, found: Sequence[Any]) -> list[_Beside]:
-    """Of each; `found`: jobs, or rows with the columns of GLANCED."""
+    """Of each; `found`: jobs, or rows with their tenants and the columns of GLANCED."""
     waiting = [job.id for job in found if job.status is Status.QUEUED]
     places = reads.places(s, waiting)
     heard = workers.heard(s) if waiting else []

@@ -10,9 +10,9 @@ import zlib
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from hmac import compare_digest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, func, or_, select, update
+from sqlalchemy import Connection, Select, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
@@ -29,8 +29,11 @@ PURPOSE = "api-keys"
 USED_EVERY = timedelta(minutes=1)  # a poll must not be a write
 LONG_AGO = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < func.now() - USED_EVERY)
 # Made once: each request asks it, and to put it together takes longer than the answer.
-LIVE = select(ApiKey.id, ApiKey.tenant_id, ApiKey.scopes, ApiKey.digest, LONG_AGO.label("long_ago")).where(
-    ApiKey.prefix == bindparam("given"),
+LIVE = select(
+    *(ApiKey.id.label("key_id"), ApiKey.digest.label("key_digest"), ApiKey.tenant_id, ApiKey.scopes),
+    LONG_AGO.label("long_ago"),
+).where(
+    ApiKey.prefix == bindparam("prefix"),
     ApiKey.revoked_at.is_(None),
     or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()),
 )
@@ -39,6 +42,11 @@ LIVE = select(ApiKey.id, ApiKey.tenant_id, ApiKey.scopes, ApiKey.digest, LONG_AG
 class NewKey(NamedTuple):
     row: ApiKey
     secret: str
+
+
+class Recognised(NamedTuple):
+    principal: Principal
+    row: Any  # of the statement that was asked
 
 
 def create(
@@ -86,17 +94,22 @@ def well_formed(secret: str) -> bool:
     return form is not None and _check(form["body"]) == form["check"]
 
 
-def recognise(connection: Connection, secrets: Secrets, secret: str) -> Principal | None:
-    """Whose secret it is, of whatever tenant; None: nobody's, or of a key that is revoked or has expired."""
-    if not well_formed(secret):
-        return None
-    row = connection.execute(LIVE, {"given": secret[: len("ulk_") + 8]}).one_or_none()
-    if row is None or not compare_digest(row.digest, secrets.digest(PURPOSE, secret.encode())):
+def recognise(
+    connection: Connection, secrets: Secrets, secret: str, live: Select[*tuple[Any, ...]] = LIVE, **given: str
+) -> Recognised | None:
+    """Whose secret it is, of whatever tenant; None: nobody's, or of a key that is revoked or has expired.
+
+    Args:
+        secret: one that is well_formed.
+        live: LIVE, or that with columns of something else that is looked for at once, as its other parameters say.
+    """
+    row = connection.execute(live, {"prefix": secret[: len("ulk_") + 8], **given}).one_or_none()
+    if row is None or not compare_digest(row.key_digest, secrets.digest(PURPOSE, secret.encode())):
         return None
     if row.long_ago:
-        free = select(ApiKey.id).where(ApiKey.id == row.id, LONG_AGO).with_for_update(skip_locked=True)
+        free = select(ApiKey.id).where(ApiKey.id == row.key_id, LONG_AGO).with_for_update(skip_locked=True)
         connection.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.now()))
-    return Principal(row.id, row.tenant_id, frozenset(map(Scope, row.scopes)))
+    return Recognised(Principal(row.key_id, row.tenant_id, frozenset(map(Scope, row.scopes))), row)
 
 
 def get(s: Session, key_id: str) -> ApiKey:

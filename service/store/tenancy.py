@@ -2,7 +2,7 @@
 
 The rule is in one place, so that no query can forget it: every statement on a table of `Owned` rows gets the tenant's
 criterion, and every new row the tenant's name. What another tenant owns is not forbidden, it is not there. Past the
-session, on a bare connection, nobody adds it: there a statement names its tenant, as `shown.glance` does.
+session, on a bare connection, nobody adds it: there a statement names its tenant, as `shown.OF_TENANT` does.
 """
 
 from functools import lru_cache

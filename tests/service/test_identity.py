@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from service.api.guard import Guarded
 from service.app import create_app
 from service.domain.errors import NotFound
-from service.domain.identity import ALL, ROLES, Principal, Scope
+from service.domain.identity import ALL, ROLES, Scope
 from service.processes import free_port
 from service.settings import Settings
 from service.store import audit, files, jobs, keys, reads, tenancy, tenants
@@ -231,7 +231,7 @@ def test_a_key_of_another_master_key_is_nobodys(sessions: Sessions, settings: Se
     secret = make_key("admin")
     with sessions.begin() as s:
         ours, theirs = (secrets_of(settings), type(secrets_of(settings))(bytes(32)))
-        assert isinstance(keys.recognise(s.connection(), ours, secret), Principal)
+        assert isinstance(keys.recognise(s.connection(), ours, secret), keys.Recognised)
         assert keys.recognise(s.connection(), theirs, secret) is None
 
 
@@ -297,11 +297,15 @@ def test_a_token_of_the_provider_is_a_person_with_the_scopes_of_his_roles(
     with sessions.begin() as s:
         tenants.add(s, "other")
     with client_of(settings) as http:
-        assert http.get(f"{JOBS}/{job_id}", headers=bearer(token())).status_code == 200
+        answer = http.get(f"{JOBS}/{job_id}", headers=bearer(token()))
+        assert answer.status_code == 200
+        same = {"If-None-Match": answer.headers["ETag"]}
+        assert http.get(f"{JOBS}/{job_id}", headers=bearer(token()) | same).status_code == 304
         assert http.post(f"{JOBS}/{job_id}/cancel", headers=bearer(token())).status_code == 403
         both = bearer(token(roles=["auditor", "mlops", "nobody"]))
         assert http.post(f"{JOBS}/{job_id}/cancel", headers=both).status_code == 202
         assert http.get(f"{JOBS}/{job_id}", headers=bearer(token(tenant="other"))).status_code == 404
+        assert http.get(f"{JOBS}/{job_id}", headers=bearer(token(tenant="other")) | same).status_code == 404
     with sessions.begin() as s:
         last = s.scalars(audit.select(AuditEvent).order_by(AuditEvent.seq.desc())).first()
         assert last is not None
