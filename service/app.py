@@ -58,7 +58,8 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = make_engine(settings.database_url)
         looks = make_looks(settings.database_url)  # who asks
-        glances = make_looks(settings.database_url)  # how his job is: a line of many jobs keeps nobody from being known
+        polls = make_looks(settings.database_url)  # who polls, and his job's row
+        lines = make_looks(settings.database_url)  # where jobs stand: to count many keeps nobody else waiting
         bell = dispatcher or CeleryDispatcher(settings)
         storage = Storage(settings.storage_url)
         storage.create()
@@ -72,7 +73,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
             provider,
         )
         app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
-        app.state.looks, app.state.glances = looks, glances
+        app.state.looks, app.state.polls, app.state.lines = looks, polls, lines
         collector = metrics.JobFigures(parts)
         registry.register(collector)
         yield
@@ -80,8 +81,8 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         if isinstance(bell, CeleryDispatcher) and bell is not dispatcher:
             bell.close()
         engine.dispose()
-        await looks.dispose()
-        await glances.dispose()
+        for connections in (looks, polls, lines):
+            await connections.dispose()
 
     app = FastAPI(
         title="Unlearning as a service",

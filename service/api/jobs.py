@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 from anyio.to_thread import run_sync
@@ -24,6 +24,7 @@ from service.api.plan import JobPlan, plan
 from service.api.shapes import JOBS_PATH, Checkpoints, Events, JobObject, Steps
 from service.api.shown import Glance
 from service.api.stream import EventStream
+from service.domain.errors import NotFound
 from service.domain.identity import Principal, Scope
 from service.domain.job import EXACT_MAX, TERMINAL, JobCreate, ModelName, Status, Strict
 from service.store import jobs, reads
@@ -41,20 +42,16 @@ class Glanced(Guarded):
         if not _revalidates(request):
             return await super().recognise(request, secret)
         state, job_id = request.app.state, request.path_params["job_id"]
-        found = await look(state.glances, shown.recognise, state.parts.secrets, secret, job_id)
+        found = await look(state.polls, shown.of_key, state.parts.secrets, secret, job_id)
         if found is None:
             return None
-        request.state.seen = found.row
+        request.state.row = found.row
         return found.principal
 
     async def known(self, request: Request) -> Response | None:
         if not _revalidates(request):
             return None
-        job_id = request.path_params["job_id"]
-        if hasattr(request.state, "seen"):
-            now = await look(request.app.state.glances, shown.glanced, request.state.seen, job_id)
-        else:  # a token's
-            now = await _glance(request, job_id)
+        now = await _glance(request, request.path_params["job_id"], getattr(request.state, "row", None))
         return Response(status_code=304, headers=now.headers) if unchanged(request, now.headers["ETag"]) else None
 
 
@@ -171,8 +168,15 @@ def _revalidates(request: Request) -> bool:
     return "if-none-match" in request.headers and "prefer" not in request.headers
 
 
-async def _glance(request: Request, job_id: str) -> Glance:
-    return await look(request.app.state.glances, shown.glance, request.state.principal.tenant, job_id)
+async def _glance(request: Request, job_id: str, row: Any = None) -> Glance:
+    """Raises NotFound. `row`: of the job, where it was looked for with the key."""
+    state = request.app.state
+    if row is None:
+        row = await look(state.polls, shown.of_tenant, request.state.principal.tenant, job_id)
+    if row is None or row.id is None:
+        raise NotFound("job", job_id)
+    beside = await look(state.lines, shown.beside, row) if row.status in shown.BESIDE else shown.Beside()
+    return shown.glance(row, beside)
 
 
 def _look(here: Parts, job_id: str) -> JobObject:

@@ -9,7 +9,6 @@ from sqlalchemy.orm import Session
 
 from service.api import polling, shapes
 from service.api.shapes import JobObject
-from service.domain.errors import NotFound
 from service.domain.job import Budget, Status
 from service.store import artifacts, evidence, keys, quotas, reads, workers
 from service.store.secrets import Secrets
@@ -32,6 +31,7 @@ OF_KEY = (  # the key's row, whatever job is asked for
     .outerjoin(Job, and_(Job.id == bindparam("job_id"), Job.tenant_id == ApiKey.tenant_id))
     .outerjoin(Model, Model.name == Job.model)
 )
+BESIDE = {Status.QUEUED, Status.SUCCEEDED}  # of other jobs `_besides` tells nothing
 
 
 class Glance(NamedTuple):
@@ -41,12 +41,12 @@ class Glance(NamedTuple):
     headers: dict[str, str]  # what the whole answer would have
 
 
-class _Beside(NamedTuple):
+class Beside(NamedTuple):
     """What can change while the job's row, and so its version, stays as it is."""
 
-    place: int | None
-    waits_for: str | None
-    certificate: str | None
+    place: int | None = None
+    waits_for: str | None = None
+    certificate: str | None = None
 
 
 def job_object(s: Session, job: Job) -> JobObject:
@@ -62,35 +62,32 @@ def job_objects(s: Session, found: Sequence[Job]) -> list[JobObject]:
         shapes.job_object(
             job,
             base_models.get(job.model),
-            beside.place,
+            more.place,
             published.get(job.id, ()),
-            beside.certificate,
-            beside.waits_for,
+            more.certificate,
+            more.waits_for,
         )
-        for job, beside in zip(found, _besides(s, found), strict=True)
+        for job, more in zip(found, _besides(s, found), strict=True)
     ]
 
 
-def recognise(connection: Connection, secrets: Secrets, secret: str, job_id: str) -> keys.Recognised | None:
-    """As keys.recognise, and with the same look what `glanced` judges of the job that is asked for."""
+def of_key(connection: Connection, secrets: Secrets, secret: str, job_id: str) -> keys.Recognised | None:
+    """As keys.recognise, and with the same statement the row for `glance`; its job has no id where there is none."""
     return keys.recognise(connection, secrets, secret, OF_KEY, job_id=job_id)
 
 
-def glance(connection: Connection, tenant_id: str, job_id: str) -> Glance:
-    """Raises NotFound."""
-    row = connection.execute(OF_TENANT, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
-    return glanced(connection, row, job_id)
+def of_tenant(connection: Connection, tenant_id: str, job_id: str) -> Any:
+    """The row for `glance`; None: there is no such job."""
+    return connection.execute(OF_TENANT, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
 
 
-def glanced(connection: Connection, row: Any, job_id: str) -> Glance:
-    """Cheaper than the whole, and the same ETag: whatever `_besides` does not tell has a version. Raises NotFound.
+def beside(connection: Connection, row: Any) -> Beside:
+    return _besides(connection, [row])[0]
 
-    Args:
-        row: of OF_TENANT or OF_KEY; None, or one whose job has no id: there is none.
-    """
-    if row is None or row.id is None:
-        raise NotFound("job", job_id)
-    [(place, waits_for, certificate)] = _besides(connection, [row])
+
+def glance(row: Any, beside: Beside) -> Glance:
+    """Cheaper than the whole, and the same ETag: whatever is not beside the job's row has a version."""
+    place, waits_for, certificate = beside
     base_model = shapes.base_model(row) if row.name is not None else None  # an administrator has removed it
     tag = polling.tag(row.version, base_model, place, shapes.status_reason(row, place, waits_for), certificate)
     try:
@@ -100,14 +97,14 @@ def glanced(connection: Connection, row: Any, job_id: str) -> Glance:
     return Glance(row.status, polling.told(tag, row.status, eta))
 
 
-def _besides(s: Session | Connection, found: Sequence[Any]) -> list[_Beside]:
+def _besides(s: Session | Connection, found: Sequence[Any]) -> list[Beside]:
     """Of each; `found`: jobs, or rows with their tenants and the columns of GLANCED."""
     waiting = [job.id for job in found if job.status is Status.QUEUED]
     places = reads.places(s, waiting)
     heard = workers.heard(s) if waiting else []
     at_most = quotas.at_most(s, {job.tenant_id for job in found if job.status is Status.QUEUED})
     certificates = evidence.ids(s, [job.id for job in found if job.status is Status.SUCCEEDED])
-    return [_Beside(places.get(job.id), waits_for(job, heard, at_most), certificates.get(job.id)) for job in found]
+    return [Beside(places.get(job.id), waits_for(job, heard, at_most), certificates.get(job.id)) for job in found]
 
 
 def waits_for(job: Any, heard: Sequence[Any], at_most: dict[str, int]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Engine, event, text
 from starlette.testclient import TestClient
 
+from service.api import shown
 from service.domain.job import Failure, FailureCode, Stage, Verdict
 from service.settings import Settings
 from service.store import evidence_keys, jobs, keys, workers
@@ -17,7 +18,7 @@ from tests.conftest import owner
 from tests.service.conftest import JOBS
 from tests.service.test_store_jobs import claimed, step, wait
 
-WAITING = text("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'jobs'::regclass")
+BLOCKED = text("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = CAST(:table AS regclass)")
 NewJob = Callable[..., str]
 PASSED = Verdict(result="PASSED", gates=[], message="kept the bound and forgot")
 
@@ -131,22 +132,55 @@ def test_a_key_that_is_revoked_polls_no_more(
     tag = http.get(path).headers["ETag"]
     asked = {"Authorization": f"Bearer {secret}", "If-None-Match": tag}
     assert http.get(path, headers=asked).status_code == 304
+    expires = text("UPDATE api_keys SET expires_at = now() + :rest * interval '1 s' WHERE name = 'auditor'")
+    for rest, status in ((-1, 401), (3600, 304)):
+        with sessions.begin() as s:
+            s.execute(expires, {"rest": rest})
+        assert http.get(path, headers=asked).status_code == status
     with sessions.begin() as s:
         keys.revoke(s, next(row.id for row in keys.page(s)[0] if row.name == "auditor"))
     assert http.get(path, headers=asked).status_code == 401
 
 
-def test_a_key_is_noted_as_used_once_a_minute(http: TestClient, sessions: Sessions) -> None:
-    def used(back: str) -> object:
+def test_who_knows_the_beginning_of_a_key_polls_nothing(http: TestClient, new_job: NewJob) -> None:
+    path, secret = f"{JOBS}/{new_job()}", http.headers["Authorization"].removeprefix("Bearer ")
+    body = f"{secret[:12]}_{'x' * 43}"
+    guessed = f"{body}_{keys._check(body)}"
+    assert keys.well_formed(secret)
+    assert keys.well_formed(guessed)
+    for tag in ({}, {"If-None-Match": "*"}):
+        assert http.get(path, headers={"Authorization": f"Bearer {guessed}", **tag}).status_code == 401
+
+
+def test_who_may_not_see_jobs_or_asks_too_often_does_not_learn_which_there_are(
+    client_of: Callable[..., Any], settings: Settings, new_job: NewJob, make_key: Callable[..., str]
+) -> None:
+    asked = {"Authorization": f"Bearer {make_key('dashboard')}", "If-None-Match": "*"}
+    paths = [f"{JOBS}/{new_job()}", f"{JOBS}/ujob_{'0' * 32}"]
+    with client_of(settings.model_copy(update={"rate_limit_per_minute": 2})) as http:
+        assert [http.get(path, headers=asked).status_code for path in paths * 2] == [403, 403, 429, 429]
+
+
+def test_what_is_asked_of_the_key_and_of_the_job_has_names_of_its_own() -> None:
+    names = [column.key for column in shown.OF_KEY.selected_columns]
+    assert len({*names}) == len(names)
+
+
+def test_a_key_is_noted_as_used_once_a_minute(http: TestClient, new_job: NewJob, sessions: Sessions) -> None:
+    path = f"{JOBS}/{new_job()}"
+    poll = {"If-None-Match": http.get(path).headers["ETag"]}
+
+    def used(path: str, headers: dict[str, str], back: str) -> object:
         with sessions.begin() as s:
             s.execute(text(f"UPDATE api_keys SET last_used_at = last_used_at - interval '{back}'"))
             before = s.scalar(text("SELECT max(last_used_at) FROM api_keys"))
-        assert http.get(JOBS).status_code == 200
+        assert http.get(path, headers=headers).status_code in {200, 304}
         with sessions() as s:
             return s.scalar(text("SELECT max(last_used_at) FROM api_keys")) != before
 
-    http.get(JOBS)
-    assert [used("0 s"), used("50 s"), used("20 s")] == [False, False, True]
+    for asked in ((JOBS, {}), (path, poll)):
+        used(*asked, "1 hour")
+        assert [used(*asked, "0 s"), used(*asked, "50 s"), used(*asked, "20 s")] == [False, False, True]
 
 
 def test_a_key_whose_row_is_held_is_good_all_the_same(http: TestClient, sessions: Sessions) -> None:
@@ -161,14 +195,23 @@ def test_a_key_whose_row_is_held_is_good_all_the_same(http: TestClient, sessions
 def test_polls_that_wait_for_the_database_keep_nobody_from_being_known(
     http: TestClient, new_job: NewJob, sessions: Sessions
 ) -> None:
-    path = f"{JOBS}/{new_job()}"
-    tag = {"If-None-Match": http.get(path).headers["ETag"]}
-    with ThreadPoolExecutor(20) as pool, owner(sessions).connect() as connection:
-        connection.execute(text("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE"))
-        polls = [pool.submit(http.get, path, headers=tag) for _ in range(20)]
-        while connection.scalars(WAITING).one() < 5:
-            time.sleep(0.01)
-        assert http.get("/v1/models").status_code == 200
-        assert not any(poll.done() for poll in polls)
-        connection.rollback()
-        assert {poll.result().status_code for poll in polls} == {304}
+    runs = f"{JOBS}/{new_job()}"
+    claimed(sessions)
+    waits = f"{JOBS}/{new_job()}"
+    tags = {path: {"If-None-Match": http.get(path).headers["ETag"]} for path in (runs, waits)}
+
+    def others_are_answered(waiting: str, table: str, headers: dict[str, str], answered: dict[str, int]) -> None:
+        with ThreadPoolExecutor(20) as pool, owner(sessions).connect() as connection:
+            connection.execute(text(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE"))
+            polls = [pool.submit(http.get, waiting, headers=headers) for _ in range(20)]
+            while connection.scalars(BLOCKED, {"table": table}).one() < 5:
+                time.sleep(0.01)
+            assert {path: http.get(path, headers=tags.get(path)).status_code for path in answered} == answered
+            assert not any(poll.done() for poll in polls)
+            connection.rollback()
+            assert {poll.result().status_code for poll in polls} <= {200, 304}
+
+    others_are_answered(runs, "jobs", tags[runs], {"/v1/models": 200})
+    # counting the places of a long line takes as long as this lock; `workers` is asked for along with them
+    for headers in (tags[waits], tags[waits] | {"Prefer": "wait=1"}):
+        others_are_answered(waits, "workers", headers, {"/v1/models": 200, runs: 304})
