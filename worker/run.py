@@ -7,6 +7,7 @@ tells it to cancel or to pause, and that its parent is gone. An attempt that fol
 done, and goes on with the solve where the last checkpoint was.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -362,4 +363,7 @@ def last_record(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # nothing is left to do: to take torch apart, as sys.exit would, keeps the worker waiting for a second
