@@ -7,7 +7,7 @@ Llama: first each request once, undisturbed; then at least `--jobs` of them whil
 job in the midst of its solve. The order of the faults, and the step at which each strikes, are drawn from the seed. As long
 as there are faults to come, jobs follow.
 
-Exit status 0 only if nothing was violated. Linux; about five minutes on two cores.
+Exit status 0 only if nothing was violated. Linux; four to six minutes on two cores.
 """
 
 import argparse
