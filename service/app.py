@@ -59,7 +59,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         engine = make_engine(settings.database_url)
         looks = make_looks(settings.database_url)  # who asks
         polls = make_looks(settings.database_url)  # who polls, and his job's row
-        lines = make_looks(settings.database_url)  # where jobs stand: to count many keeps nobody else waiting
+        lines = make_looks(settings.database_url)  # where jobs stand: to count many keeps no other poll waiting
         bell = dispatcher or CeleryDispatcher(settings)
         storage = Storage(settings.storage_url)
         storage.create()

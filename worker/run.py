@@ -366,4 +366,4 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # nothing is left to do: to take torch apart, as sys.exit would, keeps the worker waiting for a second
+    os._exit(status)  # to take torch apart, as sys.exit does, takes a second, for which the worker would wait

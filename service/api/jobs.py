@@ -35,7 +35,7 @@ from service.store.tables import Job
 class Glanced(Guarded):
     """Most polls find what they know: they are answered without what it takes to read a request and to tell of a job.
 
-    With an API key, one statement tells who asks and how his job is.
+    With an API key, one statement tells who asks and what his job's row says.
     """
 
     async def recognise(self, request: Request, secret: str) -> Principal | None:
@@ -175,8 +175,10 @@ async def _glance(request: Request, job_id: str, row: Any = None) -> Glance:
         row = await look(state.polls, shown.of_tenant, request.state.principal.tenant, job_id)
     if row is None or row.id is None:
         raise NotFound("job", job_id)
-    beside = await look(state.lines, shown.beside, row) if row.status in shown.BESIDE else shown.Beside()
-    return shown.glance(row, beside)
+    if row.status not in shown.BESIDE:
+        return shown.glance(row, shown.Beside())
+    connections = state.lines if row.status is Status.QUEUED else state.polls
+    return shown.glance(row, await look(connections, shown.beside, row))
 
 
 def _look(here: Parts, job_id: str) -> JobObject:

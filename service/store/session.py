@@ -52,7 +52,7 @@ def make_engine(database_url: str) -> Engine:
 def make_looks(database_url: str) -> AsyncEngine:
     """What `look` looks through. Connects lazily, as make_engine does.
 
-    A statement of a look is given up after 5 s: before those who wait for one of the few connections give up.
+    A statement of a look is given up after 5 s, so that none that hangs holds one of the few connections for long.
     """
     looks = create_async_engine(
         database_url,

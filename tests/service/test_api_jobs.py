@@ -516,8 +516,10 @@ def test_the_answer_to_a_request_is_made_before_its_commit(
 def test_unknown_jobs_are_not_found_whatever_their_name(http: TestClient) -> None:
     for name in (f"ujob_{'0' * 32}", "x", "%00", "..%2F..%2Fetc", "%ff"):
         for path in ("", "/events", "/steps", "/report", "/artifacts", "/artifacts/x/content"):
-            reply = http.get(f"{JOBS}/{name}{path}")
-            assert (reply.status_code, reply.headers["Content-Type"]) == (404, "application/problem+json"), name + path
+            for tag in ({}, {"If-None-Match": "*"}):
+                reply = http.get(f"{JOBS}/{name}{path}", headers=tag)
+                told = (reply.status_code, reply.headers["Content-Type"])
+                assert told == (404, "application/problem+json"), name + path
 
 
 # --- refusals
