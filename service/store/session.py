@@ -20,8 +20,13 @@ from service.store.tenancy import TenantSession
 T = TypeVar("T")
 Sessions = sessionmaker[Session]
 
-# A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever.
-TIMEOUTS = "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=15s -c timezone=UTC"
+# A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever. Nor must a process that
+# was frozen in the midst of a statement, such as between the rows of an INSERT: for its rest the server waits, and only
+# transaction_timeout (Postgres 17) ends that.
+TIMEOUTS = (
+    "-c statement_timeout=30s -c lock_timeout=10s -c idle_in_transaction_session_timeout=15s -c transaction_timeout=60s "
+    "-c timezone=UTC"
+)
 
 # A network that drops packets is noticed within seconds, not after the system's quarter of an hour (libpq's names).
 DEAD_PEER = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}

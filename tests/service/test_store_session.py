@@ -3,10 +3,12 @@
 import asyncio
 import select
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
+from psycopg import OperationalError
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -70,6 +72,23 @@ def test_a_connection_that_was_just_opened_is_taken_whatever_the_server_says(
     with sessions.begin() as s:
         assert s.scalar(text("SELECT 1")) == 1
     assert refused == 1, "the kept one; the new one is not asked"
+
+
+def test_who_is_frozen_in_the_midst_of_a_statement_holds_no_row_for_ever(engine: Engine, sessions: Sessions) -> None:
+    with sessions.begin() as s:
+        assert s.scalar(text("SHOW transaction_timeout")) == "1min"
+    with engine.connect() as connection:
+        frozen: Any = connection.connection.driver_connection
+        for name in ("statement_timeout", "idle_in_transaction_session_timeout", "transaction_timeout"):
+            frozen.execute(f"SET {name} = '500ms'")
+        frozen.commit()
+        with suppress(OperationalError), frozen.pipeline():  # as many rows of one INSERT are sent: the end is told last
+            frozen.execute("SELECT 1 FROM tenants FOR UPDATE")
+            frozen.pgconn.send_flush_request()
+            frozen.pgconn.flush()
+            with sessions.begin() as s:  # waits for the lock, not for as long as lock_timeout
+                assert s.scalars(text("SELECT 1 FROM tenants FOR UPDATE")).all()
+        connection.invalidate()
 
 
 def test_a_connection_that_lives_is_taken_again(engine: Engine, sessions: Sessions) -> None:
