@@ -9,8 +9,8 @@ import select
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import Engine, ExceptionContext, create_engine, event, text
+from sqlalchemy.exc import ArgumentError, InternalError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
@@ -51,6 +51,7 @@ def make_engine(database_url: str) -> Engine:
     except (ArgumentError, ModuleNotFoundError) as error:
         raise RuntimeError("DATABASE_URL is not such as postgresql+psycopg://USER@HOST/NAME") from error
     _ping_without_asking(engine)
+    event.listen(engine, "handle_error", _away, retval=True)
     return engine
 
 
@@ -68,6 +69,7 @@ def make_looks(database_url: str) -> AsyncEngine:
         **OPTIONS | {"connect_args": CONNECT | {"options": f"{TIMEOUTS} -c statement_timeout=5s"}},
     )
     _ping_without_asking(looks.sync_engine)
+    event.listen(looks.sync_engine, "handle_error", _away, retval=True)
     return looks
 
 
@@ -92,6 +94,14 @@ def _ping_without_asking(engine: Engine) -> None:
         return _lives(dialect.get_driver_connection(dbapi_connection))
 
     dialect.do_ping = lives  # type: ignore[method-assign]
+
+
+def _away(context: ExceptionContext) -> OperationalError | None:
+    """A server that has ended the connection is away, and to be asked again: psycopg calls its timeouts internal errors."""
+    error = context.sqlalchemy_exception
+    if not context.is_disconnect or not isinstance(error, InternalError) or error.orig is None:
+        return None
+    return OperationalError(error.statement, None, error.orig, hide_parameters=True, connection_invalidated=True)
 
 
 def _lives(connection: Any) -> bool:

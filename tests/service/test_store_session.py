@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 from psycopg import OperationalError
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, exc, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.store import session, workers
@@ -89,6 +89,25 @@ def test_who_is_frozen_in_the_midst_of_a_statement_holds_no_row_for_ever(engine:
             with sessions.begin() as s:  # waits for the lock, not for as long as lock_timeout
                 assert s.scalars(text("SELECT 1 FROM tenants FOR UPDATE")).all()
         connection.invalidate()
+
+
+@pytest.mark.parametrize("name", ["idle_in_transaction_session_timeout", "transaction_timeout"])
+def test_who_wakes_up_after_the_server_has_ended_his_transaction_may_ask_again(
+    engine: Engine, sessions: Sessions, name: str
+) -> None:
+    with engine.connect() as connection:
+        connection.execute(text(f"SET {name} = '100ms'"))
+        connection.commit()
+        connection.execute(text("SELECT 1"))
+        held: Any = connection.connection.driver_connection
+        assert select.select([held.fileno()], [], [], 10)[0], "the server's farewell"
+        with pytest.raises(exc.OperationalError, match="terminating connection") as raised:
+            connection.execute(text("SELECT 2"))
+        assert raised.value.connection_invalidated
+    with sessions.begin() as s:
+        assert s.scalar(text("SELECT 1")) == 1
+    with engine.connect() as connection, pytest.raises(exc.InternalError):  # one that is not its end stays what it is
+        connection.execute(text("DO $$ BEGIN RAISE 'no' USING ERRCODE = 'XX000'; END $$"))
 
 
 def test_a_connection_that_lives_is_taken_again(engine: Engine, sessions: Sessions) -> None:
