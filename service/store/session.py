@@ -69,7 +69,6 @@ def make_looks(database_url: str) -> AsyncEngine:
         **OPTIONS | {"connect_args": CONNECT | {"options": f"{TIMEOUTS} -c statement_timeout=5s"}},
     )
     _ping_without_asking(looks.sync_engine)
-    event.listen(looks.sync_engine, "handle_error", _away, retval=True)
     return looks
 
 
