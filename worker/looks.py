@@ -35,7 +35,7 @@ def model_digest(network: Network) -> str:
     """Of the base's files, of the adapter as it is now, and of what computes with them."""
     weights = network.causal.get_input_embeddings().weight
     facts = (_code(), torch.__version__, transformers.__version__, network.digest, network.tokenizer_digest)
-    return _digest(*facts, str(weights.dtype), weights.device.type, adapter_digest(network))
+    return _digest(*facts, network.vocabulary, str(weights.dtype), weights.device.type, adapter_digest(network))
 
 
 @cache

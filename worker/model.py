@@ -6,7 +6,7 @@ and no code that a model brings along is run.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ class Network(NamedTuple):
     causal: Any  # transformers.PreTrainedModel; PEFT puts its layers into this very module
     peft: PeftModel | None
     head: Head | None  # None: the logits are more than W h + b, and the model's own output is used
-    vocabulary: int  # of the tokeniser; the model's may be padded
+    vocabulary: int  # ids below it are the tokeniser's; the model's may be padded
     context_tokens: int
     parameters: int  # of the base
     device: torch.device
@@ -93,7 +93,7 @@ def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Netwo
             part.p = 0.0
     # Greedy means the likeliest token: a repetition penalty that the model comes with would change every answer.
     causal.generation_config = GenerationConfig(eos_token_id=_ends(tokenizer, causal), do_sample=False)  # type: ignore[no-untyped-call]
-    vocabulary = min(len(tokenizer), causal.config.get_text_config().vocab_size)
+    vocabulary = min(_ids(tokenizer), causal.config.get_text_config().vocab_size)
     return Network(
         entry=entry,
         digest=facts.digest,
@@ -132,6 +132,12 @@ def _read(folder: Path, entry: ModelEntry, dtype: str) -> tuple[Any, Any]:
         named = ", ".join(sorted(loading["missing_keys"])[:3])
         raise _unsupported(f"{entry.name} lacks {len(loading['missing_keys'])} of its architecture's weights: {named}")
     return tokenizer, causal
+
+
+def _ids(tokenizer: Any) -> int:
+    """From this id on there is no token. It is more than the tokeniser has tokens where its ids have holes."""
+    ids: Iterable[int] = tokenizer.get_vocab().values()
+    return 1 + max(ids)
 
 
 def _ends(tokenizer: Any, causal: Any) -> list[int] | None:

@@ -25,7 +25,7 @@ from worker.looks import adapter_digest
 from worker.model import Network, adapter_off
 from worker.views import Stored, Term, pack, views
 
-FORMAT = 1  # of the stored values; raise it when what is computed here changes
+FORMAT = 2  # of the stored values; raise it when what is computed here changes
 TOKENS_AT_ONCE = 4_096  # padded positions
 REFERENCE, STATES = "reference", "reference_states"
 References = dict[tuple[str, int], Stored]

@@ -18,10 +18,14 @@ from transformers import AutoModelForCausalLM
 from service.domain import modelfiles
 from service.domain.errors import JobFailure
 from service.domain.job import FailureCode, Lora, ModelEntry, PromptFormat
-from worker import model
+from service.domain.rows import Example
+from worker import data, measure, model, scoring
+from worker.losses.retain.nll import nll
 from worker.model import Network
+from worker.views import Term
 
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+FAR_ID = 315
 IDS = torch.tensor([[0, 40, 41, 42, 43, 44], [0, 50, 60, 70, 80, 90]])
 
 
@@ -80,6 +84,36 @@ def drop_a_weight(folder: Path) -> None:
 def make_pickle(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
+
+
+def leave_a_hole(folder: Path) -> None:
+    """The tokeniser's " Paris" has an id beyond those of all other tokens, as that of a special token often has."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["ĠParis"] = FAR_ID
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("head", ["fused", "plain"])
+def test_every_id_of_a_tokeniser_with_holes_counts(
+    broken: Callable[[Callable[[Path], Any]], Network], head: str
+) -> None:
+    network = broken(leave_a_hole)
+    if head == "plain":
+        network = network._replace(head=None)
+    assert len(network.tokenizer) < FAR_ID < network.causal.config.vocab_size - 1
+    examples = [Example("question", "Where?", " Paris and Lima"), Example("question", "Who?", " nobody")]
+    encoded = data.encode(examples, network.tokenizer, PromptFormat(assistant_start="Answer:"), 128)
+    assert FAR_ID in encoded.rows[0].ids[encoded.rows[0].answer_start :]
+    expected = []
+    for row in encoded.rows:
+        own_TV = network.causal(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0, :-1, : FAR_ID + 1]
+        logp_T = own_TV.log_softmax(-1).gather(1, torch.tensor(row.ids[1:])[:, None])[:, 0]
+        expected.append(-float(logp_T[row.answer_start - 1 :].sum()))
+    checked, _ = measure.score(network, Term(nll(), {"answer": encoded}), [0, 1])
+    seen = scoring.score(network, encoded.rows, frozenset({"logp", "hits", "standardised"}))
+    assert checked.nll_B.tolist() == pytest.approx(expected, abs=1e-5)
+    assert seen.nll_B.tolist() == pytest.approx(expected, abs=1e-5)
+    assert network.vocabulary == FAR_ID + 1
 
 
 @pytest.mark.parametrize(
