@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from worker import trees
@@ -23,15 +24,63 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_atten
 RESCALED = frozenset({"dynamic", "longrope"})  # kinds of rotary positions that depend on the longest row of a batch
 
 
+def states(network: Network, input_ids_BT: Tensor, lengths: Sequence[int], inner: bool = False) -> tuple[Tensor, ...]:
+    """What the head reads of rows padded on the right, [B, T, D], and with `inner` what every layer does, the embeddings first.
+
+    Each row says what it says alone. Where rotary positions are rescaled for the longest row of a batch, one that is long enough
+    for that is read with rows of its own length only.
+
+    Args:
+        input_ids_BT: on the network's device.
+        lengths: of the rows, without padding.
+    """
+    limit = rescaled_at(network)
+    alike: dict[int, list[int]] = {}
+    for b, length in enumerate(lengths):
+        alike.setdefault(length if length > limit else 0, []).append(b)
+    if len(alike) == 1:
+        return _states(network, input_ids_BT, inner)
+    padded = input_ids_BT.shape[1]
+    parts = []
+    for rows in alike.values():
+        width = max(lengths[b] for b in rows)
+        read = _states(network, input_ids_BT[rows, :width], inner)
+        parts.append([pad(layer_BTD, (0, 0, 0, padded - width)) for layer_BTD in read])
+    back = torch.tensor([b for rows in alike.values() for b in rows], device=network.device).argsort()
+    return tuple(torch.cat(layers)[back] for layers in zip(*parts, strict=True))
+
+
+def _states(network: Network, input_ids_BT: Tensor, inner: bool) -> tuple[Tensor, ...]:
+    reset_positions(network, input_ids_BT.shape[1])
+    out = network.causal.get_decoder()(input_ids=input_ids_BT, use_cache=False, output_hidden_states=inner)
+    return (out.last_hidden_state, *(out.hidden_states if inner else ()))
+
+
+@torch.no_grad()
+def reset_positions(network: Network, longest: int) -> None:
+    """Call it before rows of at most so many tokens: dynamic positions keep the scale of the longest row so far until they
+    see a short one.
+    """
+    if longest >= rescaled_at(network):
+        network.causal.get_decoder()(
+            input_ids=torch.zeros(1, 1, dtype=torch.int64, device=network.device), use_cache=False
+        )
+
+
 def read(network: Network, forest: Forest) -> Tensor:
     """What the head reads, [B*T, D]."""
-    inputs = {"input_ids": forest.input_ids_BT.to(network.device)}
-    if forest.seen_BTT is not None:
-        dtype = network.causal.get_input_embeddings().weight.dtype
-        hidden_BTT = torch.zeros(forest.seen_BTT.shape, dtype=dtype).masked_fill_(~forest.seen_BTT, -torch.inf)
-        inputs["attention_mask"] = hidden_BTT[:, None].to(network.device)
-        inputs["position_ids"] = forest.positions_BT.to(network.device)
-    states_BTD: Tensor = network.causal.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    input_ids_BT = forest.input_ids_BT.to(network.device)
+    if forest.seen_BTT is None:
+        lengths_B = forest.positions_BT.amax(1) + 1
+        return states(network, input_ids_BT, lengths_B.tolist())[0].flatten(0, 1)
+    dtype = network.causal.get_input_embeddings().weight.dtype
+    hidden_BTT = torch.zeros(forest.seen_BTT.shape, dtype=dtype).masked_fill_(~forest.seen_BTT, -torch.inf)
+    states_BTD: Tensor = network.causal.get_decoder()(
+        input_ids=input_ids_BT,
+        attention_mask=hidden_BTT[:, None].to(network.device),
+        position_ids=forest.positions_BT.to(network.device),
+        use_cache=False,
+    ).last_hidden_state
     return states_BTD.flatten(0, 1)
 
 

@@ -213,6 +213,7 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 def _by_the_library(network: Network, prompt: Sequence[int], room: int) -> list[int]:
     """The same of one row, for a model whose cache is not understood."""
     ends = network.causal.generation_config.eos_token_id or []
+    decoder.reset_positions(network, len(prompt) + room)
     ids_1T = torch.tensor([prompt], device=network.device)
     whole_1T = network.causal.generate(
         input_ids=ids_1T,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from worker import decoder
 from worker.data import TokenRow
 from worker.model import Network, own_logits
 
@@ -44,9 +45,9 @@ def gradient_norms(network: Network, rows: Sequence[TokenRow]) -> Tensor:
 
 def _mean_logp(network: Network, row: TokenRow) -> Tensor:
     last = len(row.ids) - row.ends
-    ids_T = torch.tensor(row.ids[:last], device=network.device)  # nothing is asked of the state at the end of sequence
-    states_TD = network.causal.get_decoder()(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
-    states_ND, label_N = states_TD[row.answer_start - 1 : -1], ids_T[row.answer_start :]
+    ids_T = torch.tensor(row.ids, device=network.device)
+    states_TD = decoder.states(network, ids_T[None], [len(row.ids)])[0][0]
+    states_ND, label_N = states_TD[row.answer_start - 1 : last - 1], ids_T[row.answer_start : last]
     logits = network.causal.get_output_embeddings() if network.head is not None else own_logits(network.causal)
     logits_NV = logits(states_ND)[:, : network.vocabulary]
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()

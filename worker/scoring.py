@@ -160,7 +160,9 @@ def _text(network: Network, ids: Sequence[int]) -> str:
 @torch.no_grad()
 def _likelihoods(network: Network, rows: Sequence[TokenRow], distribution: Sequence[bool]) -> list[_Said]:
     """Of each row log p of its counted tokens, and, where that is asked for, what needs the whole distribution."""
-    ids = [row.ids[:-1] for row in rows]  # nothing is asked of the state at the last token
+    # Nothing is asked of the state at the last token; it is read where the row's length changes what others read.
+    limit = decoder.rescaled_at(network)
+    ids = [row.ids if len(row.ids) > limit else row.ids[:-1] for row in rows]
     at_once = min(SCORING_TOKENS, network.tokens_at_once)
     grown = trees.grow(ids, decoder.pairs_per_token(network), at_once)
     if len(grown) == len(rows) or not decoder.reads_trees(network, max(map(len, ids))):
@@ -198,7 +200,7 @@ def _at_counted(
         [
             (start + at, label)
             for i, start, path in chosen
-            for at, label in zip(path[rows[i].answer_start - 1 :], rows[i].ids[rows[i].answer_start :], strict=True)
+            for at, label in zip(path[rows[i].answer_start - 1 :], rows[i].ids[rows[i].answer_start :], strict=False)
         ],
         dtype=torch.int64,
     ).view(-1, 2)

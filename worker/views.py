@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from worker import data
+from worker import data, decoder
 from worker.data import Encoded, TokenRow
 from worker.layers import passed
 from worker.model import Network
@@ -56,6 +56,7 @@ class Packed(NamedTuple):
     """A micro-batch on the device. Nothing in it depends on the parameters."""
 
     input_ids_BT: Tensor
+    lengths: list[int]  # of the rows, without padding
     shares: dict[str, dict[str, Share]]  # term -> text -> share
 
 
@@ -74,13 +75,13 @@ def pack(terms: Mapping[str, Term], chosen: Sequence[tuple[str, int]], device: t
         places = [place for *label, place in labelled if tuple(label) == (term, text)]
         said = _said(terms[term], text, places, device)
         shares.setdefault(term, {})[text] = Share(places, packed, at_N[mine_N].to(device), said)
-    return Packed(padded.input_ids_BT.to(device), shares)
+    return Packed(padded.input_ids_BT.to(device), [len(row.ids) for row in rows], shares)
 
 
 def views(network: Network, part: Packed, terms: Mapping[str, Term]) -> dict[str, dict[str, View]]:
     """term -> text -> view, of the terms in the micro-batch; one forward pass for all of them."""
     here = {name: terms[name] for name in part.shares}
-    seen = states(network, part.input_ids_BT, inner=any(term.loss.depth < 1 for term in here.values()))
+    seen = states(network, part, inner=any(term.loss.depth < 1 for term in here.values()))
 
     def view(term: Term, share: Share) -> View:
         inner_ND = seen.at(term.loss.depth)[share.at_N] if term.loss.depth < 1 else None
@@ -100,10 +101,9 @@ class States(NamedTuple):
         return self.layers[passed(depth, len(self.layers) - 1)]
 
 
-def states(network: Network, input_ids_BT: Tensor, inner: bool) -> States:
-    out = network.causal.get_decoder()(input_ids=input_ids_BT, use_cache=False, output_hidden_states=inner)
-    layers = tuple(layer.flatten(0, 1) for layer in out.hidden_states) if inner else ()
-    return States(out.last_hidden_state.flatten(0, 1), layers)
+def states(network: Network, part: Packed, inner: bool) -> States:
+    last_PD, *layers = (s.flatten(0, 1) for s in decoder.states(network, part.input_ids_BT, part.lengths, inner))
+    return States(last_PD, tuple(layers))
 
 
 # --- the reference
