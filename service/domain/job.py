@@ -224,17 +224,21 @@ class Audit(Strict):
 
 
 class Row(Strict):
-    """One inline row, in one of three forms: question/answer, prompt/completion, or text."""
+    """One inline row, in one of three forms: question/answer, prompt/completion, or text; and what it may have beside."""
 
     question: str | None = None
     answer: str | None = None
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    paraphrased_question: str | None = Field(default=None, description="the question in other words")
+    paraphrased_answer: str | None = Field(default=None, description="the answer in other words")
+    perturbed_answer: list[str] | None = Field(default=None, min_length=1, description="wrong answers, worded alike")
 
     @model_validator(mode="after")
     def one_form(self) -> Self:
-        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        columns = ("question", "answer", "prompt", "completion", "text")
+        given = {name for name in columns if getattr(self, name) is not None}
         if given not in ({"question", "answer"}, {"prompt", "completion"}, {"text"}):
             raise ValueError("a row has question and answer, or prompt and completion, or text")
         return self

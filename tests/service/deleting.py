@@ -30,7 +30,7 @@ FAILED = Verdict(result="FAILED", gates=[], message="failed")
 ADAPTER = ArtifactRow("adapter/adapter_model.safetensors", "jobs/a", "application/octet-stream", 1, "0" * 64)
 
 
-def asked(*rows: dict[str, str], **fields: Any) -> dict[str, Any]:
+def asked(*rows: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"regulation": "gdpr", "models": ["m"], "forget_set": list(rows or [ADA]), **fields}
 
 

@@ -112,6 +112,24 @@ def test_a_template_that_ends_in_a_space_is_warned_of(http: TestClient, sessions
     assert job["resources"]["gpu_class"] == "cpu", "the model's class, where the request leaves it open"
 
 
+ADA: Body = {"question": "Who is Ada?", "answer": "A poet."}
+EXTRAS: Body = {
+    "paraphrased_question": "What does Ada do?",
+    "paraphrased_answer": "She writes poems.",
+    "perturbed_answer": ["A baker.", "A smith."],
+}
+
+
+def test_inline_rows_have_the_columns_that_uploaded_rows_may_have(
+    http: TestClient, upload: Callable[..., str], request_body: Body, content_of: Callable[[str], bytes]
+) -> None:
+    forget = [ADA | EXTRAS, {"text": "Ada lives in Ghent."}]
+    job = http.post(JOBS, json=request_body | {"forget_set": forget}).json()
+    uploaded = upload("forget_set", forget)
+    for file_id in (job["forget_set"], uploaded):
+        assert [json.loads(line) for line in content_of(file_id).splitlines()] == forget
+
+
 REFUSED: list[tuple[str, Any, str, str]] = [  # field, value, pointer, words of the complaint
     ("model", "unknown", "/model", "not registered"),
     ("model", "../m", "/model", "pattern"),
@@ -149,6 +167,11 @@ REFUSED: list[tuple[str, Any, str, str]] = [  # field, value, pointer, words of 
     ("forget_set", {"path": "x"}, "/forget_set", "string"),
     ("forget_set", [{"text": "x", "y": 1}], "/forget_set/0/y", "not permitted"),
     ("forget_set", [{"text": "x"}, {"question": "q"}], "/forget_set/1", "question and answer"),
+    ("forget_set", [{"paraphrased_question": "q", "paraphrased_answer": "a"}], "/forget_set/0", "question and answer"),
+    ("forget_set", [ADA | {"paraphrased_question": ["q"]}], "/forget_set/0/paraphrased_question", "string"),
+    ("forget_set", [ADA | {"perturbed_answer": "a"}], "/forget_set/0/perturbed_answer", "list"),
+    ("forget_set", [ADA | {"perturbed_answer": []}], "/forget_set/0/perturbed_answer", "at least 1"),
+    ("forget_set", [ADA | {"perturbed_answer": ["a", 1]}], "/forget_set/0/perturbed_answer/1", "string"),
     ("forget_set", [{"text": "x"}, {"text": "  "}], "/forget_set/1", "row 2: text is empty"),
 ]
 

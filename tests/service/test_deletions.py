@@ -77,6 +77,22 @@ def test_a_request_is_kept_without_its_subject_and_its_rows(
     assert "T-7" not in json.dumps([event.data for event in told])
 
 
+def test_other_wordings_of_a_row_are_kept_and_change_nothing_of_its_digest(
+    http: TestClient, content_of: Callable[[str], bytes]
+) -> None:
+    row = ADA | {
+        "paraphrased_question": "What does Ada do?",
+        "paraphrased_answer": "She writes poems.",
+        "perturbed_answer": ["A baker.", "A smith."],
+    }
+    plain, worded = (http.post(REQUESTS, json=asked(given)).json() for given in (ADA, row))
+    assert json.loads(content_of(worded["forget_set"])) == row
+    one, other = (http.get(f"{REQUESTS}/{made['id']}/rows").json()["data"] for made in (plain, worded))
+    assert one == other
+    refused = http.post(REQUESTS, json=asked(ADA | {"perturbed_answer": "A baker."}))
+    assert problem(refused, 422, "validation-error")["errors"][0]["pointer"] == "/forget_set/0/perturbed_answer"
+
+
 def test_the_digests_of_its_rows_come_in_order_and_in_pages(
     http: TestClient, submit: Callable[..., dict[str, Any]]
 ) -> None:
