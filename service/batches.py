@@ -17,6 +17,7 @@ from service.domain.deletion import PlannedJob
 from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFound, StorageDamaged, UnlearnError
 from service.domain.identity import SYSTEM, Principal, Scope
 from service.domain.job import JobCreate
+from service.domain.overlap import overlap
 from service.domain.rows import Example
 from service.store import deletion_jobs, deletion_plans, deletion_reads, digests, files, quotas, tenancy
 from service.store.deletion_plans import Batch
@@ -153,7 +154,7 @@ def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest
                     yield rows.parse(line)
 
         with files.content(here.storage, here.secrets, retain_set) as retain:
-            shared = rows.overlap(forget(), rows.each(rows.lines(retain)))
+            shared = overlap(forget(), rows.each(rows.lines(retain))).same
         if not shared:
             break
         for place, retained in shared:  # of a row that several requests have, the last is named: hence again without it

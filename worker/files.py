@@ -10,11 +10,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from service.domain import rows
+from service.domain import overlap, rows
 from service.domain.errors import InvalidRequest, JobFailure, NotFound
 from service.domain.job import FailureCode
 from service.store.sealed import SealedStorage, open_sealed
 from service.store.storage import Storage, Stored
+from worker.diary import Diary
 from worker.records import ArtifactFile, FileRef
 
 MEDIA_TYPES = {".safetensors": "application/octet-stream", ".json": "application/json", ".md": "text/markdown"}
@@ -56,16 +57,20 @@ def _lines(storage: Storage, file: FileRef) -> Iterator[bytes]:
     return rows.lines(io.BytesIO(read_bytes(storage, file)))
 
 
-def refuse_overlap(sets: Mapping[str, Sequence[rows.Example]]) -> None:
-    """A row that is in two of them contradicts itself: it is to be forgotten and kept, or was seen and never seen."""
+def judge_overlap(sets: Mapping[str, Sequence[rows.Example]], diary: Diary) -> None:
+    """Warns of rows of two sets that are much alike.
+
+    Raises JobFailure where a row is in two sets: it is to be forgotten and kept, or was seen and never seen.
+    """
     for (one, its), (other, theirs) in combinations(sets.items(), 2):
-        pairs = rows.overlap(its, theirs)
-        if pairs:
-            named = ", ".join(f"{f} = {r}" for f, r in pairs[:20])
+        found = overlap.overlap(its, theirs)
+        if found.same:
             raise JobFailure(
                 FailureCode.FORGET_RETAIN_OVERLAP,
-                f"{len(pairs)} rows of the {one} set are also in the {other} set: {named}",
+                f"{len(found.same)} rows of the {one} set are also in the {other} set: {overlap.named(found.same)}",
             )
+        for code, message in overlap.warnings(one, other, found):
+            diary.warn(code, message)
 
 
 def publish(storage: Storage, prefix: str, folder: Path, under: str) -> list[ArtifactFile]:

@@ -16,6 +16,7 @@ from service.domain.report import AdapterFile, Forgotten, Parent
 from service.domain.rows import Example
 from service.store.storage import Storage
 from worker import data, files, measure
+from worker.diary import Diary
 from worker.losses.retain.nll import nll
 from worker.model import Network
 from worker.records import ArtifactFile, Assignment, FileRef, ParentAssignment
@@ -67,7 +68,7 @@ def _published(parent: ParentAssignment, storage: Storage, file: ArtifactFile) -
     return content
 
 
-def earlier(job: Assignment, storage: Storage, retain: Sequence[Example], base: Network) -> list[Earlier]:
+def earlier(job: Assignment, storage: Storage, retain: Sequence[Example], base: Network, diary: Diary) -> list[Earlier]:
     """The chain, the parent first. Raises JobFailure where a row is to be kept that an earlier job had the model forget."""
     found = []
     for one in job.parent.chain if job.parent else ():
@@ -75,7 +76,7 @@ def earlier(job: Assignment, storage: Storage, retain: Sequence[Example], base: 
         if rows is None:
             found.append(Earlier(one.job_id, None))
             continue
-        files.refuse_overlap({"retain": retain, f"{one.job_id} forget": rows})
+        files.judge_overlap({"retain": retain, f"{one.job_id} forget": rows}, diary)
         encoded = data.encode(rows, base.tokenizer, base.entry.prompt_format, base.context_tokens)
         found.append(Earlier(one.job_id, Term(nll(), {"answer": encoded})))
     return found

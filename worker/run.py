@@ -77,7 +77,7 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
         forget_rows = files.read_set(storage, job.forget_file)
         retain_rows = files.read_set(storage, job.retain_file)
         holdout_rows = files.read_set(storage, job.holdout_file) if job.holdout_file else []
-        files.refuse_overlap({"forget": forget_rows, "retain": retain_rows, "holdout": holdout_rows})
+        files.judge_overlap({"holdout": holdout_rows, "forget": forget_rows, "retain": retain_rows}, diary)
         method = build_method(spec.method)
         named = benchmarks.read(job, storage)
 
@@ -85,7 +85,7 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
         base = model.load(job.model, job.models_root, job.device, job.dtype)
         forget = Term(method.forget, forget_texts(job, storage, method, forget_rows, base))
         retain = retain_term(method, retain_rows, base)
-        chain = lineage.earlier(job, storage, retain_rows, base)
+        chain = lineage.earlier(job, storage, retain_rows, base, diary)
         network = model.adapt(base, spec.lora, spec.seed, method.layers, lineage.fetch(job, storage, base))
         network, kept = earlier(job, sealed, network, diary)
         holdout = encode("holdout", holdout_rows, base) if holdout_rows else None

@@ -7,7 +7,7 @@ from service.api import polling, sets, shown
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
 from service.api.shapes import JobObject
-from service.domain import gates, rows
+from service.domain import gates, overlap
 from service.domain.deletion import PlannedJob
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.identity import Principal
@@ -25,7 +25,6 @@ from service.store import (
 )
 from service.store.rows import WarningRow
 
-OVERLAPS_NAMED = 20
 # The last part of the names by which architectures call their head and the embeddings that may be tied to it.
 HEADS = frozenset(
     {
@@ -43,6 +42,12 @@ HEADS = frozenset(
 
 Asked = JobCreate | PlannedJob
 Kinds = dict[str, int]  # the kinds of rows that a set has, and the number of the first row of each
+
+
+class JudgedSets(NamedTuple):
+    forget: Kinds
+    retain: Kinds
+    warnings: list[WarningRow]
 
 
 class Judged(NamedTuple):
@@ -88,9 +93,11 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
     ]
     if problems:
         raise InvalidRequest(*problems)
-    forget, retain = _judge_sets(here, request)
-    if "text" in forget and here.catalog.teaches_refusals(request.method.type, hyperparameters):
-        detail = f"{request.method.type} teaches to refuse questions; row {forget['text']} is a text, which asks none"
+    found = _judge_sets(here, request)
+    if "text" in found.forget and here.catalog.teaches_refusals(request.method.type, hyperparameters):
+        detail = (
+            f"{request.method.type} teaches to refuse questions; row {found.forget['text']} is a text, which asks none"
+        )
         raise InvalidRequest(FieldProblem("/forget_set", detail, "kind"))
     _judge_refusals(here, request)
     resources = request.resources
@@ -101,7 +108,7 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
         entry,
         MethodChoice(type=request.method.type, hyperparameters=hyperparameters),
         resources,
-        _warnings(entry, {*forget, *retain}),
+        [*_warnings(entry, {*found.forget, *found.retain}), *found.warnings],
         served,
         forgets,
     )
@@ -225,9 +232,10 @@ def _judge_refusals(here: Parts, request: JobCreate) -> None:
         raise InvalidRequest(FieldProblem("/refusal_set", detail, "kind"))
 
 
-def _judge_sets(here: Parts, request: JobCreate) -> tuple[Kinds, Kinds]:
-    """Of the forget and the retain set. Raises InvalidRequest if one cannot be had or is empty, or if sets share rows."""
+def _judge_sets(here: Parts, request: JobCreate) -> JudgedSets:
+    """Raises InvalidRequest if one cannot be had or is empty, or if sets share rows."""
     kinds: dict[str, Kinds] = {purpose: {} for purpose in SETS}
+    warnings: list[WarningRow] = []
 
     def noted(examples: Iterator[Example], kinds: Kinds) -> Iterator[Example]:
         for number, example in enumerate(examples, start=1):
@@ -242,17 +250,19 @@ def _judge_sets(here: Parts, request: JobCreate) -> tuple[Kinds, Kinds]:
             sets.opened(here, getattr(request, one), one) as first,
             sets.opened(here, getattr(request, other), other) as second,
         ):
-            shared = rows.overlap(noted(first, kinds[one]), noted(second, kinds[other]))
-        if shared:
-            raise InvalidRequest(*_overlaps(one, other, shared))
-    return kinds["forget_set"], kinds["retain_set"]
+            found = overlap.overlap(noted(first, kinds[one]), noted(second, kinds[other]))
+        if found.same:
+            raise InvalidRequest(*_overlaps(one, other, found.same))
+        names = one.removesuffix("_set"), other.removesuffix("_set")
+        warnings += [WarningRow(*warning) for warning in overlap.warnings(*names, found)]
+    return JudgedSets(kinds["forget_set"], kinds["retain_set"], warnings)
 
 
-def _overlaps(one: str, other: str, shared: list[tuple[int, int]]) -> Iterator[FieldProblem]:
+def _overlaps(one: str, other: str, shared: overlap.Pairs) -> Iterator[FieldProblem]:
     names = one.removesuffix("_set"), other.removesuffix("_set")
-    for first, second in shared[:OVERLAPS_NAMED]:
+    for first, second in shared[: overlap.NAMED_MAX]:
         yield FieldProblem(f"/{one}", f"{names[0]} row {first} is {names[1]} row {second}", "overlap")
-    if more := len(shared[OVERLAPS_NAMED:]):
+    if more := len(shared[overlap.NAMED_MAX :]):
         yield FieldProblem(f"/{one}", f"and {more} more", "overlap")
 
 

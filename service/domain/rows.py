@@ -7,7 +7,6 @@ the columns that its suite reads. Columns with a meaning are of their type where
 import json
 from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterable, Iterator
-from hashlib import blake2b
 from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 from service.domain.errors import FieldProblem, InvalidRequest
@@ -151,21 +150,3 @@ def _each(lines: Iterable[bytes], parse: Callable[[bytes], T], pointer: str) -> 
         raise InvalidRequest(*problems)
     if not rows:
         raise InvalidRequest(FieldProblem(pointer, "the set has no rows", "empty"))
-
-
-def overlap(first: Iterable[Example], second: Iterable[Example]) -> list[tuple[int, int]]:
-    """Pairs of 1-based row numbers of the two sets that say the same, white space at the ends aside.
-
-    By digest: the sets need not fit into memory. Of a row that is in the first set twice, the last is named.
-    """
-    where = {_digest(row): number for number, row in enumerate(first, start=1)}
-    return sorted(
-        (where[digest], number) for number, row in enumerate(second, start=1) if (digest := _digest(row)) in where
-    )
-
-
-def _digest(row: Example) -> bytes:
-    said = blake2b(digest_size=16)
-    for text in (row.prompt.strip().encode(), row.answer.strip().encode()):
-        said.update(len(text).to_bytes(8, "big") + text)
-    return said.digest()

@@ -112,6 +112,7 @@ def test_a_template_that_ends_in_a_space_is_warned_of(http: TestClient, sessions
     assert job["resources"]["gpu_class"] == "cpu", "the model's class, where the request leaves it open"
 
 
+SPACE = "prompt_ends_in_space"  # what the model of these tests is warned of
 ADA: Body = {"question": "Who is Ada?", "answer": "A poet."}
 EXTRAS: Body = {
     "paraphrased_question": "What does Ada do?",
@@ -234,6 +235,45 @@ def test_rows_in_both_sets_are_named_by_their_numbers(
     rows = [{"text": str(number)} for number in range(500)]
     errors = http.post(JOBS, json=request_body | {"forget_set": rows, "retain_set": rows}).json()["errors"]
     assert (len(errors), errors[-1]["detail"]) == (21, "and 480 more")
+
+
+ALIKE: list[tuple[Body, Body, str | None]] = [  # a forget row, a retain row, the warning
+    ({"text": "Ada  lives\tin Ghent."}, {"text": "ada lives in GHENT."}, "rows_alike"),
+    ({"text": "\uff21da lives in Ghent."}, {"text": "Ada lives in Ghent."}, "rows_alike"),  # a full-width A
+    ({"text": "Jose\u0301 lives in Ghent."}, {"text": "Jos\u00e9 lives in Ghent."}, "rows_alike"),
+    ({"text": "Ada wohnt in der Hauptstra\u00dfe."}, {"text": "Ada wohnt in der HAUPTSTRASSE."}, "rows_alike"),
+    (ADA, ADA | {"answer": "a Poet."}, "rows_alike"),
+    (ADA, {"text": "Who is Ada? A poet."}, "rows_alike"),
+    ({"text": "Who is Ada?\nA poet."}, {"prompt": "Who is Ada?", "completion": " A poet."}, "rows_alike"),
+    ({"question": "\u8c01\uff1f", "answer": "\u8bd7\u4eba"}, {"text": "\u8c01\uff1f\u8bd7\u4eba"}, "rows_alike"),
+    (ADA, ADA | {"answer": "A baker."}, "same_question"),
+    (ADA, {"question": "who is  ADA?", "answer": "A baker."}, "same_question"),
+    (ADA, {"prompt": "Who is Ada?", "completion": "A baker."}, "same_question"),
+    (ADA, {"question": "Who is Bob?", "answer": "A poet."}, None),
+    ({"text": "Ada lives in Ghent."}, {"text": "Ada lives in Lima."}, None),
+]
+
+
+def test_rows_that_are_much_alike_are_warned_of_by_number(
+    http: TestClient, upload: Callable[..., str], request_body: Body
+) -> None:
+    for number, (forget, retain, code) in enumerate(ALIKE):
+        sets = {"forget_set": [{"text": "x"}, forget], "retain_set": [{"text": "y"}, {"text": "z"}, retain]}
+        reply = http.post(JOBS, json=request_body | sets, params={"dry_run": True})
+        warned = {one["code"]: one["message"] for one in reply.json()["warnings"] if one["code"] != SPACE}
+        assert list(warned) == ([code] if code else []), f"pair {number}"
+        assert all(message.endswith("(forget = retain): 2 = 3") for message in warned.values())
+        assert not any(word in message for message in warned.values() for word in ("Ada", "Ghent", "poet"))
+
+    kept_words = [{"text": f"Row {number}"} for number in range(25)]
+    holdout = upload("holdout_set", [{"text": row["text"].upper()} for row in kept_words])
+    sets = {"forget_set": [{"text": "x"}], "retain_set": kept_words, "holdout_set": holdout}
+    job = http.post(JOBS, json=request_body | sets).json()
+    (message,) = [one["message"] for one in job["warnings"] if one["code"] != SPACE]
+    assert message.startswith("25 rows of the retain set have the words of a row of the holdout set")
+    assert message.endswith("19 = 19, 20 = 20, ...")
+    same = http.post(JOBS, json=request_body | {"forget_set": [ADA], "retain_set": [{"text": "b"}, ADA]})
+    assert (same.status_code, same.json()["errors"][0]["code"]) == (422, "overlap"), "the very same row is an error"
 
 
 def test_the_longest_row_that_is_admitted_is_one_that_the_worker_reads(

@@ -369,6 +369,15 @@ def test_a_row_to_keep_that_an_earlier_job_had_forgotten_is_refused(jobs: Jobs, 
     assert last.message == f"1 rows of the retain set are also in the {job_id(1)} forget set: 5 = 3"
 
 
+def test_a_row_to_keep_that_is_much_like_one_that_an_earlier_job_had_forgotten_is_warned_of(
+    jobs: Jobs, first: Ended
+) -> None:
+    alike = {name: value.upper() for name, value in rows(1)[2].items()}
+    made = published(jobs.assign(2, first.as_parent(), retain=[*RETAIN, alike]))
+    (warning,) = [one for one in made.report.warnings if one.code == "rows_alike"]
+    assert warning.message.endswith(f"(retain = {job_id(1)} forget): 5 = 3")
+
+
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [

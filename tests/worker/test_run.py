@@ -241,7 +241,26 @@ def test_rows_may_differ_in_how_many_alternatives_they_have_and_long_ones_are_to
 def test_a_holdout_row_that_is_to_be_forgotten(assign: Assign) -> None:
     last, _ = done(assign(holdout=[*HOLDOUT, FORGET[0]]))
     assert isinstance(last, FailureRecord)
-    assert last.message == "1 rows of the forget set are also in the holdout set: 1 = 4"
+    assert last.message == "1 rows of the holdout set are also in the forget set: 4 = 1"
+
+
+def test_rows_that_are_much_alike_are_warned_of_in_events_and_report(assign: Assign) -> None:
+    question, answer = FORGET[1]["question"], FORGET[1]["answer"]
+    retain = [*RETAIN, {"question": question.upper(), "answer": answer}, {"question": question, "answer": "Unknown."}]
+    job = assign(retain=retain, holdout=[*HOLDOUT, {"text": f"{question} {answer}"}], budget=Budget(max_steps=1))
+    last, told = done(job)
+    assert isinstance(last, ResultRecord), last
+    expected = [
+        ("rows_alike", "(holdout = forget): 4 = 2"),
+        ("rows_alike", "(holdout = retain): 4 = 5"),
+        ("rows_alike", "(forget = retain): 2 = 5"),
+        ("same_question", "(forget = retain): 2 = 6"),
+    ]
+    in_events = [(one.code, one.message) for one in told if isinstance(one, WarningRecord)]
+    in_report = [(one.code, one.message) for one in report_of(job).warnings]
+    for found in (in_events, in_report):
+        alike = [(code, message) for code, message in found if code in ("rows_alike", "same_question")]
+        assert [(code, message[message.rindex("(") :]) for code, message in alike] == expected
 
 
 def test_refusals_need_questions(assign: Assign) -> None:
