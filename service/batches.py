@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy import func, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.api import admission
+from service.api import admission, tokens
 from service.api.deps import Parts
 from service.domain import rows
 from service.domain.deletion import PlannedJob
@@ -19,7 +19,7 @@ from service.domain.identity import SYSTEM, Principal, Scope
 from service.domain.job import JobCreate
 from service.domain.overlap import overlap
 from service.domain.rows import Example
-from service.store import deletion_jobs, deletion_plans, deletion_reads, digests, files, quotas, tenancy
+from service.store import deletion_jobs, deletion_plans, deletion_reads, digests, files, models, quotas, tenancy
 from service.store.deletion_plans import Batch
 from service.store.tables import DeletionRequest, File
 
@@ -78,6 +78,7 @@ def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
         _suspend(here, batch, f"its retain set cannot be read: {error}")
         return False
     unfit = dict(_unreadable(here, who, batch.requests))
+    unfit |= _too_long(here, batch.plan.model, [request for request in batch.requests if request.id not in unfit])
     unfit |= _clashes(here, recipe, [request for request in batch.requests if request.id not in unfit])
     for request_id, reason in unfit.items():
         with here.sessions.begin() as s:
@@ -137,6 +138,18 @@ def _unreadable(here: Parts, who: Principal, requests: Iterable[DeletionRequest]
             continue
         if missing := [number for number, digest in enumerate(submitted, start=1) if digest not in found]:
             yield request.id, f"its row {missing[0]} is not in its forget set, by the digest that was kept of it"
+
+
+def _too_long(here: Parts, model: str, requests: Iterable[DeletionRequest]) -> Iterator[tuple[str, str]]:
+    """By request that has rows which are longer than the model's context: which. They could not be counted when it came in."""
+    with here.sessions.begin() as s:
+        entry = models.get(s, model)
+    for request in requests:
+        long = tokens.LongRows(here.settings, entry)
+        for _ in long.watch(map(rows.parse, _lines(here, request.forget_set))):
+            pass
+        for problem in long.problems("/forget_set"):
+            yield request.id, problem.detail
 
 
 def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest]) -> Mapping[str, str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from service.api import polling, sets, shown
+from service.api import polling, sets, shown, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
 from service.api.shapes import JobObject
@@ -93,7 +93,7 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
     ]
     if problems:
         raise InvalidRequest(*problems)
-    found = _judge_sets(here, request)
+    found = _judge_sets(here, request, entry)
     if "text" in found.forget and here.catalog.teaches_refusals(request.method.type, hyperparameters):
         detail = (
             f"{request.method.type} teaches to refuse questions; row {found.forget['text']} is a text, which asks none"
@@ -232,14 +232,18 @@ def _judge_refusals(here: Parts, request: JobCreate) -> None:
         raise InvalidRequest(FieldProblem("/refusal_set", detail, "kind"))
 
 
-def _judge_sets(here: Parts, request: JobCreate) -> JudgedSets:
-    """Raises InvalidRequest if one cannot be had or is empty, or if sets share rows."""
+def _judge_sets(here: Parts, request: JobCreate, entry: ModelEntry) -> JudgedSets:
+    """Raises InvalidRequest if one cannot be had or is empty, if sets share rows, or if rows are too long for the model."""
     kinds: dict[str, Kinds] = {purpose: {} for purpose in SETS}
+    long: dict[str, tokens.LongRows] = {}
     warnings: list[WarningRow] = []
 
-    def noted(examples: Iterator[Example], kinds: Kinds) -> Iterator[Example]:
+    def noted(examples: Iterator[Example], purpose: str) -> Iterator[Example]:
+        if purpose not in long:  # the first time that it is read
+            long[purpose] = tokens.LongRows(here.settings, entry)
+            examples = long[purpose].watch(examples)
         for number, example in enumerate(examples, start=1):
-            kinds.setdefault(example.kind, number)
+            kinds[purpose].setdefault(example.kind, number)
             yield example
 
     pairs = [("forget_set", "retain_set")]
@@ -250,11 +254,13 @@ def _judge_sets(here: Parts, request: JobCreate) -> JudgedSets:
             sets.opened(here, getattr(request, one), one) as first,
             sets.opened(here, getattr(request, other), other) as second,
         ):
-            found = overlap.overlap(noted(first, kinds[one]), noted(second, kinds[other]))
+            found = overlap.overlap(noted(first, one), noted(second, other))
         if found.same:
             raise InvalidRequest(*_overlaps(one, other, found.same))
         names = one.removesuffix("_set"), other.removesuffix("_set")
         warnings += [WarningRow(*warning) for warning in overlap.warnings(*names, found)]
+    if problems := [problem for purpose, rows in long.items() for problem in rows.problems(f"/{purpose}")]:
+        raise InvalidRequest(*problems)
     return JudgedSets(kinds["forget_set"], kinds["retain_set"], warnings)
 
 

@@ -8,12 +8,13 @@ from pydantic import BaseModel, Field
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.api import sets
+from service.api import sets, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
 from service.domain.deletion import CLOSED, DeletionCreate, DenialReason, Regulation, RequestStatus
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.identity import Principal
+from service.domain.job import ModelEntry
 from service.store import deletion_reads, deletions, digests, models
 from service.store.deletion_reads import Served
 from service.store.tables import DeletionRequest
@@ -88,14 +89,18 @@ class DeletionRequestObject(BaseModel):
 
 def submit(here: Parts, who: Principal, asked: DeletionCreate, once: Once = ANEW) -> DeletionRequestObject:
     """A request, committed. Raises InvalidRequest; then neither row nor file is kept."""
-    _judge_models(here, asked)
-    found = list[str]()
+    entries, found = _models(here, asked), list[str]()
+    long = [tokens.LongRows(here.settings, entry, tokens.JUDGED_BYTES // len(entries)) for entry in entries]
     with sets.opened(here, asked.forget_set, "forget_set") as rows:
+        for one in long:
+            rows = one.watch(rows)
         for digest in digests.row_digests(here.secrets, who.tenant, rows):
             found.append(digest)
             if len(found) > ROWS_MAX:
                 detail = f"has more than {ROWS_MAX} rows: make several requests of it"
                 raise InvalidRequest(FieldProblem("/forget_set", detail, "too_many"))
+    if problems := [problem for one in long for problem in one.problems("/forget_set")]:
+        raise InvalidRequest(*problems)
     subjects = [digests.subject_digest(here.secrets, who.tenant, subject) for subject in asked.subjects]
     with sets.inline_files(here, who, {"forget_set": asked.forget_set}) as inline, here.sessions.begin() as s:
         once.first(s)
@@ -114,17 +119,19 @@ def tag(answer: DeletionRequestObject) -> str:
     return f'"{answer.version}"'
 
 
-def _judge_models(here: Parts, asked: DeletionCreate) -> None:
-    problems = []
+def _models(here: Parts, asked: DeletionCreate) -> list[ModelEntry]:
+    """Raises InvalidRequest where one is not registered."""
+    entries, problems = [], []
     for index, name in enumerate(asked.models):
         try:
             with here.sessions.begin() as s:
-                models.get(s, name)
+                entries.append(models.get(s, name))
         except NotFound:
             detail = f"model {name!r} is not registered; GET /v1/models lists those that are"
             problems.append(FieldProblem(f"/models/{index}", detail, "model_not_found"))
     if problems:
         raise InvalidRequest(*problems)
+    return entries
 
 
 def shown(s: Session, found: Sequence[DeletionRequest]) -> list[DeletionRequestObject]:

@@ -6,6 +6,7 @@ With the model's own tokeniser where its folder can be read here; the library th
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
+from service.domain.errors import FieldProblem
 from service.domain.job import ModelEntry
 from service.domain.memory import SetLengths
 from service.domain.modelfiles import digest_tokenizer
@@ -20,6 +22,9 @@ from service.domain.rows import Example
 from service.settings import Settings
 
 COUNTED_BYTES = 2 * 2**20  # of a set: about a second's work; of a larger one every k-th row is counted
+JUDGED_BYTES = 2**19  # of a set's longest rows, at a submission: a quarter of a second's work
+SPECIAL_TOKENS_MAX = 8  # that a tokeniser puts around a row
+ESTIMATE_SPARE = 0.1  # a row is refused by an estimate only if it would be too long with so much less
 ROWS_AT_ONCE = 256
 NAMED_ROWS_MAX = 20
 AS_IN_FILE = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})  # classes that take tokenizer.json as it is
@@ -70,18 +75,24 @@ def counter(settings: Settings, entry: ModelEntry) -> Counter:
         tokenizer, config = _read(folder, digest)
     except OSError as error:
         raise Cannot("the model's folder cannot be read here") from error
-    form, reason = entry.prompt_format, None
-    around: Sequence[str] = (form.user_start, form.user_end + form.assistant_start)
-    if form.type == "chat":
-        if "chat" not in entry.info:
-            raise Cannot("what the chat template puts around a question was not found at registration")
-        around, reason = entry.info["chat"], TEMPLATE_SAYS
+    chat = entry.prompt_format.type == "chat"
+    (before, behind), reason = _around(entry), TEMPLATE_SAYS if chat else None
     if config.get("tokenizer_class") not in AS_IN_FILE or {"add_bos_token", "add_eos_token"} & config.keys():
         reason = "the worker may read tokenizer.json in another way: its class or its config has rules of its own"
     eos = config.get("eos_token")
     eos = tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos is not None else None
-    before, behind = around
-    return Counter(tokenizer, eos, before, behind, form.type == "chat", entry.info.get("context_tokens"), reason)
+    return Counter(tokenizer, eos, before, behind, chat, entry.info.get("context_tokens"), reason)
+
+
+def _around(entry: ModelEntry) -> Sequence[str]:
+    """What stands before and behind a question. Raises Cannot."""
+    form = entry.prompt_format
+    if form.type != "chat":
+        return form.user_start, form.user_end + form.assistant_start
+    if "chat" not in entry.info:
+        raise Cannot("what the chat template puts around a question was not found at registration")
+    around: Sequence[str] = entry.info["chat"]
+    return around
 
 
 @lru_cache(maxsize=8)
@@ -122,6 +133,70 @@ def count(counter: Counter, examples: Iterable[Example], rows: int, size_bytes: 
         too_long_rows=long[:NAMED_ROWS_MAX],
     )
     return Counted(tokens, SetLengths(lengths, counted, asked, rows))
+
+
+class LongRows:
+    """Finds the rows of a set that are longer than the model's context, of those rows that pass through it.
+
+    A token has at least one byte, so few rows need be counted: those with more bytes than the context has tokens and, if they are
+    many, the longest of them. What is not found here (nor by a normaliser that makes a text longer) the worker finds.
+    """
+
+    def __init__(self, settings: Settings, entry: ModelEntry, counted_bytes: int = JUDGED_BYTES) -> None:
+        self._settings, self._entry, self._counted_bytes = settings, entry, counted_bytes
+        self._suspects: list[tuple[int, int, Example]] = []  # a heap, of (bytes, number, row)
+        self._bytes = 0  # of the suspects
+        self._left_out = False
+
+    def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The same rows."""
+        context_tokens: int | None = self._entry.info.get("context_tokens")
+        try:
+            around = sum(len(text.encode()) for text in _around(self._entry))
+        except Cannot:
+            context_tokens = None
+        if context_tokens is None:
+            yield from examples
+            return
+        for number, example in enumerate(examples, start=1):
+            size = len(example.prompt.encode()) + len(example.answer.encode())
+            if size + around * (example.kind == "question") + SPECIAL_TOKENS_MAX > context_tokens:
+                self._keep(size, number, example)
+            yield example
+
+    def _keep(self, size: int, number: int, example: Example) -> None:
+        heappush(self._suspects, (size, number, example))
+        self._bytes += size
+        while self._bytes > self._counted_bytes and len(self._suspects) > 1:
+            self._bytes -= heappop(self._suspects)[0]
+            self._left_out = True
+
+    def problems(self, pointer: str) -> Iterator[FieldProblem]:
+        """One that names the rows, if there are any. None where the tokens cannot be counted here."""
+        if not self._suspects:
+            return
+        try:
+            found = counter(self._settings, self._entry)
+        except Cannot:
+            return
+        assert found.context_tokens is not None
+        measured = _measured(found, [example for *_, example in self._suspects])
+        spare = 0.0 if found.reason is None else ESTIMATE_SPARE
+        long = sorted(
+            number
+            for (_, number, _), (length, _) in zip(self._suspects, measured, strict=True)
+            if length * (1 - spare) > found.context_tokens
+        )
+        if long:
+            rows = ", ".join(map(str, long[:NAMED_ROWS_MAX])) + (", ..." if len(long) > NAMED_ROWS_MAX else "")
+            detail = (
+                f"longer than the context of model {self._entry.name!r}, {found.context_tokens} tokens: rows {rows}"
+            )
+            if found.reason is not None:
+                detail += f", by an estimate with {ESTIMATE_SPARE:.0%} to spare"
+            if self._left_out:
+                detail += "; shorter ones were not counted"
+            yield FieldProblem(pointer, detail, "row_too_long")
 
 
 Numbered = tuple[int, Example]

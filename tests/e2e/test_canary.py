@@ -166,12 +166,16 @@ def test_a_word_of_the_inputs_is_nowhere_after_the_purge(service: Service) -> No
         "deletion_requests": [request["id"]],
     }
     ran = ok(api.post(JOBS, json=job))
-    too_long = job | {"retain_set": [row(3), {"question": "?", "answer": f"{CANARY} " * 400}], "deletion_requests": []}
-    broken = ok(api.post(JOBS, json=too_long))
+    long, alone = f"{CANARY} " * 400, {"deletion_requests": []}
+    too_long = api.post(JOBS, json=job | {"retain_set": [row(3), {"question": "?", "answer": long}]} | alone)
+    broken = ok(
+        api.post(JOBS, json=job | {"refusal_set": [{"text": long}]} | alone)
+    )  # the worker finds that it is too long
     overlapping = api.post(JOBS, json=job | {"retain_set": [row(1)]})
     malformed = api.post(JOBS, content=json.dumps(job).encode()[:-1], headers={"Content-Type": "application/json"})
-    assert [overlapping.status_code, malformed.status_code] == [422, 400]
-    assert not has(overlapping.content + malformed.content), "a refusal quotes no row"
+    refused = (too_long, overlapping, malformed)
+    assert [reply.status_code for reply in refused] == [422, 422, 400]
+    assert not has(b"".join(reply.content for reply in refused)), "a refusal quotes no row"
 
     for created, status in ((ran, "succeeded"), (broken, "failed")):
         ended = until(lambda id=created["id"]: (j := ok(api.get(f"{JOBS}/{id}")))["status"] in TERMINAL and j)  # noqa: A006

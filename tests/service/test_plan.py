@@ -1,25 +1,35 @@
 """A dry run's numbers: tokens by the model's own tokeniser, steps, memory by hand, and what they warn of."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from httpx import Response
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from service import chat, planned, register
+from service.api import tokens
+from service.api.deps import Parts
+from service.batches import serve_deletions
 from service.domain import memory, modelsizes
 from service.domain.job import Lora, ModelEntry, PromptFormat
 from service.domain.memory import Load, SetLengths
 from service.domain.modelfiles import digest_model, digest_tokenizer
 from service.domain.modelsizes import Linear, Sizes
+from service.domain.rows import Example
 from service.settings import Settings
 from service.store import jobs, tenants, workers
 from service.store import models as registry
 from service.store.session import Sessions
 from service.store.tenants import DEFAULT
+from tests.service import deleting
+from tests.service.deleting import ADA, BOB
 
+parts = deleting.parts
 JOBS = "/v1/unlearning/jobs"
 DRY = {"dry_run": True}
 WORDS = ["<s>", "</s>", "<unk>", "Who", "is", "Ada", "Bob", "?", "A", "poet", ".", "baker", "Answer", ":"]
@@ -122,16 +132,115 @@ def test_passes_are_over_the_whole_forget_set(http: TestClient, body: dict[str, 
     assert (steps["forget_rows"], steps["forget_passes"]) == (8, 2.0), "three steps of eight rows for twenty"
 
 
-def test_rows_beyond_the_context_are_named(http: TestClient, body: dict[str, Any]) -> None:
-    body["retain_set"] = [{"text": "Bob"}, {"text": "Bob " * 10}, {"text": "Bob " * 11}, {"text": "Bob " * 40}]
-    plan = http.post(JOBS, json=body, params=DRY).json()
-    assert plan["sets"]["retain_set"]["tokens"]["too_long_rows"] == [3, 4], "twelve tokens fit, with both ends"
-    (warning,) = plan["warnings"]
-    assert (warning["code"], "retain_set" in warning["message"], "rows 3, 4" in warning["message"]) == (
-        "rows_too_long",
-        True,
-        True,
+LONG = [{"text": "Bob"}, {"text": "Bob " * 10}, {"text": "Bob " * 11}, {"text": "Bob " * 40}]
+LONG_SAYS = "longer than the context of model 'words', 12 tokens: rows 3, 4"  # twelve tokens fit, with both ends
+
+
+@pytest.mark.parametrize("params", [{}, DRY], ids=["created", "dry-run"])
+@pytest.mark.parametrize("purpose", ["forget_set", "retain_set", "holdout_set"])
+def test_a_job_whose_rows_are_longer_than_the_context_is_refused(
+    http: TestClient, upload: Callable[..., str], body: dict[str, Any], purpose: str, params: dict[str, Any]
+) -> None:
+    body[purpose] = LONG if purpose == "forget_set" else upload(purpose, LONG)
+    reply = http.post(JOBS, json=body, params=params)
+    assert reply.status_code == 422
+    assert reply.json()["errors"] == [{"pointer": f"/{purpose}", "detail": LONG_SAYS, "code": "row_too_long"}]
+    assert http.get(JOBS).json()["data"] == []
+
+
+def test_a_deletion_request_whose_rows_are_longer_than_a_models_context_is_refused(
+    http: TestClient, upload: Callable[..., str], body: dict[str, Any]
+) -> None:
+    asked = {"regulation": "gdpr", "models": ["m", "words"]}
+    for forget_set in (LONG, upload("forget_set", LONG)):
+        reply = http.post("/v1/deletion-requests", json=asked | {"forget_set": forget_set})
+        assert reply.status_code == 422
+        assert reply.json()["errors"] == [{"pointer": "/forget_set", "detail": LONG_SAYS, "code": "row_too_long"}]
+    assert http.post("/v1/deletion-requests", json=asked | {"forget_set": LONG[:2]}).status_code == 201
+    assert http.post("/v1/deletion-requests", json=asked | {"forget_set": LONG, "models": ["m"]}).status_code == 201
+
+
+def test_a_request_whose_rows_could_not_be_counted_when_it_came_in_fails_before_a_job(
+    http: TestClient, parts: Parts, upload: Callable[..., str], body: dict[str, Any], folder: Path
+) -> None:
+    job = {"method": {"type": "pdu"}, "constraint": {"epsilon": 0.3}, "retain_set": upload("retain_set", [BOB])}
+    plan = {"job": job, "window_seconds": 0, "requests_max": 2}
+    assert http.put("/v1/deletion-plans/words", json=plan).status_code == 200
+    (folder / "tokenizer.json").rename(folder / "away")
+    asked = {"regulation": "gdpr", "models": ["words"]}
+    good, other = (
+        http.post("/v1/deletion-requests", json=asked | {"forget_set": rows}).json() for rows in ([ADA], LONG)
     )
+    (folder / "away").rename(folder / "tokenizer.json")
+    assert serve_deletions(parts) == 1
+    good, other = (http.get(made["links"]["self"]).json() for made in (good, other))
+    assert (len(good["jobs"]), other["jobs"], other["status"]) == (1, [], "failed")
+    assert LONG_SAYS in other["status_reason"]
+
+
+def test_rows_that_cannot_be_counted_here_are_left_to_the_worker(
+    http: TestClient, settings: Settings, sessions: Sessions, folder: Path, request_body: dict[str, Any]
+) -> None:
+    hub = register.hub_entry(settings, "hub", "o/m@" + "0" * 40, FORM)
+    absent = register.folder_entry(settings, "absent", folder, FORM).model_copy(update={"location": "elsewhere"})
+    for entry in (hub, absent):
+        entry.info["context_tokens"] = 12
+        with sessions.begin() as s:
+            registry.add(s, entry)
+        assert http.post(JOBS, json=request_body | {"model": entry.name, "retain_set": LONG}).status_code == 201
+
+
+def test_by_an_estimate_only_what_is_far_too_long_is_refused(
+    http: TestClient, settings: Settings, sessions: Sessions, folder: Path, request_body: dict[str, Any]
+) -> None:
+    entry = register.folder_entry(settings, "chatty", folder, FORM)
+    entry = entry.model_copy(update={"prompt_format": PromptFormat(type="chat")})
+    entry.info |= {"chat": ["Ada ", " Answer:"], "context_tokens": 20}
+    with sessions.begin() as s:
+        registry.add(s, entry)
+
+    def sent(words: int, params: dict[str, Any]) -> Response:
+        row = {"question": "Who?", "answer": "Bob " * (words - 6)}  # Ada Who ? Answer : </s> are the others
+        return http.post(JOBS, json=request_body | {"model": "chatty", "retain_set": [row]}, params=params)
+
+    assert [warning["code"] for warning in sent(20, DRY).json()["warnings"]] == []
+    assert [warning["code"] for warning in sent(22, DRY).json()["warnings"]] == ["rows_too_long"]
+    assert sent(22, {}).status_code == 201
+    (error,) = sent(23, {}).json()["errors"]
+    assert (error["code"], "rows 1, by an estimate" in error["detail"]) == ("row_too_long", True)
+
+
+def test_of_a_large_set_few_rows_are_counted(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = register.folder_entry(settings, "words", folder, FORM)
+    counted: list[int] = []
+    counter = tokens.counter
+
+    def counting(*given: Any) -> Any:
+        tokenizer = counter(*given).tokenizer
+        wrapped = SimpleNamespace(
+            encode=tokenizer.encode,
+            encode_batch_fast=lambda texts, **how: (
+                counted.append(sum(map(len, texts))) or tokenizer.encode_batch_fast(texts, **how)
+            ),
+        )
+        return counter(*given)._replace(tokenizer=wrapped)
+
+    monkeypatch.setattr(tokens, "counter", counting)
+    short, long, longest = (
+        Example("text", "", "Bob"),
+        Example("text", "", "x" * 3000),
+        Example("text", "", "Bob " * 1000),
+    )
+    rows = tokens.LongRows(settings, entry)
+    assert list(rows.watch([short] * 50_000)) == [short] * 50_000
+    assert list(rows.problems("/forget_set")) == []
+    assert counted == [], "no row has as many bytes as the context has tokens"
+    given = [*[long] * 500, longest, *[long] * 500]
+    rows = tokens.LongRows(settings, entry)
+    assert list(rows.watch(given)) == given
+    (problem,) = rows.problems("/forget_set")
+    assert problem.detail.endswith("12 tokens: rows 501; shorter ones were not counted")
+    assert 0 < sum(counted) <= tokens.JUDGED_BYTES
 
 
 def test_rows_in_two_sets_are_refused_by_number_and_not_quoted(http: TestClient, body: dict[str, Any]) -> None:
