@@ -145,10 +145,8 @@ def _too_long(here: Parts, model: str, requests: Iterable[DeletionRequest]) -> I
     with here.sessions.begin() as s:
         entry = models.get(s, model)
     for request in requests:
-        long = tokens.LongRows(here.settings, entry)
-        for _ in long.watch(map(rows.parse, _lines(here, request.forget_set))):
-            pass
-        for problem in long.problems("/forget_set"):
+        examples = map(rows.parse, _lines(here, request.forget_set))
+        for problem in tokens.long_rows(here.settings, entry, examples, "/forget_set"):
             yield request.id, problem.detail
 
 

@@ -9,15 +9,15 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field, SerializeAsAny
 from sqlalchemy.orm import Session
 
-from service.api import admission
-from service.api.deps import Here, Parts, Reads, uploaded
+from service.api import admission, sets, tokens
+from service.api.deps import Here, Parts, Reads
 from service.api.errors import declared
 from service.api.guard import Guarded, needs
 from service.domain.deletion import PlannedJob, PlanPut
 from service.domain.errors import InvalidRequest
 from service.domain.identity import Scope
 from service.domain.job import SETS, ModelName
-from service.store import deletion_plans
+from service.store import deletion_plans, models
 from service.store.tables import DeletionPlan
 
 PLANS_PATH = "/v1/deletion-plans"
@@ -52,7 +52,7 @@ def put(here: Here, model: ModelName, asked: PlanPut) -> PlanObject:
     before could not serve is tried again.
     """
     with _under("/job"):
-        _judge(here, asked.job)
+        _judge(here, model, asked.job)
     with here.sessions.begin() as s:
         return plan_object(s, deletion_plans.put(s, model, asked))
 
@@ -93,15 +93,21 @@ def plan_object(s: Session, row: DeletionPlan) -> PlanObject:
     )
 
 
-def _judge(here: Parts, asked: PlannedJob) -> None:
+def _judge(here: Parts, model: str, asked: PlannedJob) -> None:
+    """Raises NotFound for a model that is not registered, and InvalidRequest."""
+    with here.sessions.begin() as s:
+        entry = models.get(s, model)
     hyperparameters = here.catalog.complete(asked.method.type, asked.method.hyperparameters)
-    if problems := list(admission.recipe_problems(here, asked, hyperparameters)):
-        raise InvalidRequest(*problems)
+    problems = list(admission.recipe_problems(here, asked, hyperparameters))
     for purpose in SETS:
         file_id = getattr(asked, purpose, None)
-        if file_id is not None:
-            with uploaded(here, file_id, purpose, f"/{purpose}"):
-                pass
+        if file_id is None:
+            continue
+        with sets.opened(here, file_id, purpose) as rows:
+            if purpose != "refusal_set":  # those are read behind questions that nobody has asked yet
+                problems += tokens.long_rows(here.settings, entry, rows, f"/{purpose}")
+    if problems:
+        raise InvalidRequest(*problems)
 
 
 @contextmanager

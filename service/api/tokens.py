@@ -199,6 +199,14 @@ class LongRows:
             yield FieldProblem(pointer, detail, "row_too_long")
 
 
+def long_rows(settings: Settings, entry: ModelEntry, examples: Iterable[Example], pointer: str) -> list[FieldProblem]:
+    """Of a set that is read for nothing else."""
+    found = LongRows(settings, entry)
+    for _ in found.watch(examples):
+        pass
+    return list(found.problems(pointer))
+
+
 Numbered = tuple[int, Example]
 
 

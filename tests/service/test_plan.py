@@ -160,6 +160,17 @@ def test_a_deletion_request_whose_rows_are_longer_than_a_models_context_is_refus
     assert http.post("/v1/deletion-requests", json=asked | {"forget_set": LONG, "models": ["m"]}).status_code == 201
 
 
+@pytest.mark.parametrize("purpose", ["retain_set", "holdout_set"])
+def test_a_deletion_plan_whose_rows_are_longer_than_the_context_is_refused(
+    http: TestClient, upload: Callable[..., str], body: dict[str, Any], purpose: str
+) -> None:
+    job = {"method": {"type": "pdu"}, "constraint": {"epsilon": 0.3}, "retain_set": upload("retain_set", [BOB])}
+    plan = {"job": job | {purpose: upload(purpose, LONG)}, "window_seconds": 0, "requests_max": 2}
+    reply = http.put("/v1/deletion-plans/words", json=plan)
+    assert reply.status_code == 422
+    assert reply.json()["errors"] == [{"pointer": f"/job/{purpose}", "detail": LONG_SAYS, "code": "row_too_long"}]
+
+
 def test_a_request_whose_rows_could_not_be_counted_when_it_came_in_fails_before_a_job(
     http: TestClient, parts: Parts, upload: Callable[..., str], body: dict[str, Any], folder: Path
 ) -> None:
