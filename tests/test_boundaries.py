@@ -155,7 +155,7 @@ RULES = (
     Rule(
         "numerical core",
         r"worker\.(tokens|head|problem|vectors|layers|hyperparameters|descent|solve|scores|statistics|rouge|registry|losses|solvers|metrics|methods(\..*)?)",
-        {"torch", "pydantic", "numpy", "scipy", "rouge_score"}
+        {"torch", "pydantic", "numpy", "scipy", "rouge_score", "regex"}  # regex: Unicode words, which re cannot find
         | {"worker.solvers", "worker.methods", "worker.registry", "worker.suite"}
         | CORE,
         {"transformers", "peft", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
@@ -165,6 +165,7 @@ RULES = (
         r"worker\..*",
         TORCH
         | {"safetensors", "tokenizers", "numpy", "pydantic", "fsspec", "jinja2", "markupsafe", "rouge_score", "accelerate"}
+        | {"regex"}
         | {"huggingface_hub"}  # what the revision of a Hub model is fetched with
         | {"worker", "service.domain"}
         | {"service.store.storage", "service.store.sealed"}  # the storage root, and what is sealed there: no database

@@ -14,9 +14,9 @@ JOBS_PER_TABLE = 6  # as many columns as a sheet of paper holds
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 290, 56, 14, 58, 44
 DRAWN = (  # of the figures, those whose course says most; every figure is in the tables
     "forget/probability",
-    "forget/rouge_l_recall",
+    "forget/rouge_l_recall_unicode",
     "retain/probability",
-    "retain/rouge_l_recall",
+    "retain/rouge_l_recall_unicode",
     "model_utility",
     "forget_quality",
     "forget_truth_ratio",

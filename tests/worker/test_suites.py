@@ -151,6 +151,44 @@ def test_a_metric_needs_what_it_says(name: str) -> None:
             metric.fn(without)
 
 
+KAZAN = (  # Pyotr was born in Kazan in 1985
+    "\u041f\u0451\u0442\u0440 \u0440\u043e\u0434\u0438\u043b\u0441\u044f \u0432 "
+    "\u041a\u0430\u0437\u0430\u043d\u0438 \u0432 1985 \u0433\u043e\u0434\u0443"
+)
+OTHER = "\u042d\u0442\u043e \u0441\u043b\u0443\u0447\u0438\u043b\u043e\u0441\u044c \u0432 1985"  # it happened in 1985
+TOKYO = "\u6771\u4eac\u3067\u751f\u307e\u308c\u305f"  # was born in Tokyo, 7 characters
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "share", "reference"),
+    [
+        (KAZAN, OTHER, 2 / 7, 1.0),  # "in 1985" of seven words; the reference sees 1985 alone, and that is said
+        (KAZAN, KAZAN.split()[0], 1 / 7, 0.0),  # the name alone
+        (KAZAN, KAZAN.upper(), 1.0, 1.0),
+        (KAZAN, KAZAN.replace("\u0451", "\u0435\u0308"), 1.0, 1.0),  # e with its dots as a character of its own
+        (TOKYO, TOKYO[:2], 2 / 7, None),  # no spaces: by characters
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940 1",
+            "\u0939\u093e 1",
+            1 / 2,
+            1.0,
+        ),  # Hindi: vowel signs belong to the word
+        ("born in \uff11\uff19\uff18\uff15", "1985", 1 / 3, 0.0),  # digits as wide as Chinese characters
+        ("She walked to Lima", "walking to Lima she", 2 / 4, 3 / 4),  # unstemmed
+        ("\U0001f600!", "yes", None, None),  # no word
+    ],
+)
+def test_words_of_any_script_are_counted_beside_the_reference(
+    answer: str, said: str, share: float | None, reference: float | None
+) -> None:
+    """By hand: the longest common subsequence of words, over the words of the true answer."""
+    scores = NOTHING._replace(generated={0: said}, answers={0: answer})
+    for name, expected in (("rouge_l_recall_unicode", share), ("rouge_l_recall", reference)):
+        score = registry.build("metrics", name, {}).fn(scores)
+        assert score.value == (None if expected is None else pytest.approx(expected)), name
+        assert (score.reason is None) is (expected is not None)
+
+
 # --- all suites
 
 

@@ -17,6 +17,7 @@ from worker.metrics.extraction_strength_corrected import extraction_strength_cor
 from worker.metrics.nll import nll
 from worker.metrics.probability import probability
 from worker.metrics.rouge_l_recall import rouge_l_recall
+from worker.metrics.rouge_l_recall_unicode import rouge_l_recall_unicode
 from worker.scores import Metric
 from worker.statistics import interval
 from worker.suite import Ask, Asks, FigureForm, Result, SetForm, Sets, Suite, alternatives, examples
@@ -86,6 +87,7 @@ def _figures() -> dict[str, Figure]:
         for name, metric in METRICS.items():
             found[f"{of}/{name}"] = _figure(of, metric())
         found[f"{of}/rouge_l_recall"] = _figure(of, rouge_l_recall(), figures.SAID)
+        found[f"{of}/rouge_l_recall_unicode"] = _figure(of, rouge_l_recall_unicode(), figures.SAID)
         form = FigureForm(nll().definition, nll().better[of], benchmark=False)
         found[f"{of}/nll"] = Figure(form, partial(_nll, of=of))
         found[f"{of}/truth_ratio"] = _truth_ratio(of)
