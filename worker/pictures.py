@@ -23,7 +23,7 @@ def bound(facts: ConstraintFacts) -> Picture:
     """Where the retain loss lies before and after, against the bound. Places are per cent, so that words keep their size."""
     known = [v for v in (facts.before, facts.upper, facts.epsilon) if v is not None]
     scale = chart.positive(known, padding=0.3)
-    before, bound, after = pair(facts.before, facts.epsilon, facts.upper)
+    [before], (bound, after) = pair(facts.before), pair(facts.epsilon, facts.upper)
     loss = (
         "Retain loss, which is how badly the model predicts what it must keep (nats per token, lower is better): "
         f"{before} before, {after} after; the bound is {bound}"
@@ -44,8 +44,8 @@ def bound(facts: ConstraintFacts) -> Picture:
     edge = x(facts.epsilon)
     parts = [
         f'<rect x="{edge:.1f}%" y="26" width="{100 - edge:.1f}%" height="54" fill="#fbe9e7"/>',
-        f'<text x="99%" y="40" text-anchor="end" fill="{BAD}">broken →</text>',
-        f'<text x="1%" y="40" fill="{GOOD}">← kept</text>',
+        f'<text x="99%" y="40" text-anchor="end" fill="{BAD}">over the bound →</text>',
+        f'<text x="1%" y="40" fill="{GOOD}">← within the bound</text>',
         f'<line x1="0" x2="100%" y1="64" y2="64" stroke="{SOFT}"/>',
         f'<line x1="{edge:.1f}%" x2="{edge:.1f}%" y1="22" y2="80" stroke="{INK}" stroke-width="2" stroke-dasharray="6 3"/>',
         label(facts.epsilon, 16, f"bound ε {bound}"),
@@ -91,17 +91,18 @@ def scatter(of: str, points: Sequence[RowPoint]) -> Picture | None:
 
 
 def _moved(of: str, both: Sequence[tuple[int, float, float]], shown: int) -> str:
-    before, after = (_median([row[k] for row in both]) for k in (1, 2))
-    fell = sum(after <= 0.1 * before for _, before, after in both)
-    told = f"The median of {len(both):,} rows went from {number(before)} to {number(after)}."
+    middle = pair(*(_median([row[k] for row in both]) for k in (1, 2)))
+    fell = sum(after <= 0.1 * before for _, before, after in both if after < before)
+    told = f"The median of {len(both):,} rows went from {middle[0]} to {middle[1]}. {fell:,} fell to a tenth or less."
     if of == "forget":
-        worst = sorted(both, key=lambda row: -row[2])[:WORST]
-        named = ", ".join(f"row {row} with {number(after)}" for row, _, after in worst)
-        told += f" {fell:,} fell to a tenth or less. Likeliest after: {named}."
+        rose = sum(after > before for _, before, after in both)
+        likeliest = sorted(both, key=lambda row: -row[2])[:WORST]
+        told += f" {rose:,} rose." if rose else ""
+        told += f" Likeliest after: {', '.join(f'row {row} with {number(after)}' for row, _, after in likeliest)}."
     else:
-        worst = sorted(both, key=lambda row: row[2] - row[1])[:WORST]
-        named = ", ".join(f"row {row} ({number(before)} → {number(after)})" for row, before, after in worst)
-        told += f" {fell:,} fell to a tenth or less. Changed most for the worse: {named}."
+        worse = sorted((row for row in both if row[2] < row[1]), key=lambda row: row[2] - row[1])[:WORST]
+        named = ("row {} ({} → {})".format(row, *pair(before, after)) for row, before, after in worse)
+        told += f" Changed most for the worse: {', '.join(named)}." if worse else " No row got worse."
     return told + (f" {shown} of them are drawn." if shown < len(both) else "")
 
 
@@ -190,7 +191,7 @@ def _gap_label(frame: Frame, x: float, y: float, words: str) -> str:
 
 
 def attacks(audit: Sequence[AuditEntry]) -> Picture | None:
-    """Each attack a line: the probability of the forgotten answers before it, under it, and of the models beside."""
+    """Each attack a line: the probability of the answers to forget before it, under it, and of the models beside."""
     tried = [entry for entry in audit if entry.metric == "probability" and entry.attacked is not None]
     if not tried:
         return None
@@ -206,7 +207,7 @@ def attacks(audit: Sequence[AuditEntry]) -> Picture | None:
     for tick in frame.x.ticks:
         x = frame.at(tick, 0)[0]
         parts.append(f'<path d="M{x:.1f} {frame.top}V{frame.bottom}" stroke="{GRID}"/>')
-    parts += chart.floor_axis(frame, "probability of the forgotten answers")
+    parts += chart.floor_axis(frame, "probability of the answers to forget")
     for k, entry in enumerate(tried):
         y = top + line * k + 30
         parts.append(chart.text(frame.left, y - 14, ATTACKS.get(entry.attack, entry.attack)))
@@ -220,7 +221,7 @@ def attacks(audit: Sequence[AuditEntry]) -> Picture | None:
     told = [
         "{}: from {} to {}".format(ATTACKS.get(e.attack, e.attack), *percents(e.released, e.attacked)) for e in tried
     ]
-    said = f"Probability of the forgotten answers without the attack and under it: {'; '.join(told)}."
+    said = f"Probability of the answers to forget without the attack and under it: {'; '.join(told)}."
     return Picture(chart.svg("attacks", WIDTH, frame.bottom + 44, "What each attack brings back", said, *parts), said)
 
 

@@ -48,7 +48,9 @@ def unicode_words(text: str) -> list[str]:
     >>> len(unicode_words("\\u6771\\u4eac\\u3067 1985"))  # Tokyo, in Japanese, and a particle
     4
     """
-    return WORD.findall(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()))
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    found: list[str] = WORD.findall(folded)
+    return found
 
 
 def _each(scores: Scores, seen: Callable[[str], bool], of: Callable[[str, str], float], unseen: str) -> Score:

@@ -143,6 +143,42 @@ def test_a_scatter_has_every_row_at_its_place_and_names_the_worst() -> None:
     assert pictures.scatter("forget", [RowPoint(row=1, before=None, after=0.5)]) is None
 
 
+UP = [(0.9941, 0.9955), (0.98, 0.99), (0.5, 0.5)]
+DOWN = [(0.9, 0.05), (0.9, 0.8), (0.8, 0.9), (0.99404, 0.99401), (0.0, 0.0), (0.7, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("of", "moved", "says", "never"),
+    [
+        ("retain", UP, " 0 fell to a tenth or less. No row got worse.", "Changed most"),
+        (
+            "retain",
+            [(0.0, 0.0)],
+            " 0 fell to a tenth or less. No row got worse.",
+            "1 fell",
+        ),  # from nothing nothing falls
+        ("retain", [(0.9, 0.9)], "went from 0.9 to 0.9. 0 fell to a tenth or less. No row got worse.", "Changed most"),
+        # of the rows that fell the three that fell most, and none that rose or stayed; numbers that differ look different
+        (
+            "retain",
+            DOWN,
+            " 1 fell to a tenth or less. Changed most for the worse: row 1 (0.9 → 0.05), row 2 (0.9 → 0.8), "
+            "row 4 (0.99404 → 0.99401).",
+            "row 3",
+        ),
+        ("forget", UP, " 0 fell to a tenth or less. 2 rose. Likeliest after: row 1 with 0.9955", "worse"),
+        ("forget", [(0.9, 0.05)], " 1 fell to a tenth or less. Likeliest after: row 1 with 0.05.", "rose"),
+        ("forget", [(0.0, 0.0)], " 0 fell to a tenth or less. Likeliest after: row 1 with 0.", "1 fell"),
+    ],
+)
+def test_what_is_said_of_rows_is_true_of_them(of: str, moved: list[tuple[float, float]], says: str, never: str) -> None:
+    points = [RowPoint(row=k, before=before, after=after) for k, (before, after) in enumerate(moved, 1)]
+    picture = pictures.scatter(of, points)
+    assert picture is not None
+    assert says in picture.words
+    assert never not in picture.words
+
+
 def test_of_many_rows_a_part_is_drawn_and_all_are_counted() -> None:
     points = [RowPoint(row=k + 1, before=0.5, after=0.5) for k in range(2 * pictures.DOTS_MAX)]
     picture = pictures.scatter("retain", points)
