@@ -191,15 +191,15 @@ def _tell(report: Json, folder: Path, console: Console) -> None:
     for what, name in (("adapter", "adapter"), ("report", "report.html"), ("as JSON", "report.json"), ("logs", "logs")):
         console.print(f"{what:8} {folder / name}")
     if report["released"]["published"]:
-        console.print("\nLoad the adapter, and ask about somebody who was forgotten, without it and with it:\n")
+        console.print("\nLoad the adapter, and ask about somebody whom it was to forget, without it and with it:\n")
         console.print(load_command(folder), markup=False)
     else:
         console.print(f"\nNo adapter was published: {report['released']['message']}")
 
 
 def _tell_audit(audit: list[Json], console: Console) -> None:
-    """How much of the forgotten answers each attack brought back."""
-    table = Table("attack", "base", "released", "attacked", title="mean probability of the forgotten answers")
+    """How much of the answers to forget each attack brought back."""
+    table = Table("attack", "base", "released", "attacked", title="mean probability of the answers to forget")
     for entry in audit:
         if entry["metric"] == "probability":
             numbers = ["-" if entry[who] is None else f"{entry[who]:.4f}" for who in ("base", "released", "attacked")]
@@ -208,7 +208,7 @@ def _tell_audit(audit: list[Json], console: Console) -> None:
 
 
 def load_command(folder: Path) -> str:
-    """A shell command that asks the model one of the forgotten questions, without and with the adapter."""
+    """A shell command that asks the model one of the forget set's questions, without and with the adapter."""
     form = json.loads((folder / "prompt_format.json").read_text())
     row = json.loads((folder / "forget.jsonl").read_text().partition("\n")[0])
     prompt = json.dumps(form["user_start"] + row["question"] + form["user_end"] + form["assistant_start"])

@@ -1,4 +1,4 @@
-"""A job that starts from an earlier job's adapter: that adapter as it was published, and the rows that must stay forgotten.
+"""A job that starts from an earlier job's adapter: that adapter as it was published, and the rows that must stay unlikely.
 
 Each job of the chain promised that the model has forgotten its rows. The one that starts from their adapter measures them again,
 as far as they are still kept.
@@ -22,7 +22,7 @@ from worker.model import Network
 from worker.records import ArtifactFile, Assignment, FileRef, ParentAssignment
 from worker.views import Term
 
-GONE = "its rows are no longer kept, so whether they stay forgotten could not be measured"
+GONE = "its rows are no longer kept, so how likely they are could not be measured"
 
 
 class Earlier(NamedTuple):

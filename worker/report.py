@@ -28,6 +28,7 @@ from service.domain.report import (
     Trajectory,
 )
 from worker.records import CheckRecord, RequestRows, StepRecord
+from worker.words import number, pair, percents
 
 POINTS_MAX = 500
 CHECKS_MAX = 100
@@ -79,8 +80,8 @@ def verdict(
     gates: Sequence[Gate] = (),
     figures: Mapping[str, Value] = {},
 ) -> Verdict:
-    """PASSED only if an adapter was released that keeps the bound, has forgotten, brings nothing back that earlier jobs of its
-    chain had forgotten, and meets the request's own gates.
+    """PASSED only if an adapter was released that keeps the bound, under which the forget rows' answers, and those of earlier
+    jobs of its chain, are as unlikely as required, and that meets the request's own gates.
 
     A slack smaller than the measurement's tolerance is WARNED, and so are a broken gate of severity warn and an earlier job
     whose rows are no longer kept. What else could not be measured fails, with that reason.
@@ -107,10 +108,11 @@ def _own_gate(gate: Gate, found: Value, published: bool) -> GateResult:
         message = f"{what} was required, but could not be measured: {found.reason or 'it was not finite'}."
     elif not published:
         met = False
-        message = f"{what} was required of an adapter, but none was released; the last iterate has {value:.6g}."
+        message = f"{what} was required of an adapter, but none was released; the last iterate has {number(value)}."
     else:
         met = value <= gate.threshold if gate.op == "<=" else value >= gate.threshold
-        message = f"{gate.metric} is {value:.6g}; {RELATION[gate.op]} {gate.threshold:g} was required."
+        found_value, threshold = pair(value, gate.threshold)
+        message = f"{gate.metric} is {found_value}; {RELATION[gate.op]} {threshold} was required."
     broken: Literal["FAILED", "WARNED"] = "FAILED" if gate.severity == "fail" else "WARNED"
     return GateResult(**gate.model_dump(), value=value, result="PASSED" if met else broken, message=message)
 
@@ -120,17 +122,18 @@ def _retain_gate(constraint: ConstraintFacts, published: bool) -> GateResult:
     gate = GateResult(metric="retain_nll", op="<=", threshold=bound, value=value, result="FAILED", message="")
     if value is None:
         return gate.model_copy(update={"message": f"The retain loss could not be measured: {constraint.reason}."})
-    what = f"The retain loss is {value:.6g} nats per token"
+    found, allowed = pair(value, bound)
+    what = f"The retain loss went from {number(constraint.before, 3)} to {found} nats per token"
     if value > bound:
-        return gate.model_copy(update={"message": f"{what}, above the bound of {bound:.6g}."})
+        return gate.model_copy(update={"message": f"{what}: above the bound of {allowed}."})
     if not published:
         return gate.model_copy(
-            update={"message": f"{what}, within the bound of {bound:.6g}, but no adapter was released."}
+            update={"message": f"{what}: within the bound of {allowed}, but no adapter was released."}
         )
     if bound - value < constraint.tolerance:
-        message = f"{what}, below the bound of {bound:.6g} by less than the measurement's tolerance of {constraint.tolerance:g}."
+        message = f"{what}: below the bound of {allowed} by less than the measurement's tolerance of {constraint.tolerance:g}."
         return gate.model_copy(update={"result": "WARNED", "message": message})
-    return gate.model_copy(update={"result": "PASSED", "message": f"{what}, within the bound of {bound:.6g}."})
+    return gate.model_copy(update={"result": "PASSED", "message": f"{what}: within the bound of {allowed}."})
 
 
 def _forget_gate(before: float | None, after: float | None) -> GateResult:
@@ -140,20 +143,19 @@ def _forget_gate(before: float | None, after: float | None) -> GateResult:
     )
     if before is None or threshold is None:
         return gate.model_copy(update={"message": "The forget probability before could not be measured."})
+    [earlier] = percents(before)
     if after is None:
-        message = f"The forget probability after could not be measured; before, it was {before:.4g}."
+        message = f"The forget probability after could not be measured; before, it was {earlier}."
         return gate.model_copy(update={"message": message})
+    now, required = percents(after, threshold)
     if before <= 0:
-        message = (
-            f"The forget probability is {after:.4g}, but it was 0 before: there was nothing to measure forgetting by."
-        )
+        message = f"The forget probability is {now}, but it was 0 before: there was nothing to measure forgetting by."
         return gate.model_copy(update={"message": message})
-    what = f"The mean forget probability went from {before:.4g} to {after:.4g}"
-    if after > threshold:
-        return gate.model_copy(update={"message": f"{what}; at most {threshold:.4g}, a tenth of before, was required."})
-    return gate.model_copy(
-        update={"result": "PASSED", "message": f"{what}, at most a tenth of before ({threshold:.4g})."}
+    message = (
+        f"The mean probability of the forget rows' answers, per token, went from {earlier} to {now}; at most {required}, a "
+        "tenth of before, was required."
     )
+    return gate.model_copy(update={"result": "FAILED" if after > threshold else "PASSED", "message": message})
 
 
 def _earlier_gate(forgotten: Forgotten) -> GateResult:
@@ -172,9 +174,10 @@ def _earlier_gate(forgotten: Forgotten) -> GateResult:
         return gate.model_copy(update={"severity": "warn", "result": "WARNED"})
     if forgotten.reason is not None or threshold is None or forgotten.after is None:
         return gate
+    now, required = percents(forgotten.after, threshold)
     message = (
-        f"The mean probability of what job {forgotten.job_id} had the model forget is {forgotten.after:.4g}, after "
-        f"{forgotten.before:.4g} before this job; at most {threshold:.4g}, a tenth of the base model's, is required."
+        f"The mean probability, per token, of what job {forgotten.job_id} had the model forget is {now}, after "
+        f"{percents(forgotten.before)[0]} before this job; at most {required}, a tenth of the base model's, is required."
     )
     kept = forgotten.after <= threshold
     return gate.model_copy(update={"result": "PASSED" if kept else "FAILED", "message": message})

@@ -5,9 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from service.domain.job import GateResult
-from service.domain.report import EARLIER, AuditEntry, Figure, Report
+from service.domain.report import EARLIER, Figure, Report
 
 OWN_GATES = ("retain_nll", "forget_probability")  # of every job; the rest are earlier jobs' and the request's
+MET = {  # what it means that a gate of every job is met or broken: no more than what its figure says
+    "retain_nll": "the words to be kept are predicted no worse than allowed",
+    "forget_probability": "the exact words to be forgotten have become unlikely",
+}
+BROKEN = {
+    "retain_nll": "the words to be kept are predicted worse than allowed",
+    "forget_probability": "the exact words to be forgotten are still likelier than allowed",
+}
 ATTACKS = {
     "relearn_forget": "fine-tuning on a part of the forget set",
     "relearn_unrelated": "fine-tuning on unrelated text",
@@ -27,43 +35,61 @@ class Fact(NamedTuple):
 
 
 def summary(report: Report) -> str:
-    """What happened, in one sentence for who reads nothing else."""
+    """What was asked and what was measured, for who reads nothing else: of each requirement only what its figure says."""
+    gates = report.verdict.gates
+    own = [gate for gate in gates if gate.metric in OWN_GATES]
+    earlier = [gate for gate in gates if gate.metric.startswith(EARLIER)]
+    others = [gate for gate in gates if gate not in own + earlier]
     asked = (
-        f"The model {report.asked.model} was to forget {rows(report.forget_set.rows)} "
-        f"while keeping {rows(report.retain_set.rows)}: "
+        f"The model {report.asked.model} was to forget {rows(report.forget_set.rows)} and to keep "
+        f"{rows(report.retain_set.rows)}."
     )
-    own = [gate for gate in report.verdict.gates if gate.metric in OWN_GATES]
-    earlier = [gate for gate in report.verdict.gates if gate.metric.startswith(EARLIER)]
-    others = [gate for gate in report.verdict.gates if gate not in own + earlier]
     if report.verdict.result == "PASSED":
-        more = ", and it meets every other requirement of the request" if others else ""
-        more += f"; what {_jobs(len(earlier))} had it forget stays forgotten" if earlier else ""
-        return f"{asked}the adapter that was released does both, by the measurements below{more}."
-    if report.verdict.result == "WARNED":
-        slight = "it keeps its bound by less than the measurement can resolve"
-        reasons = [slight] * any(gate.result == "WARNED" for gate in own) + _returned(earlier) + _broken(others)
-        return f"{asked}the adapter that was released does both, but {', and '.join(reasons)}."
-    failed = {gate.metric for gate in own if gate.result == "FAILED"}
-    retain = next(gate for gate in own if gate.metric == "retain_nll")
-    if any(gate.value is None or not gate.threshold for gate in own if gate.metric in failed):
-        missed = "whether it did could not be measured"
-    elif "retain_nll" in failed and retain.value is not None and retain.value <= (retain.threshold or 0.0):
-        missed = "no checked iterate did both, and what was measured after is not one that may be released"
-    elif failed == {"retain_nll"}:
-        missed = "it did not keep what it had to keep"
-    elif failed == {"forget_probability"}:
-        missed = "it did not forget what it had to forget"
+        found = [f"with the adapter that was released, {_met(own)}", *_still_unlikely(earlier)]
+        found += ["every further requirement is met"] if others else []
+    elif report.verdict.result == "WARNED":
+        slight = "the bound is kept by less than the measurement can resolve"
+        missed = [slight] * any(gate.result == "WARNED" for gate in own) + _returned(earlier) + _missed(others)
+        found = [f"with the adapter that was released, {_met(own)}, but {', and '.join(missed)}"]
     else:
-        missed = "it did neither as required" if failed else "it did both"
-    tail = "the adapter must not be relied on" if report.released.published else "no adapter was released"
-    return f"{asked}{', '.join([missed, *_returned(earlier), *_broken(others)])}, and {tail}."
+        tail = "the adapter must not be relied on" if report.released.published else "no adapter was released"
+        missed = [*_broken(own), *_returned(earlier), *_missed(others)]
+        did = "" if any(gate.result == "FAILED" for gate in own) else f"{_met(own)}, but "
+        found = [f"{did}{', '.join(missed)}, and {tail}"]
+    return " ".join([asked, *(f"{_sentence(words)}." for words in found)])
+
+
+def _met(own: Sequence[GateResult]) -> str:
+    return " and ".join(MET[gate.metric] for gate in own if gate.metric in MET)
+
+
+def _broken(own: Sequence[GateResult]) -> list[str]:
+    """Which of the gates of every job failed, and how."""
+    failed = [gate for gate in own if gate.result == "FAILED"]
+    if any(_unmeasured(gate) for gate in failed):
+        return ["whether it meets what every job must meet could not be measured"]
+    retain = next((gate for gate in failed if gate.metric == "retain_nll"), None)
+    if retain and retain.value is not None and retain.threshold is not None and retain.value <= retain.threshold:
+        return ["no checked iterate met the requirements, and what was measured after is not one that may be released"]
+    known = [BROKEN[gate.metric] for gate in failed if gate.metric in BROKEN]
+    return known + _missed([gate for gate in failed if gate.metric not in BROKEN])
+
+
+def _unmeasured(gate: GateResult) -> bool:
+    """Of a probability that was 0 before, a tenth is nothing to measure forgetting by."""
+    return gate.value is None or gate.threshold is None or (gate.metric == "forget_probability" and gate.threshold == 0)
+
+
+def _still_unlikely(gates: Sequence[GateResult]) -> list[str]:
+    return [f"what {_jobs(len(gates))} had it forget is still as unlikely, word for word, as required"] * bool(gates)
 
 
 def _returned(gates: Sequence[GateResult]) -> list[str]:
-    results = [gate.result for gate in gates]
-    likely, unknown = results.count("FAILED"), results.count("WARNED")
-    return [f"what {_jobs(likely)} had it forget is not as unlikely as it must stay"] * bool(likely) + [
-        f"whether what {_jobs(unknown)} had it forget stays forgotten could not be measured"
+    missed = [gate for gate in gates if gate.result != "PASSED"]
+    unknown = sum(_unmeasured(gate) for gate in missed)
+    likely = len(missed) - unknown
+    return [f"what {_jobs(likely)} had it forget is likelier than allowed"] * bool(likely) + [
+        f"how likely what {_jobs(unknown)} had it forget is could not be measured"
     ] * bool(unknown)
 
 
@@ -71,43 +97,75 @@ def _jobs(count: int) -> str:
     return "an earlier job" if count == 1 else f"{count} earlier jobs"
 
 
-def _broken(gates: Sequence[GateResult]) -> list[str]:
+def _missed(gates: Sequence[GateResult]) -> list[str]:
     missed = [gate for gate in gates if gate.result != "PASSED"]
-    what = "requirement of the request is" if len(missed) == 1 else "requirements of the request are"
+    what = "requirement is" if len(missed) == 1 else "requirements are"
     return [f"{len(missed)} further {what} not met ({', '.join(gate.metric for gate in missed)})"] if missed else []
 
 
 # --- the three numbers
 
 
+PIECE = "each next word or part of a word"  # a token, for who knows no tokens
+
+
 def three(report: Report) -> list[Fact]:
-    """What is forgotten, what is kept, what an attack brings back; of each the plainest figure that was measured."""
-    gates = {gate.metric: gate.message for gate in report.verdict.gates}
-    return [
-        _answered(report, "forget", "Forgotten: what it still says", gates["forget_probability"]),
-        _answered(report, "retain", "Kept: what it must still say", gates["retain_nll"]),
-        _brought_back(report.audit),
-    ]
+    """What the model says now of the rows to forget, of the rows to keep, and under an attack; the plainest figure of each."""
+    return [_to_forget(report), _to_keep(report), _under_attack(report)]
 
 
-def _answered(report: Report, of: str, name: str, gate: str) -> Fact:
-    found = {figure.metric: figure for figure in report.figures if figure.set == of}
-    which = "that were to be forgotten" if of == "forget" else "that it was to keep"
-    said, likely = found.get("rouge_l_recall"), found.get("probability")
-    if said and _measured(said):
-        before, after = percents(said.before, said.after)
-        asked = f"Asked for {said.rows:,} answers {which}, the model gives {after} of their words, in their order"
-    elif likely and _measured(likely):
-        before, after = percents(likely.before, likely.after)
-        asked = f"To each next piece of {likely.rows:,} answers {which} the model gives a probability of about {after}"
+def _to_forget(report: Report) -> Fact:
+    """The share of the answers' words that it gives, then the forget gate, which alone stands there for texts."""
+    gate, likely = _gate(report, "forget_probability"), _measured(report, "forget", "probability")
+    if likely is None or gate.value is None or gate.threshold is None:
+        big, exact = None, gate.message
     else:
-        reasons = {figure.reason for figure in (said, likely) if figure and figure.reason}
-        return Fact(name, "not measured", f"{_because(reasons)} {gate}")
-    return Fact(name, f"{before} → {after}", f"{asked}; before, {before}. {gate}")
+        [before], (after, required) = percents(likely.before), percents(gate.value, gate.threshold)
+        big = f"{before} → {after}"
+        exact = (
+            f"To {PIECE} of the exact answers it gives a probability of {after} (before, {before}); at most {required} was "
+            "required. How likely the same fact is in other words, these figures do not say."
+        )
+    return _answered(report, "forget", "Rows to forget: what it still says", big, exact)
 
 
-def _measured(figure: Figure) -> bool:
-    return figure.before is not None and figure.after is not None
+def _to_keep(report: Report) -> Fact:
+    """The share of the answers' words that it gives, then the bound on the loss as a probability per token, e^-loss."""
+    facts = report.constraint
+    if facts.upper is None:
+        big, predicted = None, _gate(report, "retain_nll").message
+    else:
+        after, required = percents(math.exp(-facts.upper), math.exp(-facts.epsilon), digits=3)
+        [before] = percents(math.exp(-facts.before), digits=3)
+        big = f"{before} → {after}"
+        kept = "" if facts.upper <= facts.epsilon else ", which is not kept"
+        predicted = (
+            f"Over all {rows(facts.rows_measured)}, it gives {PIECE} a typical probability of {after} (before, {before}); at "
+            f"least {required} was required{kept}."
+        )
+    return _answered(report, "retain", "Rows to keep: what it still says", big, predicted)
+
+
+def _answered(report: Report, of: str, name: str, big: str | None, judged: str) -> Fact:
+    """With `big` where it was asked for no answer."""
+    # reports of earlier versions have the second figure alone
+    said = _measured(report, of, "rouge_l_recall_unicode") or _measured(report, of, "rouge_l_recall")
+    if said is None:
+        return Fact(name, big or "not measured", judged)
+    before, after = percents(said.before, said.after)
+    count = f"{said.rows:,} answer{'' if said.rows == 1 else 's'} to be {'forgotten' if of == 'forget' else 'kept'}"
+    shown = f"Asked for {count}, the model gives {after} of the words, in their order; before, {before}."
+    return Fact(name, f"{before} → {after}", f"{shown} {judged}")
+
+
+def _gate(report: Report, metric: str) -> GateResult:
+    return next(gate for gate in report.verdict.gates if gate.metric == metric)
+
+
+def _measured(report: Report, of: str, metric: str) -> Figure | None:
+    """The figure, if it has both values."""
+    found = (figure for figure in report.figures if (figure.set, figure.metric) == (of, metric))
+    return next((figure for figure in found if figure.before is not None and figure.after is not None), None)
 
 
 def _because(reasons: set[str]) -> str:
@@ -118,9 +176,9 @@ def _sentence(words: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def _brought_back(audit: Sequence[AuditEntry]) -> Fact:
-    """By the attack under which the forgotten answers are likeliest."""
-    name = "Brought back by an attack"
+def _under_attack(report: Report) -> Fact:
+    """By the attack under which the answers to forget are likeliest."""
+    name, audit = "Under attack: what comes back", report.audit
     if not audit:
         return Fact(
             name,
@@ -138,9 +196,12 @@ def _brought_back(audit: Sequence[AuditEntry]) -> Fact:
     how = ATTACKS.get(worst.attack, worst.attack)
     count = f"the strongest of {len(tried)} attacks" if len(tried) > 1 else "the only attack tried"
     sentence = (
-        f"Under {count} ({how}) each next piece of a forgotten answer has a probability of about {attacked}; without it, "
-        f"{released}, and of the base model under the same attack, {base}."
+        f"Under {count} ({how}) it gives {PIECE} of the exact answers to forget a probability of {attacked}; without it, "
+        f"{released}. The base model under the same attack gives {base}."
     )
+    allowed = _gate(report, "forget_probability").threshold
+    if allowed is not None and worst.attacked is not None and worst.attacked > allowed:
+        sentence += f" That is more than the {percents(allowed)[0]} that was allowed without an attack."
     if worst.retrained is not None:
         sentence += f" A model that never saw them gives {percents(worst.retrained)[0]}."
     missed = len(likely) - len(tried)
@@ -205,7 +266,7 @@ def pair(*values: float | None) -> list[str]:
     return _apart(values, 3, lambda value, digits: f"{value:.{digits}g}")
 
 
-def percents(*values: float | None) -> list[str]:
+def percents(*values: float | None, digits: int = 2) -> list[str]:
     """Shares as per cent, with two digits, or with as many as it takes to tell them apart.
 
     >>> percents(0.9712, 0.000301, 0.0, 1.0)
@@ -215,7 +276,7 @@ def percents(*values: float | None) -> list[str]:
     >>> percents(0.9996)
     ['99.96%']
     """
-    return _apart(values, 2, _percent)
+    return _apart(values, digits, _percent)
 
 
 def _percent(value: float, digits: int) -> str:

@@ -194,7 +194,7 @@ class Gate(Strict):
 
 
 class Audit(Strict):
-    """Which attacks are tried on what was released. Each reports how much of the forgotten answers comes back."""
+    """Which attacks are tried on what was released. Each reports how much of the answers to forget comes back."""
 
     relearn_steps: int = Field(
         default=20,
@@ -305,7 +305,7 @@ class JobOptions(Recipe):
     model: ModelName
     parent: JobId | None = Field(
         default=None,
-        description="the job whose adapter this one starts from; what it made the model forget stays forgotten; null: the "
+        description="the job whose adapter this one starts from; what it made the model forget must stay as unlikely; null: the "
         "base model",
     )
     due_at: Time | None = None

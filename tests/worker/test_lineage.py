@@ -1,4 +1,4 @@
-"""Jobs that start from an earlier one's adapter: two adapters made one exactly, the reference, and what must stay forgotten."""
+"""Jobs that start from an earlier one's adapter: two adapters made one exactly, the reference, and what must stay unlikely."""
 
 import json
 import math
@@ -430,23 +430,23 @@ GONE = Forgotten(job_id=job_id(4), rows=None, base=None, before=None, after=None
         (
             [HELD],
             "PASSED",
-            "is 0.07, after 0.02 before this job; at most 0.08, a tenth of the base",
-            "stays forgotten.",
+            "is 7%, after 2% before this job; at most 8%, a tenth of the base",
+            "What an earlier job had it forget is still as unlikely, word for word, as required.",
         ),
         (
             [HELD, BACK],
             "FAILED",
-            "is 0.09, after 0.02",
-            "what an earlier job had it forget is not as unlikely as it must",
+            "is 9%, after 2%",
+            "what an earlier job had it forget is likelier than allowed",
         ),
         (
             [BLOWN],
             "FAILED",
             "the value was not finite",
-            "what an earlier job had it forget is not as unlikely as it must",
+            "how likely what an earlier job had it forget is could not be measured",
         ),
-        ([GONE], "WARNED", "no longer kept", "whether what an earlier job had it forget stays forgotten could not be"),
-        ([GONE, BACK], "FAILED", "is 0.09, after 0.02", "could not be measured, and the adapter must not be relied on"),
+        ([GONE], "WARNED", "no longer kept", "how likely what an earlier job had it forget is could not be"),
+        ([GONE, BACK], "FAILED", "is 9%, after 2%", "could not be measured, and the adapter must not be relied on"),
     ],
 )
 def test_the_verdict_on_what_earlier_jobs_had_it_forget(

@@ -7,15 +7,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
-from service.domain.job import Gate, PromptFormat, Row
-from service.domain.report import NOT_FINITE, Logged, Note, Report, RowPoint
+from service.domain.job import Gate, GateResult, PromptFormat, Row
+from service.domain.report import NOT_FINITE, Forgotten, Logged, Note, Report, RowPoint
 from tests.worker.reports import (
     AUDIT,
     INF,
@@ -73,13 +73,43 @@ def test_forgetting_that_cannot_be_judged_has_failed_and_says_why(before: float 
     assert re.search("could not be measured|nothing to measure", told.gates[1].message)
 
 
-def test_each_gate_names_both_numbers() -> None:
-    for upper, after, published in product((0.72, 0.749999, 0.9), (0.04, 0.5), (True, False)):
-        retain, forget = report.verdict(constraint(upper), 0.816, after, published=published).gates
-        assert f"{upper:.6g}" in retain.message
-        assert "0.75" in retain.message
-        assert f"{after:.4g}" in forget.message
-        assert "0.0816" in forget.message
+@pytest.mark.parametrize(
+    ("upper", "after", "published", "retain", "forget"),
+    [
+        (
+            0.7212345678,
+            0.0323456,
+            True,
+            "The retain loss went from 0.68 to 0.721 nats per token: within the bound of 0.75.",
+            "The mean probability of the forget rows' answers, per token, went from 82% to 3.2%; at most 8.2%, a tenth of "
+            "before, was required.",
+        ),
+        (0.749999, 0.08159, True, "to 0.749999 nats per token: below the bound of 0.75 by less than", "to 8.159%"),
+        (
+            0.75004,
+            0.0817,
+            True,
+            "to 0.75004 nats per token: above the bound of 0.75.",
+            "to 8.17%; at most 8.16%, a tenth",
+        ),
+        (0.9, 0.5, False, "to 0.9 nats per token: above the bound of 0.75.", "went from 82% to 50%; at most 8.2%"),
+        (
+            0.7,
+            0.0,
+            False,
+            "to 0.7 nats per token: within the bound of 0.75, but no adapter was released.",
+            "82% to 0%;",
+        ),
+    ],
+)
+def test_each_gate_names_both_numbers_with_as_many_digits_as_tell_them_apart(
+    upper: float, after: float, published: bool, retain: str, forget: str
+) -> None:
+    """What people read is rounded; what machines read is not."""
+    gates = report.verdict(constraint(upper), 0.816, after, published=published).gates
+    assert retain in gates[0].message
+    assert forget in gates[1].message
+    assert [gate.value for gate in gates] == [upper, after]
 
 
 # --- the request's own gates
@@ -154,13 +184,13 @@ def test_a_failure_outweighs_a_warning_and_both_are_told() -> None:
     assert [gate.result for gate in made.verdict.gates] == ["PASSED", "PASSED", "WARNED", "FAILED"]
     assert made.verdict.result == "FAILED"
     said = words.summary(made)
-    assert "it did both, 2 further requirements of the request are not met" in said
+    assert "unlikely, but 2 further requirements are not met" in said
     assert "forget/probability, forget01/model_utility" in said
     assert "the adapter must not be relied on" in said
     neither = words.summary(whole(gates=gates, forget_after=0.5))
-    assert "it did not forget what it had to forget, 2 further requirements of the request are not met" in neither
+    assert "still likelier than allowed, 2 further requirements are not met" in neither
     warned = words.summary(whole(gates=gates[:1], upper=0.75 - 5e-6))
-    assert "keeps its bound by less than the measurement can resolve, and 1 further requirement" in warned
+    assert "the bound is kept by less than the measurement can resolve, and 1 further requirement is" in warned
 
 
 @pytest.mark.parametrize(("steps", "checks"), [(0, 0), (1, 1), (400, 5), (499, 90), (5000, 40), (5000, 1000)])
@@ -204,7 +234,7 @@ def test_a_run_that_blew_up_is_reported() -> None:
     valid(made)
     text = Page(render_html(made)).text
     assert "The losses of 1 of the 2 steps in the picture: they were not finite." in text
-    assert "whether it did could not be measured, and no adapter was released" in text
+    assert "Whether it meets what every job must meet could not be measured, and no adapter was released." in text
 
 
 # --- the renderings
@@ -281,11 +311,34 @@ def test_what_was_not_measured_is_said_with_its_reason_and_is_never_zero() -> No
 @pytest.mark.parametrize(
     ("upper", "after", "published", "says"),
     [
-        (0.72, 0.04, True, "the adapter that was released does both"),
-        (0.749999, 0.04, True, "keeps its bound by less than the measurement can resolve"),
-        (0.72, 0.5, True, "it did not forget what it had to forget, and the adapter must not be relied on"),
-        (0.9, 0.04, False, "it did not keep what it had to keep, and no adapter was released"),
-        (0.9, 0.5, False, "it did neither as required, and no adapter was released"),
+        (
+            0.72,
+            0.04,
+            True,
+            "The model support-bot was to forget 40 rows and to keep 760 rows. With the adapter that was released, the words "
+            "to be kept are predicted no worse than allowed and the exact words to be forgotten have become unlikely.",
+        ),
+        (0.749999, 0.04, True, "but the bound is kept by less than the measurement can resolve."),
+        (
+            0.72,
+            0.5,
+            True,
+            "The exact words to be forgotten are still likelier than allowed, and the adapter must not be relied on.",
+        ),
+        (0.9, 0.04, False, "The words to be kept are predicted worse than allowed, and no adapter was released."),
+        (
+            0.9,
+            0.5,
+            False,
+            "The words to be kept are predicted worse than allowed, the exact words to be forgotten are still likelier than "
+            "allowed, and no adapter was released.",
+        ),
+        (
+            0.72,
+            0.04,
+            False,
+            "No checked iterate met the requirements, and what was measured after is not one that may be",
+        ),
     ],
 )
 def test_the_first_thing_said_is_the_verdict_in_words(upper: float, after: float, published: bool, says: str) -> None:
@@ -293,7 +346,7 @@ def test_the_first_thing_said_is_the_verdict_in_words(upper: float, after: float
     text = Page(render_html(made)).text.split("</style>")[-1]
     body = text[text.index("Job ujob_") :]
     assert made.verdict.result in body[:120]
-    assert says in body[:420]
+    assert says in body[:520]
     assert ("Adapter not released" in body) is not published
 
 
@@ -363,23 +416,100 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_the_three_numbers_are_the_plainest_that_were_measured() -> None:
-    said = figure("forget", "rouge_l_recall", 0.97, 0.021)
+    said = [figure("forget", "rouge_l_recall", 0.5, 0.5), figure("forget", "rouge_l_recall_unicode", 0.97, 0.021)]
     likely = [figure("forget", "probability", 0.816, 0.04), figure("retain", "probability", 0.9, 0.88)]
-    forgot, kept, back = words.three(whole(figures=[said, *likely]))
-    assert forgot.big == "97% → 2.1%"
-    assert "the model gives 2.1% of their words, in their order; before, 97%." in forgot.sentences
-    assert "went from 0.816 to 0.04, at most a tenth" in forgot.sentences, "what the verdict is on stands there too"
-    assert kept.big == "90% → 88%"
-    assert "a probability of about 88%; before, 90%" in kept.sentences
+    forgot, kept, back = words.three(whole(figures=[*said, *likely]))
+    assert forgot.big == "97% → 2.1%", "the words of any script, where they were counted"
+    assert (
+        "Asked for 40 answers to be forgotten, the model gives 2.1% of the words, in their order; before"
+        in forgot.sentences
+    )
+    assert "a probability of 4% (before, 82%); at most 8.2%" in forgot.sentences, (
+        "what the verdict is on stands there too"
+    )
+    assert "How likely the same fact is in other words, these figures do not say." in forgot.sentences
+    assert words.three(whole(figures=[said[0], *likely]))[0].big == "50% → 50%", "of an earlier version"
+    assert kept.big == "50.7% → 48.7%", "no answers were asked for: e to the power of -0.68 and -0.72"
+    assert "a typical probability of 48.7% (before, 50.7%); at least 47.2% was required." in kept.sentences
+    asked = figure("retain", "rouge_l_recall_unicode", 1.0, 0.99)
+    assert words.three(whole(figures=[*likely, asked]))[1].big == "100% → 99%"
+    assert "at least 47.2% was required, which is not kept." in words.three(whole(upper=0.9))[1].sentences
     assert back.big == "4% → 20%"
     assert "the strongest of 3 attacks (fine-tuning on a part of the forget set)" in back.sentences
-    assert "of the base model under the same attack, 80%" in back.sentences
+    assert "The base model under the same attack gives 80%. That is more than the 8.2% that was" in back.sentences
+    assert "more than" not in words.three(whole(audit=attack("prefix", 0.04, 0.08)))[2].sentences
+
+
+# What no probability shows: that something is forgotten, that it is known, that a promise is kept.
+OVERSTATED = re.compile(
+    r"stays? forgotten|has forgotten|is forgotten|did forget|does both|did both|^Forgotten|^Kept", re.I
+)
+EARLIER_JOBS = [
+    Forgotten(job_id="ujob_" + 32 * "2", rows=3, base=0.8, before=0.02, after=0.07),
+    Forgotten(job_id="ujob_" + 32 * "3", rows=3, base=0.8, before=0.02, after=0.5),
+    Forgotten(job_id="ujob_" + 32 * "4", rows=None, base=None, before=None, after=None, reason="no longer kept"),
+]
+
+
+@pytest.mark.parametrize("earlier", [[], EARLIER_JOBS[:1], EARLIER_JOBS])
+@pytest.mark.parametrize(("upper", "after"), [(0.72, 0.04), (0.749999, 0.04), (0.9, 0.5), (NAN, NAN)])
+@pytest.mark.parametrize("published", [True, False])
+def test_no_sentence_says_more_than_its_figure(
+    earlier: list[Forgotten], upper: float, after: float, published: bool
+) -> None:
+    gates = [Gate(metric="forget/probability", op="<=", threshold=0.05)]
+    made = whole(upper=upper, forget_after=after, published=published, gates=gates)
+    judged = report.verdict(
+        made.constraint,
+        0.816,
+        after,
+        published=published,
+        earlier=earlier,
+        gates=gates,
+        figures=report.values(made.figures, [], []),
+    )
+    made = made.model_copy(update={"verdict": judged})
+    told = [words.summary(made), judged.message, Page(render_html(made)).text.split("</style>")[-1]]
+    told += [text for fact in words.three(made) for text in (fact.name, fact.sentences)]
+    for text in told:
+        assert not OVERSTATED.search(text), OVERSTATED.search(text)
+    assert (judged.result == "PASSED") is ("every further requirement is met" in words.summary(made).lower())
+
+
+def test_a_gate_of_an_unknown_name_is_named_and_not_explained() -> None:
+    """A gate that a later version adds, as an older page reads it."""
+    made = whole()
+    for result, says in (("PASSED", "Every further requirement is met."), ("FAILED", "not met (disclosure/attack)")):
+        more = GateResult(
+            metric="disclosure/attack",
+            op="<=",
+            threshold=0.0,
+            value=0.2,
+            result=result,
+            message="One row was disclosed.",
+        )
+        verdict = made.verdict.model_copy(update={"result": result, "gates": [*made.verdict.gates[:2], more]})
+        assert says in words.summary(made.model_copy(update={"verdict": verdict}))
+
+
+def test_the_first_screen_is_read_without_knowing_a_nat() -> None:
+    """The verdict, what was asked, what the model says now; then what this does not prove, before the first picture."""
+    html = render_html(whole(upper=0.7212345678, forget_after=0.0123456789))
+    text = Page(html).text.split("</style>")[-1]
+    first = text[text.index("UTC") : text.index("What this does not prove")]
+    assert "nats" not in first
+    numbers = re.findall(r"\d+(?:\.\d+)?%", first)
+    assert len(numbers) >= 9
+    assert not [n for n in numbers if len(n.strip("%0.").replace(".", "")) > 3], numbers
+    assert html.index('id="limits"') < html.index("<svg")
+    assert len(re.findall('id="limits"', html)) == 1
 
 
 def test_a_number_that_is_not_there_is_not_a_good_one() -> None:
     missing = attack("paraphrase", 0.1, None, reason="needs `paraphrased_question`")
-    forgot, kept, back = words.three(whole(figures=[], audit=missing))
+    forgot, kept, back = words.three(whole(figures=[], audit=missing, upper=NAN))
     assert forgot.big == kept.big == back.big == "not measured"
+    assert "could not be measured" in kept.sentences
     assert "eeds `paraphrased_question`" in back.sentences
     assert words.three(whole(audit=[]))[2].big == "not tested"
     partly = words.three(whole(audit=[*attack("prefix", 0.1, 0.3, retrained=0.2), *missing]))[2]
