@@ -44,8 +44,8 @@ def bound(facts: ConstraintFacts) -> Picture:
     edge = x(facts.epsilon)
     parts = [
         f'<rect x="{edge:.1f}%" y="26" width="{100 - edge:.1f}%" height="54" fill="#fbe9e7"/>',
-        f'<text x="99%" y="40" text-anchor="end" fill="{BAD}">over the bound →</text>',
-        f'<text x="1%" y="40" fill="{GOOD}">← within the bound</text>',
+        f'<text x="99%" y="40" text-anchor="end" fill="{BAD}">over →</text>',
+        f'<text x="1%" y="40" fill="{GOOD}">← within</text>',
         f'<line x1="0" x2="100%" y1="64" y2="64" stroke="{SOFT}"/>',
         f'<line x1="{edge:.1f}%" x2="{edge:.1f}%" y1="22" y2="80" stroke="{INK}" stroke-width="2" stroke-dasharray="6 3"/>',
         label(facts.epsilon, 16, f"bound ε {bound}"),

@@ -197,11 +197,12 @@ def _under_attack(report: Report) -> Fact:
     count = f"the strongest of {len(tried)} attacks" if len(tried) > 1 else "the only attack tried"
     sentence = (
         f"Under {count} ({how}) it gives {PIECE} of the exact answers to forget a probability of {attacked}; without it, "
-        f"{released}. The base model under the same attack gives {base}."
+        f"{released}."
     )
     allowed = _gate(report, "forget_probability").threshold
     if allowed is not None and worst.attacked is not None and worst.attacked > allowed:
-        sentence += f" That is more than the {percents(allowed)[0]} that was allowed without an attack."
+        sentence += f" That is more than the {percents(allowed)[0]} allowed without an attack."
+    sentence += f" The base model under the same attack gives {base}."
     if worst.retrained is not None:
         sentence += f" A model that never saw them gives {percents(worst.retrained)[0]}."
     missed = len(likely) - len(tried)

@@ -436,7 +436,10 @@ def test_the_three_numbers_are_the_plainest_that_were_measured() -> None:
     assert "at least 47.2% was required, which is not kept." in words.three(whole(upper=0.9))[1].sentences
     assert back.big == "4% → 20%"
     assert "the strongest of 3 attacks (fine-tuning on a part of the forget set)" in back.sentences
-    assert "The base model under the same attack gives 80%. That is more than the 8.2% that was" in back.sentences
+    assert (
+        "without it, 4%. That is more than the 8.2% allowed without an attack. The base model under the same attack gives 80%."
+        in back.sentences
+    )
     assert "more than" not in words.three(whole(audit=attack("prefix", 0.04, 0.08)))[2].sentences
 
 
