@@ -24,6 +24,7 @@ from worker.suite import Asks, FigureForm, Result, Seen, SetForm, Sets, Suite
 
 RETRAINED = "needs a retrained reference: a model that never saw the forget set, or its stored figures"
 TINY = 1e-10  # what the reference adds to a divisor
+LOG_MAX = 700.0  # e^LOG_MAX is still a float
 SAID = "said"  # a text that is only generated, of some of the rows
 FIELDS = {"gradient_norm": ("gradient_norm_B",), "generated": ("generated", "generated_ids", "answers")}  # of Scores
 GIBBERISH = {"token_entropy": token_entropy, "repetition": repetition, "distinct_n": distinct_n}
@@ -184,12 +185,24 @@ def by_place(several: Sequence[Scores]) -> dict[int, list[float]]:
 
 
 def truth_ratios(correct: Scores, wrong: Sequence[Scores]) -> dict[int, float]:
-    """Place -> exp(-mean loss of the wrong answers) / exp(-loss of the right one), rows with both alone, by their own place."""
-    right, losses = mean_loss(correct), by_place(wrong)
+    """Place -> exp(-mean loss of the wrong answers) / exp(-loss of the right one), rows with both alone, by their own place.
+
+    As the reference: 1e-10 in the divisor makes a right answer of more than 20 nats per token look likelier than the wrong ones.
+    """
     return {
-        place: math.exp(-sum(losses[place]) / len(losses[place])) / (math.exp(-right[place]) + TINY)
-        for place in sorted(right.keys() & losses.keys())
+        place: math.exp(-false) / (math.exp(-right) + TINY) for place, (right, false) in _both(correct, wrong).items()
     }
+
+
+def exact_truth_ratios(correct: Scores, wrong: Sequence[Scores]) -> dict[int, float]:
+    """The same of the losses' difference, which does not underflow."""
+    return {place: math.exp(min(right - false, LOG_MAX)) for place, (right, false) in _both(correct, wrong).items()}
+
+
+def _both(correct: Scores, wrong: Sequence[Scores]) -> dict[int, tuple[float, float]]:
+    """Place -> loss of the right answer, mean loss of the wrong ones."""
+    right, losses = mean_loss(correct), by_place(wrong)
+    return {p: (right[p], sum(losses[p]) / len(losses[p])) for p in sorted(right.keys() & losses.keys())}
 
 
 def closer_to_one(ratio: float) -> float:

@@ -71,11 +71,14 @@ def _compared(parts: Mapping[str, Result]) -> Result:
 def privleak(own_auc: float, other_auc: float) -> float:
     """How far 1 - AUC of an attack is from another model's, in per cent of that: 0 is best, below it the rows look known.
 
-    Reference: Shi et al. 2024, MUSE, arXiv 2407.06460; with the reference implementation's 1e-10 in the divisor.
+    Reference: Shi et al. 2024, MUSE, arXiv 2407.06460; with the reference implementation's 1e-10 in the divisor. Raises Missing
+    where the other AUC is 1, of which the reference prints up to 1e12.
 
     >>> round(privleak(0.75, 0.5), 6)
     -50.0
     """
+    if 1 - other_auc <= TINY:
+        raise Missing("the AUC of the other model is 1: of 1 - AUC, which is 0, there is no per cent")
     return ((1 - own_auc) - (1 - other_auc)) / ((1 - other_auc) + TINY) * 100
 
 

@@ -324,8 +324,8 @@ def warn_about_bound(epsilon: float, base_loss: float, diary: Diary) -> None:
     elif epsilon > LOOSE * base_loss:
         diary.warn(
             "epsilon_loose",
-            f"epsilon is {epsilon:.6g}, {epsilon / base_loss:.3g} times the retain loss of {base_loss:.6g} nats per token "
-            "before: it hardly constrains anything.",
+            f"epsilon is {epsilon:.6g}, more than {LOOSE:g} times the retain loss of {base_loss:.6g} nats per token before: "
+            "it hardly constrains anything.",
         )
 
 

@@ -29,6 +29,7 @@ from service.store import sealed
 from service.store.storage import Storage
 from tests.worker.conftest import DATA_KEY, stored_set
 from worker import benchmarks, registry, run
+from worker.diary import Diary
 from worker.records import (
     Assignment,
     BenchmarkAssignment,
@@ -212,6 +213,17 @@ def test_what_a_model_says_of_a_benchmark_is_kept_and_what_it_says_of_a_request_
     assert lies_there() == kept, "the same base again is not looked at again; no adapter is kept"
     done(assign(holdout=HOLDOUT).model_copy(update={"prefix": "jobs/ujob_1/attempts/3"}))
     assert lies_there() == kept
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "loss", "codes"),
+    [(0.9, 1.0, ["epsilon_below_base"]), (3.1, 1.0, ["epsilon_loose"]), (1.5, 1.0, []), (0.1, 0.0, ["epsilon_loose"])],
+)
+def test_a_bound_that_is_too_low_or_too_high_is_warned_of(epsilon: float, loss: float, codes: list[str]) -> None:
+    """A model that has learned its retain set by heart may have a loss of 0."""
+    diary = Diary(lambda record: None)
+    run.warn_about_bound(epsilon, loss, diary)
+    assert [note.code for note in diary.warnings] == codes
 
 
 def test_a_retrained_reference_is_one_only_for_rows_that_its_benchmark_forgets(assign: Assign) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from service.domain.rows import Example
 from worker import membership, registry
+from worker.figures import Figure, Reading
 from worker.scores import Metric, Scores
 from worker.statistics import auc
 from worker.suite import (
     Ask,
     Asks,
+    FigureForm,
     Key,
     Result,
     Row,
@@ -417,6 +419,64 @@ def test_the_attack_against_a_reference_takes_its_losses_off() -> None:
     found = suite.results(sets, own, suite.results(sets, theirs, None))
     assert found["mia_reference"].value == 1.0
     assert [row["score"] for row in found["mia_reference"].parts["forget"].by_row.values()] == pytest.approx([-1.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "leak"),
+    [
+        (0.5, 1.0, None),  # 5e11 by the reference
+        (1.0, 1.0, None),  # 0 by the reference, which says that nothing leaks
+        (0.0, 1 - 1e-16, None),  # a stored AUC that rounding has moved
+        (0.5, 0.75, 100.0),
+        (
+            0.5,
+            1 - 1 / 1600,
+            79_900.0,
+        ),  # one pair of 40 x 40 is the least that an AUC can be below 1: much, but a number
+    ],
+)
+def test_privleak_is_null_where_it_is_relative_to_nothing(own: float, other: float, leak: float | None) -> None:
+    """(1 - own) / (1 - other) - 1, in per cent, by hand."""
+    figures = membership.leak_figures()
+    auc_of = Figure(FigureForm(""), lambda reading: Result(own, rows=80))
+    reading = Reading({"mia_min_k": auc_of, **figures}, {}, {}, {"mia_min_k": Result(other)})
+    found = reading["privleak"]
+    assert found.value == (None if leak is None else pytest.approx(leak, rel=1e-5))
+    assert (found.reason is None) is (leak is not None)
+    if leak is None:
+        assert found.reason is not None
+        assert "AUC of the other model is 1" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "ratio"),
+    [
+        (40.0, 40.0, 1.0),  # destroyed, but no likelier and no less likely than the wrong one
+        (40.0, 41.0, math.exp(-1)),
+        (1000.0, 999.0, math.exp(1)),  # e^-1000 is 0 as a float
+        (2000.0, 0.0, math.exp(700)),  # as large as it gets
+        (0.5, 0.5 + math.log(4), 0.25),
+    ],
+)
+def test_a_truth_ratio_does_not_underflow_with_the_answer(right: float, wrong: float, ratio: float) -> None:
+    """Of a destroyed model the reference's divisor, of which 1e-10 is left alone, makes every retain answer look true."""
+    row = {"question": "?", "answer": "a", "paraphrased_answer": "b", "perturbed_answer": ["c"]}
+    seen = {
+        ("retain", text): Scores([0], torch.tensor([loss], dtype=torch.float64), torch.ones(1))
+        for text, loss in (("paraphrased_answer", right), ("perturbed_answer.0", wrong))
+    }
+    kept = max(0.0, 1 - ratio)
+    of_request = build("request").results({"retain": [row]}, seen, None)["retain/truth_ratio"]
+    assert (of_request.value, of_request.by_row[0]) == (pytest.approx(kept, abs=1e-12), pytest.approx(ratio))
+    of_tofu = build("tofu").results({"retain": [row]}, seen, None)
+    assert of_tofu["retain_Truth_Ratio_corrected"].value == pytest.approx(kept, abs=1e-12)
+    reference = max(0.0, 1 - math.exp(-wrong) / (math.exp(-right) + 1e-10))
+    assert of_tofu["retain_Truth_Ratio"].value == pytest.approx(reference), (
+        "under the benchmark's name as it computes it"
+    )
+    forgotten = {("forget", text): scores for (_, text), scores in seen.items()}
+    closer = build("request").results({"forget": [row]}, forgotten, None)["forget/truth_ratio"]
+    assert closer.value == pytest.approx(min(ratio, 1 / ratio), abs=1e-9)
 
 
 def test_privleak_has_its_sign() -> None:

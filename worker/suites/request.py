@@ -127,7 +127,7 @@ def _truth_ratio(of: str) -> Figure:
         for column in sorted(ALTERNATIVES):
             if rows and not any(column in row for row in rows):
                 raise Missing(f"needs `{column}`")
-        ratios = figures.truth_ratios(reading.scores(of, "paraphrased_answer"), reading.alternatives(of))
+        ratios = figures.exact_truth_ratios(reading.scores(of, "paraphrased_answer"), reading.alternatives(of))
         return figures.truth_ratio(ratios, each)
 
     return Figure(FigureForm(f"mean over rows of {said}, {ratio}", "higher", benchmark=False), result)

@@ -27,6 +27,7 @@ KEPT = {"retain": "retain", "ra": "real_authors", "wf": "world_facts"}  # the ut
 ANSWERED = frozenset({"generated"})
 MEMBERSHIP = membership.VIEWS | membership.GRADIENT
 MAX_NEW_TOKENS = 200
+EXACT = "; without the benchmark's 1e-10 in the divisor, by which an answer of more than 20 nats per token looks true"
 
 
 def tofu() -> Suite:
@@ -88,6 +89,10 @@ def _on_forgetting() -> dict[str, Figure]:
             ),
             lambda reading: figures.truth_ratio(_ratios(reading, "forget"), figures.closer_to_one),
         ),
+        "forget_truth_ratio_corrected": Figure(
+            FigureForm(f"the same{EXACT}", "higher", benchmark=False),
+            lambda reading: figures.truth_ratio(_exact_ratios(reading, "forget"), figures.closer_to_one),
+        ),
         "forget_quality": Figure(
             FigureForm(
                 "p-value that the forget rows' truth ratios are distributed as the retrained reference's (Kolmogorov-Smirnov)",
@@ -122,6 +127,10 @@ def _on_keeping(short: str, of: str) -> dict[str, Figure]:
         FigureForm("mean of max(0, 1 - r), r = wrong answers' probability over the right one's", "higher"),
         lambda reading: figures.truth_ratio(_ratios(reading, of, correct), figures.true_better),
     )
+    found[f"{short}_Truth_Ratio_corrected"] = Figure(
+        FigureForm(f"the same{EXACT}", "higher", benchmark=False),
+        lambda reading: figures.truth_ratio(_exact_ratios(reading, of, correct), figures.true_better),
+    )
     return found
 
 
@@ -142,6 +151,10 @@ def _rouge(of: str, better: Better) -> Figure:
 
 def _ratios(reading: Reading, of: str, correct: str = "paraphrased_answer") -> dict[int, float]:
     return figures.truth_ratios(reading.scores(of, correct), reading.alternatives(of))
+
+
+def _exact_ratios(reading: Reading, of: str, correct: str = "paraphrased_answer") -> dict[int, float]:
+    return figures.exact_truth_ratios(reading.scores(of, correct), reading.alternatives(of))
 
 
 def _among_options(reading: Reading, of: str) -> Result:
