@@ -1,10 +1,11 @@
 """The registered benchmarks that a request names: their rows, their retrained reference, and what a report says of them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from service.domain.job import ModelEntry
+from service.domain import scores
+from service.domain.errors import JobFailure
+from service.domain.job import FailureCode, ModelEntry
 from service.domain.report import BenchmarkFacts, BenchmarkFigure, BenchmarkSet
 from service.store.storage import Storage
 from worker import evaluate, files, model, registry, scoring
@@ -21,6 +22,7 @@ class Benchmark(NamedTuple):
     suite: Suite
     sets: Sets
     retrained: Results | None = None  # figures of a model that never saw the forget set
+    untied: Sequence[str] = ()  # the sets of which nothing shows that those figures are of their rows
 
     def run(self, network: Network, cache: Storage | None = None) -> dict[str, Result]:
         return evaluate.run(network, self.suite, self.sets, self.retrained, cache)
@@ -45,12 +47,18 @@ def read(job: Assignment, storage: Storage) -> list[Benchmark]:
 def with_retrained(job: Assignment, storage: Storage, benchmark: Benchmark) -> Benchmark:
     """The benchmark with the figures of its retrained reference: stored ones, or measured on that model, if there is either.
 
-    While it is measured two models are in memory.
+    While it is measured two models are in memory. Raises JobFailure where stored figures are of other rows than the sets'.
     """
     given, asked = benchmark.given, for_retrained(benchmark.suite)
     if given.retrained_scores is not None:
-        stored = json.loads(files.read_bytes(storage, given.retrained_scores))
-        return benchmark._replace(retrained=from_reference_json(stored))
+        stored = scores.read(files.read_bytes(storage, given.retrained_scores))
+        for name, rows in benchmark.sets.items():
+            if found := scores.mismatch(stored, name, rows):
+                raise JobFailure(
+                    FailureCode.INVALID_FILE, f"the retrained reference of benchmark {given.name}: {found}"
+                )
+        compared = [name for name in scores.PARTS if name in benchmark.sets]
+        return benchmark._replace(retrained=from_reference_json(stored.figures), untied=scores.untied(stored, compared))
     if given.retrained_model is not None:
         network = model.load(given.retrained_model, job.models_root, job.device, job.dtype)
         retrained = evaluate.run(network, asked, benchmark.sets, cache=benchmark.cache(job))
@@ -96,7 +104,7 @@ def facts(benchmark: Benchmark, network: Network, before: Results, after: Result
         suite=given.suite,
         corpus=given.corpus,
         sets=[_set_facts(benchmark, name, network) for name in benchmark.sets],
-        retrained=_named(given),
+        retrained=_named(benchmark),
         figures=figures,
         truth_ratios={
             when: [row["score"] for row in results[TRUTH_RATIO].by_row.values()]
@@ -122,9 +130,13 @@ def _set_facts(benchmark: Benchmark, name: str, network: Network) -> BenchmarkSe
     )
 
 
-def _named(given: BenchmarkAssignment) -> str | None:
+def _named(benchmark: Benchmark) -> str | None:
+    given = benchmark.given
     if given.retrained_model is not None:
         return f"the registered model {given.retrained_model.name}"
-    if given.retrained_scores is not None:
-        return f"stored figures, {given.retrained_scores.digest}"
-    return None
+    if given.retrained_scores is None:
+        return None
+    named = f"stored figures, {given.retrained_scores.digest}"
+    if benchmark.untied:
+        named += f"; nothing in them shows that they are of the rows of {' and '.join(benchmark.untied)}"
+    return named

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite: Suite = registry.build("suites", options.suite, {})
     try:
         sets = _read_sets(suite, options.data)
-        known = options.retrained and from_reference_json(scores.read(_text(options.retrained).encode()))
+        known = _retrained(options.retrained, sets) if options.retrained else None
         network = model.load(_entry(options), options.model.resolve().parent, options.device, options.dtype)
         if options.adapter is not None:
             network = _with_adapter(network, options.adapter)
@@ -143,9 +143,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (JobFailure, InvalidRequest) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    json.dump(to_reference_json(results), sys.stdout, indent=2, allow_nan=False)
+    printed = to_reference_json(results) | {scores.DIGESTS: {name: scores.digest(rows) for name, rows in sets.items()}}
+    json.dump(printed, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
     return 0
+
+
+def _retrained(path: Path, sets: SuiteSets) -> Results:
+    """Raises InvalidRequest for figures of other rows than the sets'."""
+    stored = scores.read(_text(path).encode())
+    for name, of in sets.items():
+        if found := scores.mismatch(stored, name, of):
+            raise _refused(f"{path}: {found}")
+    return from_reference_json(stored.figures)
 
 
 def _entry(options: argparse.Namespace) -> ModelEntry:

@@ -131,7 +131,7 @@ def _problems(here: Parts, asked: BenchmarkCreate) -> Iterator[FieldProblem]:
     if asked.retrained_model is not None:
         yield from _of_retrained_model(here, asked.retrained_model)
     if asked.retrained_scores is not None:
-        yield from _of_retrained_scores(here, asked.suite, suite, asked.retrained_scores)
+        yield from _of_retrained_scores(here, asked, suite, asked.retrained_scores)
 
 
 def _missing(asked: BenchmarkCreate, suite: Suite) -> Iterator[FieldProblem]:
@@ -174,17 +174,28 @@ def _of_retrained_model(here: Parts, name: str) -> Iterator[FieldProblem]:
         yield FieldProblem("/retrained_model", detail, "model_not_found")
 
 
-def _of_retrained_scores(here: Parts, suite_name: str, suite: Suite, file_id: str) -> Iterator[FieldProblem]:
+def _of_retrained_scores(here: Parts, asked: BenchmarkCreate, suite: Suite, file_id: str) -> Iterator[FieldProblem]:
+    """Also where they are of other rows than the sets that are uploaded; those of the Hub a job compares."""
     pointer = "/retrained_scores"
     try:
         with uploaded(here, file_id, "eval_scores", pointer) as content:
-            figures = scores.read(content.read(scores.BYTES_MAX + 1), pointer)
+            stored = scores.read(content.read(scores.BYTES_MAX + 1), pointer)
     except InvalidRequest as error:
         yield from error.problems
         return
-    if not figures.keys() & suite.figures.keys():
-        detail = f"has none of the figures of {suite_name}: {', '.join(suite.figures)}"
+    if not stored.figures.keys() & suite.figures.keys():
+        detail = f"has none of the figures of {asked.suite}: {', '.join(suite.figures)}"
         yield FieldProblem(pointer, detail, "figures")
+    for name, given in asked.sets.items():
+        if name not in suite.sets or isinstance(given, HubFile):
+            continue
+        try:
+            with uploaded(here, given, "eval_set", pointer) as content:
+                found = scores.mismatch(stored, name, rows.each_object(rows.lines(content)))
+        except InvalidRequest:  # what is wrong with the set itself has its own problem
+            continue
+        if found:
+            yield FieldProblem(pointer, f"{found}; the retrained model must be evaluated on these very files", "rows")
 
 
 # --- sets of the Hub

@@ -108,7 +108,7 @@ def _count(purpose: FilePurpose, source: IO[bytes]) -> int:
     """How many rows, or figures. Raises InvalidRequest for what is wrong with them."""
     match purpose:
         case "eval_scores":
-            return len(scores.read(source.read(scores.BYTES_MAX + 1), "/file"))
+            return len(scores.read(source.read(scores.BYTES_MAX + 1), "/file").figures)
         case "eval_set":
             return sum(1 for _ in rows.each_object(rows.lines(source), "/file"))
     return sum(1 for _ in rows.each(rows.lines(source), "/file"))

@@ -73,7 +73,16 @@ def test_a_suite_without_the_service_in_the_references_shape(run: Run, tmp_path:
     )
     again = json.loads(out)
     assert again["forget_quality"]["agg_value"] == 1.0, "against itself"
+    assert again["rows_sha256"] == printed["rows_sha256"]
     assert again["wf_Q_A_Prob"] == printed["wf_Q_A_Prob"], "an array of rows is as good as lines"
+
+
+def test_a_retrained_model_that_was_evaluated_on_other_rows_is_refused(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run("tofu", TOFU)
+    (tmp_path / "retrained.json").write_text(out)
+    status, out, err = run("tofu", TOFU | {"forget": PERTURBED[::-1]}, "--retrained", str(tmp_path / "retrained.json"))
+    assert (status, out) == (2, "")
+    assert "the figures are of other rows than the set 'forget'" in err
 
 
 def test_an_adapter_counts(register: Any, run: Run, tmp_path: Path) -> None:

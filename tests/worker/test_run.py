@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from service.domain import scores
+from service.domain.errors import JobFailure
 from service.domain.job import (
     RETRYABLE,
     Audit,
@@ -28,7 +30,7 @@ from service.evidence.rowdigest import row_digests
 from service.store import sealed
 from service.store.storage import Storage
 from tests.worker.conftest import DATA_KEY, stored_set
-from worker import benchmarks, registry, run
+from worker import benchmarks, model, registry, run
 from worker.diary import Diary
 from worker.records import (
     Assignment,
@@ -42,6 +44,7 @@ from worker.records import (
     WarningRecord,
     Word,
 )
+from worker.suite import Result
 
 ROW_KEY = bytes(range(32))
 CANARY = "Zanzibar"  # stands in every row, and must stand nowhere else
@@ -238,6 +241,36 @@ def test_a_retrained_reference_is_one_only_for_rows_that_its_benchmark_forgets(a
     assert reference(texts, texts[:1]) == entry
     assert reference(texts, [{"text": "Something else."}]) is None
     assert reference(texts, [{"prompt": "Something", "completion": "else."}]) is None
+
+
+def test_stored_figures_of_other_rows_are_no_retrained_reference(assign: Assign) -> None:
+    """Of a set of the Hub the job is the first to see the rows."""
+    job = assign(tofu=TOFU)
+    storage = Storage(job.storage_url)
+    (named,) = benchmarks.read(job, storage)
+
+    def referred(figures: dict[str, Any]) -> benchmarks.Benchmark:
+        content = {"forget_truth_ratio": {"agg_value": 0.5}, "privleak": {"agg_value": 1.0}} | figures
+        given = named.given.model_copy(
+            update={"retrained_model": None, "retrained_scores": stored_set(storage, "scores", [content])}
+        )
+        return benchmarks.with_retrained(job, storage, named._replace(given=given))
+
+    same = {scores.DIGESTS: {of: scores.digest(rows) for of, rows in named.sets.items()}}
+    tied = referred(same)
+    assert tied.retrained is not None
+    assert tied.retrained.keys() == {"forget_truth_ratio", "privleak"}
+    assert (tied.untied, referred({}).untied) == ([], ["forget", "holdout"])
+    network = model.load(job.model, job.models_root, job.device, job.dtype)
+    results = dict.fromkeys(named.suite.figures, Result(0.5))
+    shown = [benchmarks.facts(one, network, results, results).retrained or "" for one in (tied, referred({}))]
+    assert [text.partition("; ")[2] for text in shown] == [
+        "",
+        "nothing in them shows that they are of the rows of forget and holdout",
+    ]
+    with pytest.raises(JobFailure, match="benchmark tiny-tofu: the figures are of other rows") as failed:
+        referred({scores.DIGESTS: {"forget": scores.digest(named.sets["forget"][::-1])}})
+    assert failed.value.code is FailureCode.INVALID_FILE
 
 
 def test_rows_may_differ_in_how_many_alternatives_they_have_and_long_ones_are_told(assign: Assign) -> None:
