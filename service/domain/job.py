@@ -439,7 +439,8 @@ class BenchmarkOptions(Strict):
         default=None, description="a registered model that never saw the forget set; it is measured once"
     )
     retrained_scores: DataSet | None = Field(
-        default=None, description="or its stored figures on these very rows, as `unlearn evaluate` or the reference prints them"
+        default=None,
+        description="or its stored figures on these very rows, as `unlearn evaluate` or the reference prints them",
     )
 
     @model_validator(mode="after")
