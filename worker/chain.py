@@ -29,6 +29,7 @@ from service.domain.report import (
     Report,
 )
 from worker.chain_page import render_html
+from worker.words import OWN_GATES
 
 JOBS_MIN = 2
 
@@ -215,8 +216,8 @@ def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
 
 
 def _gates(report: Report) -> list[tuple[object, ...]]:
-    """Beside the bound, the forget gate and earlier jobs', whose thresholds follow from the model."""
-    asked = [gate for gate in report.verdict.gates[2:] if not gate.metric.startswith(EARLIER)]
+    """Beside those of every job and earlier jobs', whose thresholds follow from the model."""
+    asked = [g for g in report.verdict.gates if g.metric not in OWN_GATES and not g.metric.startswith(EARLIER)]
     return [(gate.metric, gate.op, gate.threshold, gate.severity) for gate in asked]
 
 

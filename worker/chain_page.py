@@ -136,10 +136,15 @@ def _words(title: str, lines: Sequence[Line], places: Sequence[int], axis: str) 
     """Of the first line, which is what the picture is about: where it begins and ends, and how far it goes."""
     main = lines[0]
     known = [(place, value) for place, value in zip(places, main.values, strict=True) if value is not None]
+    if len({value for _, value in known}) == 1:
+        return f"{title}, {main.name}: {words.number(known[0][1])} {_jobs(len(known))}."
     by_value = sorted(known, key=lambda point: point[1])
     where = "at job {}" if axis == "job" else "with {:,} rows"
-    first, last, least, most = (
-        f"{words.number(value)} {where.format(place)}"
-        for place, value in (min(known), max(known), by_value[0], by_value[-1])
-    )
+    ends = (min(known), max(known), by_value[0], by_value[-1])
+    shown = words.pair(*(value for _, value in ends))
+    first, last, least, most = (f"{text} {where.format(place)}" for text, (place, _) in zip(shown, ends, strict=True))
     return f"{title}, {main.name}: {first}, {last}; least {least}, most {most}."
+
+
+def _jobs(count: int) -> str:
+    return "in the one job that has it" if count == 1 else f"in all {count} jobs that have it"

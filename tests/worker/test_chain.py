@@ -12,7 +12,7 @@ import pytest
 
 from service.domain.job import Constraint
 from service.domain.report import BenchmarkSet, ChainReport, ChainSeries, Report
-from tests.worker.reports import Page, benchmark, figure, measured, whole
+from tests.worker.reports import NAN, Page, benchmark, figure, measured, whole
 from worker import chain, report
 from worker.chain_page import render_html
 
@@ -84,6 +84,24 @@ def test_one_base_shows_scaling_and_says_that_it_is_not_sustainability() -> None
     assert middle > most, "0.45 of 40 rows is above 0.3 of 20"
     assert "0.5 with 10 rows, 0.45 with 40 rows; least 0.3 with 20 rows" in html
     assert "0.5 at job 1, 0.3 at job 3; least 0.3 at job 3, most 0.5 at job 1" in html
+
+
+@pytest.mark.parametrize(
+    ("uppers", "says"),
+    [
+        ((0.72, 0.72, 0.72), "Retain loss, nats per token, after: 0.72 in all 3 jobs that have it."),
+        ((0.72, NAN, 0.72), "Retain loss, nats per token, after: 0.72 in all 2 jobs that have it."),
+        ((NAN, 0.72, NAN), "Retain loss, nats per token, after: 0.72 in the one job that has it."),
+        ((0.72, 0.7, 0.72), "after: 0.72 at job 1, 0.72 at job 3; least 0.7 at job 2, most 0.72 at job 3."),
+        (
+            (0.72, 0.72, 0.720001),
+            "after: 0.72 at job 1, 0.720001 at job 3; least 0.72 at job 1, most 0.720001 at job 3.",
+        ),
+    ],
+)
+def test_of_jobs_that_are_alike_none_is_said_to_be_the_least(uppers: Sequence[float], says: str) -> None:
+    jobs = [job(number, upper=upper) for number, upper in enumerate(uppers, 1)]
+    assert says in Page(render_html(chain.chain(jobs))).text
 
 
 def test_of_requests_of_one_size_there_is_no_scaling() -> None:
