@@ -100,6 +100,6 @@ def _checked(check: CheckRecord) -> Event:
 
 def _bound(constraint: ConstraintRecord) -> Event:
     message = (
-        f"the retain loss was {constraint.base_retain_loss:.6g} nats per token, epsilon is {constraint.epsilon:.6g}"
+        f"the retain loss was {constraint.base_retain_loss:.4g} nats per token, epsilon is {constraint.epsilon:.4g}"
     )
     return Event("metrics", message, constraint.model_dump(exclude={"type"}))

@@ -36,6 +36,7 @@ from worker import (
     reference,
     registry,
     report,
+    words,
 )
 from worker.assemble import Found, assemble
 from worker.diary import Diary, Emit
@@ -315,17 +316,18 @@ def warn_about_rows(forget: data.Encoded, retain: data.Encoded, diary: Diary) ->
 
 
 def warn_about_bound(epsilon: float, base_loss: float, diary: Diary) -> None:
+    bound, loss = words.pair(epsilon, base_loss)
     if epsilon < base_loss:
         diary.warn(
             "epsilon_below_base",
-            f"epsilon is {epsilon:.6g}, below the retain loss of {base_loss:.6g} nats per token before: "
-            "the adapter would have to make the retain set better than it was.",
+            f"epsilon is {bound}, below the retain loss of {loss} nats per token before: the adapter would have to make the "
+            "retain set better than it was.",
         )
     elif epsilon > LOOSE * base_loss:
         diary.warn(
             "epsilon_loose",
-            f"epsilon is {epsilon:.6g}, more than {LOOSE:g} times the retain loss of {base_loss:.6g} nats per token before: "
-            "it hardly constrains anything.",
+            f"epsilon is {bound}, more than {LOOSE:g} times the retain loss of {loss} nats per token before: it hardly "
+            "constrains anything.",
         )
 
 
