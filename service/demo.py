@@ -180,7 +180,7 @@ def _tell(report: Json, folder: Path, console: Console) -> None:
     for figure in report["figures"]:
         if figure["after"] is None:  # the report says why
             continue
-        numbers = ["-" if figure[when] is None else f"{figure[when]:.4f}" for when in ("before", "after")]
+        numbers = ["-" if figure[when] is None else f"{figure[when]:.3g}" for when in ("before", "after")]
         table.add_row(figure["set"], figure["metric"], *numbers, figure["better"] or "")
     console.print(table)
     _tell_audit(report["audit"], console)
@@ -202,7 +202,7 @@ def _tell_audit(audit: list[Json], console: Console) -> None:
     table = Table("attack", "base", "released", "attacked", title="mean probability of the answers to forget")
     for entry in audit:
         if entry["metric"] == "probability":
-            numbers = ["-" if entry[who] is None else f"{entry[who]:.4f}" for who in ("base", "released", "attacked")]
+            numbers = ["-" if entry[who] is None else f"{entry[who]:.3g}" for who in ("base", "released", "attacked")]
             table.add_row(entry["attack"], *numbers)
     console.print(table)
 

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from rich.console import Console
 
 from service import demo
 from service.domain.job import PromptFormat
 from service.local import stack
 from service.processes import free_port, interruptible, running
+from tests.worker import reports
 
 ROOT = Path(__file__).parents[2]
 UP = "import sys; from pathlib import Path; from service.local import up; up(Path(sys.argv[1]))"
@@ -179,6 +181,17 @@ def test_the_first_signal_ends_and_the_next_do_not_disturb_the_cleaning_up() -> 
     assert end.value.code == 128 + signal.SIGTERM
     assert told == ["cleaned up"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_demo_prints_no_small_probability_as_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audit = reports.attack("prefix", 3.21e-05, 6.54e-05)
+    report = reports.whole(forget_after=3.21e-05, published=False, gates=[], audit=audit)
+    demo._tell(report.model_dump(mode="json"), tmp_path, Console(width=200))
+    printed = capsys.readouterr().out
+    assert printed.count("3.21e-05") == 2, "of the forget set, and before the attack"
+    assert "6.54e-05" in printed
+    assert "0.0000" not in printed
+    assert report.verdict.message in " ".join(printed.split())
 
 
 def test_ctrl_c_during_the_demo_leaves_nothing(reachable_folder: Path) -> None:
