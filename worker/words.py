@@ -123,8 +123,8 @@ def _to_forget(report: Report) -> Fact:
         [before], (after, required) = percents(likely.before), percents(gate.value, gate.threshold)
         big = f"{before} → {after}"
         exact = (
-            f"To {PIECE} of the exact answers it gives a probability of {after} (before, {before}); at most {required} was "
-            "required. How likely the same fact is in other words, these figures do not say."
+            f"To {PIECE} of what was to be forgotten it gives a probability of {after} (before, {before}); at most {required} "
+            "was required. How likely the same fact is in other words, these figures do not say."
         )
     return _answered(report, "forget", "Rows to forget: what it still says", big, exact)
 
@@ -196,8 +196,8 @@ def _under_attack(report: Report) -> Fact:
     how = ATTACKS.get(worst.attack, worst.attack)
     count = f"the strongest of {len(tried)} attacks" if len(tried) > 1 else "the only attack tried"
     sentence = (
-        f"Under {count} ({how}) it gives {PIECE} of the exact answers to forget a probability of {attacked}; without it, "
-        f"{released}."
+        f"Under {count} ({how}) it gives {PIECE} of what was to be forgotten a probability of {attacked}; without "
+        f"it, {released}."
     )
     allowed = _gate(report, "forget_probability").threshold
     if allowed is not None and worst.attacked is not None and worst.attacked > allowed:
