@@ -67,15 +67,14 @@ def _plain(line: str) -> str:
 def _said(says: Unlearning) -> list[str]:
     """The certificate's own words, as good as its signature."""
     bound = says.constraint
-    allowed = f"the bound of {bound.epsilon:.4g} nats per token"
-    lies = {True: "within", False: "above", None: "not compared with"}[bound.feasible]
-    measured = "not measured" if bound.measured is None else f"{bound.measured:.4g}"
+    kept = {True: "kept", False: "broken", None: "not judged"}[bound.feasible]  # four digits of both may be the same
+    measured = "not measured" if bound.measured is None else f"{bound.measured:.4g} (bound {kept})"
     return [
         "What the certificate says:",
         f"job {says.job_id}, deletion requests {', '.join(says.deletion_requests) or 'none'}",
         f"base model {says.base_model.id}, revision {says.base_model.revision or 'none'}, {says.base_model.digest}",
         f"{says.forget_set.rows} rows to forget, {says.retain_set.rows} to keep; method {says.method.type}",
-        f"retain loss {measured}, {lies} {allowed}",
+        f"retain loss {measured} with a bound of {bound.epsilon:.4g} nats per token",
         f"verdict {says.verdict.result}: {says.verdict.message}",
         f"from {says.started_at} to {says.finished_at}",
     ]
