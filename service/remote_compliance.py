@@ -249,10 +249,11 @@ def evidence(
     """Fetch all that a job proves anything with, and print the command that checks it offline. Wants an auditor's key."""
     with connected(url) as api:
         found = api.evidence(job_id, out)
-    options = [
-        str(part) for name in ("adapter", "report", "keys", "audit") for part in (f"--{name}", getattr(found, name))
-    ]
+    given = {name: path for name, path in found._asdict().items() if name != "certificate" and path is not None}
+    options = [str(part) for name, path in given.items() for part in (f"--{name}", path)]
     typer.echo(shlex.join(["unlearn", "verify", str(found.certificate), *options]))
+    if found.adapter is None:
+        typer.echo("The certificate is about the base model's files: add --model FOLDER to check them.", err=True)
 
 
 @app.command()

@@ -102,14 +102,14 @@ def _followed(api: Client, job_id: str, as_json: bool) -> int:
     if as_json:
         for event in api.events(job_id):
             typer.echo(json.dumps(event.raw))
-        return 0 if api.job(job_id).released else 1
+        return 0 if api.job(job_id).forgotten else 1
     looks = api.watch(job_id, POLL_S)
     job = bar(looks) if sys.stdout.isatty() else lines(looks)
     if job.failure:
         typer.echo(f"{job.failure.code}: {job.failure.message}")
     if job.verdict:
         typer.echo(f"{job.verdict.result}: {job.verdict.message}")
-    return 0 if job.released else 1
+    return 0 if job.forgotten else 1
 
 
 def bar(looks: Iterator[tuple[Job, list[Step]]]) -> Job:

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from service.domain.job import Verdict
 from service.domain.report import (
+    NOT_TRAINED,
     AdapterFile,
     Asked,
     AuditEntry,
@@ -15,6 +17,7 @@ from service.domain.report import (
     ConstraintFacts,
     DataFacts,
     Figure,
+    Knowledge,
     Parent,
     Released,
     Report,
@@ -36,13 +39,14 @@ class Found(NamedTuple):
     """What was measured."""
 
     before: Measurement
-    after: Measurement
+    after: Measurement | None  # None: nothing was trained
     figures: list[Figure]
     rows: dict[str, list[RowPoint]]
     benchmarks: list[BenchmarkFacts]
     audit: list[AuditEntry]
     holdout: data.Encoded | None
     parent: Parent | None
+    knowledge: Sequence[Knowledge] = ()  # before any training: of the base model and of what the job starts from
 
 
 def assemble(
@@ -56,34 +60,89 @@ def assemble(
     found: Found,
     diary: Diary,
 ) -> Report:
-    spec, now = job.spec, found.after
-    constraint = ConstraintFacts(
+    """Of a job that was trained."""
+    assert found.after is not None
+    assert solution.stop is not None
+    constraint = constraint_facts(job, both, epsilon, found)
+    verdict = report.verdict(
+        constraint,
+        found.before.forget_probability,
+        found.after.forget_probability,
+        published=bool(adapter),
+        earlier=found.parent.forgotten if found.parent else (),
+        gates=job.spec.gates,
+        figures=report.values(found.figures, found.benchmarks, found.audit),
+    )
+    stop = StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps)
+    step = solution.best.step if solution.best else solution.steps
+    caveats = report.caveats(found.benchmarks, found.audit, chained=found.parent is not None)
+    return _report(
+        job, method, network, both, found, diary, verdict, constraint, stop, released(job, step, adapter), caveats
+    )
+
+
+def assemble_untrained(
+    job: Assignment,
+    method: Method,
+    network: model.Network,
+    both: Sets,
+    epsilon: float,
+    verdict: Verdict,
+    found: Found,
+    diary: Diary,
+) -> Report:
+    """Of a job that was not trained, because of its verdict NOT_KNOWN."""
+    return _report(
+        job,
+        method,
+        network,
+        both,
+        found,
+        diary,
+        verdict,
+        constraint_facts(job, both, epsilon, found),
+        StopFacts(reason="not_known", message="No step was taken: the model does not know the rows.", step=0),
+        Released(published=False, step=0, files=[], message=report.untrained(verdict), load=None),
+        report.untrained_caveats(chained=found.parent is not None),
+    )
+
+
+def constraint_facts(job: Assignment, both: Sets, epsilon: float, found: Found) -> ConstraintFacts:
+    now = found.after
+    return ConstraintFacts(
         epsilon=epsilon,
-        source="absolute" if spec.constraint.epsilon is not None else "relative",
+        source="absolute" if job.spec.constraint.epsilon is not None else "relative",
         before=found.before.retain_loss,
-        after=now.retain_loss,
-        upper=now.retain_upper,
-        slack=epsilon - now.retain_upper,
+        after=now.retain_loss if now else None,
+        upper=now.retain_upper if now else None,
+        slack=epsilon - now.retain_upper if now else None,
         tolerance=TOLERANCE[job.dtype],
-        satisfied=now.retain_upper <= epsilon,
+        satisfied=now.retain_upper <= epsilon if now else None,
         rows_measured=len(both.retain.encoded.measured),
         rows_total=len(both.retain.encoded.rows),
+        reason=None if now else NOT_TRAINED,
     )
-    assert solution.stop is not None
-    step = solution.best.step if solution.best else solution.steps
+
+
+def _report(
+    job: Assignment,
+    method: Method,
+    network: model.Network,
+    both: Sets,
+    found: Found,
+    diary: Diary,
+    verdict: Verdict,
+    constraint: ConstraintFacts,
+    stop: StopFacts,
+    released: Released,
+    caveats: list[str],
+) -> Report:
+    spec = job.spec
     return Report(
         job_id=job.job_id,
         attempt=job.attempt,
         created_at=datetime.now(UTC),
-        verdict=report.verdict(
-            constraint,
-            found.before.forget_probability,
-            now.forget_probability,
-            published=bool(adapter),
-            earlier=found.parent.forgotten if found.parent else (),
-            gates=spec.gates,
-            figures=report.values(found.figures, found.benchmarks, found.audit),
-        ),
+        verdict=verdict,
         asked=Asked(
             model=spec.model,
             method=spec.method.type,
@@ -102,16 +161,19 @@ def assemble(
         constraint=constraint,
         figures=found.figures,
         rows=found.rows,
-        deletion_requests=report.of_requests(job.deletion_requests, found.rows.get("forget/probability", [])),
+        deletion_requests=report.of_requests(
+            job.deletion_requests, found.rows.get("forget/probability", []), trained=found.after is not None
+        ),
         benchmarks=found.benchmarks,
         audit=found.audit,
-        stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
-        released=released(job, step, adapter),
+        knowledge=list(found.knowledge),
+        stop=stop,
+        released=released,
         trajectory=report.trajectory(diary.steps, diary.checks, diary.resumed),
         warnings=diary.warnings,
         timings_seconds=diary.seconds,
         environment=report.environment(str(network.device), torch.get_num_threads()),
-        caveats=report.caveats(found.benchmarks, found.audit, chained=found.parent is not None),
+        caveats=caveats,
     )
 
 

@@ -95,11 +95,14 @@ def _model(s: Session, name: str) -> ModelEntry:
 def _parent(s: Session, refer: Refer, job_id: str, model: str) -> ParentAssignment:
     if reason := lineage.why_not(s, job_id, model):
         raise JobFailure(FailureCode.MODEL_NOT_FOUND, f"the parent's adapter cannot be had: {reason}")
+    chain = lineage.chain(s, job_id)
     return ParentAssignment(
         job_id=job_id,
         adapter=[_published(artifact) for artifact in lineage.adapter(s, job_id)],
         report=_published(artifacts.named(s, job_id, REPORT)),
-        chain=[_earlier(refer, job) for job in lineage.chain(s, job_id)],
+        chain=[
+            _earlier(refer, job) for job in (*chain, *lineage.forgotten_already(s, model, [job.id for job in chain]))
+        ],
     )
 
 

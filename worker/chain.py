@@ -12,7 +12,6 @@ Reference: Shi et al. 2024, MUSE, arXiv 2407.06460.
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -145,8 +144,13 @@ def one_start(jobs: Sequence[ChainJob]) -> bool:
 
 
 def each_from_the_last(jobs: Sequence[ChainJob]) -> bool:
-    """Whether each job started from the adapter of the one before it."""
-    return all(job.parent == last.job_id for last, job in pairwise(jobs))
+    """Whether each job started from the adapter of the one before it. One whose rows the model did not know made none."""
+    start = jobs[0].parent
+    for job in jobs:
+        if job.parent != start:
+            return False
+        start = start if job.result == "NOT_KNOWN" else job.job_id
+    return True
 
 
 def _comparable(reports: Sequence[Report]) -> Iterator[str]:
@@ -196,7 +200,6 @@ def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
         ("The budgets differ", lambda report: report.asked.budget),
         ("The adapters' shapes differ", lambda report: report.asked.lora),
         ("The seeds differ", lambda report: report.asked.seed),
-        ("The requests' own gates differ", lambda report: _gates(report)),
         ("Not all jobs were attacked in the same ways", lambda report: [(e.attack, e.setting) for e in report.audit]),
         ("Not all jobs ran the same benchmarks", lambda report: [of.name for of in report.benchmarks]),
         ("The prompt formats differ", lambda report: report.base_model.prompt_format),
@@ -204,7 +207,13 @@ def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
         ("The versions of the service differ", lambda report: report.environment.code_version),
     )
     yield from (f"{words}." for words, of in told if _differ(reports, of))
+    if _differ([report for report in reports if report.verdict.result != "NOT_KNOWN"], _gates):
+        yield "The requests' own gates differ."
+    untrained = [report.job_id for report in reports if report.verdict.result == "NOT_KNOWN"]
+    if untrained:
+        yield f"The model did not know the rows of {', '.join(untrained)}: nothing was trained, so there are no figures after."
     unreleased = [report.job_id for report in reports if not report.released.published]
+    unreleased = [job_id for job_id in unreleased if job_id not in untrained]
     if unreleased:
         yield f"Of {', '.join(unreleased)} no adapter was released: the figures after are of the last iterate."
     for name in _benchmarks(reports):
@@ -222,8 +231,7 @@ def _gates(report: Report) -> list[tuple[object, ...]]:
 
 
 def _differ(reports: Sequence[Report], of: Callable[[Report], object]) -> bool:
-    first = of(reports[0])
-    return any(of(report) != first for report in reports[1:])
+    return any(of(report) != of(reports[0]) for report in reports[1:])
 
 
 # --- from a shell

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+from service.domain.job import VerdictResult
 from service.domain.report import ChainReport, ChainSeries
 from worker import chart, words
 from worker.chart import FORGET, INK, RETAIN, SOFT, Frame, Picture, Scale
@@ -65,7 +66,7 @@ def render_html(chain: ChainReport) -> str:
 def summary(chain: ChainReport) -> str:
     """What happened, in one sentence."""
     results = [job.result for job in chain.jobs]
-    told = [f"{results.count(r)} {r}" for r in ("PASSED", "WARNED", "FAILED") if r in results]
+    told = [f"{results.count(r)} {r}" for r in get_args(VerdictResult) if r in results]
     sizes, first = [job.forget_rows for job in chain.jobs], chain.jobs[0].model
     rows = f"{min(sizes):,} to {max(sizes):,} rows" if len(set(sizes)) > 1 else words.rows(sizes[0])
     models = f"model {first}" if all(job.model == first for job in chain.jobs) else "several models"

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from service.domain import rows, scores
 from service.domain.errors import FieldProblem, InvalidRequest, JobFailure
 from service.domain.job import ModelEntry, PromptFormat
-from service.domain.report import Figure, RowPoint
+from service.domain.report import NOT_TRAINED, Figure, RowPoint
 from service.evidence.rowdigest import row_digests
 from service.store.storage import Storage
 from worker import model, registry, scoring
@@ -68,12 +68,13 @@ def request(both: Sets, forget: Sequence[Row], retain: Sequence[Row], holdout: S
     return Request(registry.build("suites", "request", {}), sets, places)
 
 
-def figures(request: Request, before: Results, after: Results) -> list[Figure]:
-    """The before/after table, in the suite's order."""
+def figures(request: Request, before: Results, after: Results | None) -> list[Figure]:
+    """The before/after table, in the suite's order. `after` is None where nothing was trained."""
     table = []
     for name, form in request.suite.figures.items():
         of, _, metric = name.partition("/")
-        old, new = before[name], after[name]
+        old = before[name]
+        new = after[name] if after is not None else Result(None, reason=NOT_TRAINED, rows=old.rows)
         table.append(
             Figure(
                 set=of,
@@ -92,18 +93,24 @@ def figures(request: Request, before: Results, after: Results) -> list[Figure]:
 
 
 def row_points(
-    request: Request, before: Results, after: Results, examples: Mapping[str, Sequence[rows.Example]], row_key: bytes
+    request: Request,
+    before: Results,
+    after: Results | None,
+    examples: Mapping[str, Sequence[rows.Example]],
+    row_key: bytes,
 ) -> dict[str, list[RowPoint]]:
     """The probability of each row's answer, before and after, by the row's number in its file and by its digest.
 
     Args:
+        after: None: nothing was trained.
         examples: all rows of both files.
         row_key: what they are digested with.
     """
     points = {}
     for of in ("forget", "retain"):
         name = f"{of}/probability"
-        old, new = before[name].by_row, after[name].by_row
+        old = before[name].by_row
+        new = after[name].by_row if after is not None else dict.fromkeys(old)
         shared = sorted(old.keys() & new.keys())
         places = [request.places[of][i] for i in shared]
         digests = row_digests(row_key, (examples[of][place] for place in places))

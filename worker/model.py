@@ -48,6 +48,7 @@ class Network(NamedTuple):
     entry: ModelEntry
     digest: str
     tokenizer_digest: str
+    files: Mapping[str, str]  # name -> SHA-256 of what was loaded
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     causal: Any  # transformers.PreTrainedModel; PEFT puts its layers into this very module
     peft: PeftModel | None
@@ -98,6 +99,7 @@ def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Netwo
         entry=entry,
         digest=facts.digest,
         tokenizer_digest=facts.tokenizer_digest,
+        files=facts.files,
         tokenizer=tokenizer,
         causal=causal,
         peft=None,
@@ -274,6 +276,7 @@ def facts(network: Network) -> BaseModelFacts:
         revision=network.entry.revision,
         digest=network.digest,
         tokenizer_digest=network.tokenizer_digest,
+        files=dict(network.files),
         architecture=type(network.causal).__name__,
         parameters=network.parameters,
         trainable_parameters=sum(p.numel() for name, p in network.causal.named_parameters() if ".lora_" in name),

@@ -12,6 +12,7 @@ from service.domain.report import EARLIER, AuditEntry, BenchmarkFacts, Benchmark
 from worker import course, pictures, words
 
 WHOLE = ("model_utility", "forget_quality", "forget_quality_ks_statistic", "privleak", "privleak_vs_chance")
+MARKS = {"PASSED": "✓", "WARNED": "!", "FAILED": "✗", "NOT_KNOWN": "="}
 PARTS = {  # of a benchmark, by how the names of its figures begin
     "retain_": "Retain set",
     "ra_": "Real authors",
@@ -26,7 +27,7 @@ def render_html(report: Report) -> str:
         report=report,
         summary=words.summary(report),
         three=words.three(report),
-        bound=pictures.bound(facts),
+        bound=pictures.bound(facts) if report.verdict.result != "NOT_KNOWN" else None,
         course=course.picture(
             report.trajectory, facts.epsilon, report.released.step, released=report.released.published
         ),
@@ -58,13 +59,8 @@ def template(name: str) -> Template:
     templates = Templates(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.globals |= {
-        "number": words.number,
-        "pair": words.pair,
-        "interval": words.interval,
-        "attack_words": words.ATTACKS,
-    }
-    templates.globals |= {"earlier": EARLIER}
+    templates.globals |= {"number": words.number, "interval": words.interval, "attack_words": words.ATTACKS}
+    templates.globals |= {"earlier": EARLIER, "marks": MARKS}
     return templates.get_template(name)
 
 

@@ -47,7 +47,9 @@ class ParentAssignment(BaseModel):
     job_id: str
     adapter: list[ArtifactFile]
     report: ArtifactFile  # the JSON one
-    chain: list[EarlierJob]  # that job, the one that it started from, and so on
+    chain: list[
+        EarlierJob
+    ]  # that job, the one that it started from, and so on; then those whose rows these had forgotten
 
 
 class BenchmarkAssignment(BaseModel):

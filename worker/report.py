@@ -10,9 +10,10 @@ from functools import cache
 from importlib import metadata
 from typing import Literal, NamedTuple
 
-from service.domain.job import Gate, GateResult, Verdict
+from service.domain.job import VERDICT_RULES, Gate, GateResult, Verdict
 from service.domain.report import (
     EARLIER,
+    NOT_TRAINED,
     AuditEntry,
     BenchmarkFacts,
     CheckPoint,
@@ -20,6 +21,7 @@ from service.domain.report import (
     Environment,
     Figure,
     Forgotten,
+    Knowledge,
     Logged,
     Report,
     RequestFigures,
@@ -44,6 +46,10 @@ FAMILIES = {  # of attacks, by how their names begin
 CHAINED = (
     "The job started from the adapter of an earlier one, which the released one contains: before it, the base model had that. "
     "Of the earlier jobs the forget sets alone were measured again, as far as they are kept; their retain sets were not."
+)
+UNTRAINED_CHAINED = (
+    "The job started from the adapter of an earlier one: where the figures do not name the base model, it had that. What the "
+    "earlier jobs of its chain had the model forget was not judged again."
 )
 RELATION = {"<=": "at most", ">=": "at least"}
 
@@ -97,7 +103,8 @@ def verdict(
     ]
     results = {gate.result for gate in judged}
     result = next(r for r in ("FAILED", "WARNED", "PASSED") if r in results)
-    return Verdict(result=result, gates=judged, message=" ".join(gate.message for gate in judged))
+    message = " ".join(gate.message for gate in judged)
+    return Verdict(result=result, gates=judged, message=message, rules=VERDICT_RULES)
 
 
 def _own_gate(gate: Gate, found: Value, published: bool) -> GateResult:
@@ -187,6 +194,63 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+# --- the verdict before any training
+
+
+def knowledge_gate(found: Knowledge) -> GateResult:
+    """PASSED if the model does not know the rows; FAILED if it does, or if that could not be decided."""
+    who = "The base model" if found.model == "base" else "The model that the job starts from"
+    value = _finite(found.upper)
+    if found.equivalent is None or value is None:
+        message = f"Whether {who[:1].lower()}{who[1:]} knows the rows could not be decided: {found.reason}."
+    else:
+        message = (
+            f"{who} {'does not know' if found.equivalent else 'knows'} the rows: over {found.rows:,} of them, about "
+            f"{found.subjects:,} subject{'' if found.subjects == 1 else 's'}, a token of a right answer is at most "
+            f"{math.exp(value):.3g} times as likely as one of a wrong answer of the same wording (95 % bound); below "
+            f"{math.exp(found.margin):.3g} is what a model shows that never saw them."
+        )
+    return GateResult(
+        metric=f"{found.model}/log_ratio",
+        op="<=",
+        threshold=found.margin,
+        value=value,
+        result="PASSED" if found.equivalent else "FAILED",
+        message=message,
+    )
+
+
+def not_known_verdict(
+    start: Sequence[GateResult], base: Sequence[GateResult] = (), parent: str | None = None
+) -> Verdict | None:
+    """NOT_KNOWN if what the job starts from does not know the rows; None: it does, or may, so the job trains.
+
+    Args:
+        start: the gates on what the job starts from: `knowledge_gate`, and that it discloses no row.
+        base: the same on the base model alone, where the job starts from an earlier one's adapter. A model that fails them knew
+            the rows before that adapter.
+        parent: the earlier job.
+    """
+    if any(gate.result == "FAILED" for gate in start):
+        return None
+    forgotten = parent is not None and any(gate.result == "FAILED" for gate in base)
+    judged = [*start] if forgotten else [*start, *base]
+    said = [f"The adapter of job {parent} had forgotten the rows already."] if forgotten else []
+    message = " ".join([*said, *(gate.message for gate in judged), "Nothing was trained."])
+    result: Literal["NOT_KNOWN"] = "NOT_KNOWN"
+    return Verdict(
+        result=result, gates=judged, message=message, rules=VERDICT_RULES, forgotten_by=parent if forgotten else None
+    )
+
+
+def untrained(verdict: Verdict) -> str:
+    """Why no adapter was released, of a job whose verdict is NOT_KNOWN."""
+    if verdict.forgotten_by is not None:
+        before = f"The adapter of job {verdict.forgotten_by}"
+        return f"{before} had forgotten the rows already, so nothing was trained: go on using it."
+    return "The model does not know the rows, so nothing was trained: go on using it as it is."
+
+
 # --- the course of the run, and what stands beside it
 
 
@@ -244,7 +308,9 @@ def _point(step: StepRecord) -> StepPoint:
     )
 
 
-def of_requests(served: Sequence[RequestRows], points: Sequence[RowPoint]) -> list[RequestFigures]:
+def of_requests(
+    served: Sequence[RequestRows], points: Sequence[RowPoint], *, trained: bool = True
+) -> list[RequestFigures]:
     """Each deletion request's own figures, from those of the forget rows."""
     by_row = {point.row: point for point in points}
     figures = []
@@ -257,7 +323,7 @@ def of_requests(served: Sequence[RequestRows], points: Sequence[RowPoint]) -> li
                 rows_measured=len(measured),
                 before=_mean([point.before for point in measured]),
                 after=_mean([point.after for point in measured]),
-                reason=None if measured else "none of its rows could be measured",
+                reason=(None if trained else NOT_TRAINED) if measured else "none of its rows could be measured",
             )
         )
     return figures
@@ -307,6 +373,19 @@ def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry], *
         *([CHAINED] if chained else []),
         "The base model itself is unchanged: the data is still in its weights, its copies, caches and backups. What was measured "
         "holds only where the adapter is applied.",
+    ]
+
+
+def untrained_caveats(*, chained: bool = False) -> list[str]:
+    """What the report of a job does not prove whose rows the model did not know."""
+    return [
+        "This is evidence of measurements on the model, not a proof that its training data lacked the rows: what a model has "
+        "seen and does not show cannot be told from what it never saw.",
+        "Only the rows named here were measured, on average: a single row that the model knows does not show in a mean over many "
+        "others.",
+        "Nothing was trained, so neither the bound nor what else the request wanted of an adapter was judged.",
+        *([UNTRAINED_CHAINED] if chained else []),
+        "It holds for the files that the certificate names. A model that is trained further may learn the rows.",
     ]
 
 

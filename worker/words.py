@@ -44,6 +44,13 @@ def summary(report: Report) -> str:
         f"The model {report.asked.model} was to forget {rows(report.forget_set.rows)} and to keep "
         f"{rows(report.retain_set.rows)}."
     )
+    if report.verdict.result == "NOT_KNOWN":
+        holder = report.verdict.forgotten_by
+        why = f"the adapter of job {holder} had forgotten them already" if holder else "it does not know them"
+        return f"{asked}{why}, by the measurements below, so nothing was trained and no adapter was released."
+    own = [gate for gate in report.verdict.gates if gate.metric in OWN_GATES]
+    earlier = [gate for gate in report.verdict.gates if gate.metric.startswith(EARLIER)]
+    others = [gate for gate in report.verdict.gates if gate not in own + earlier]
     if report.verdict.result == "PASSED":
         found = [f"with the adapter that was released, {_met(own)}", *_still_unlikely(earlier)]
         found += ["every further requirement is met"] if others else []
@@ -110,15 +117,54 @@ PIECE = "each next word or part of a word"  # a token, for who knows no tokens
 
 
 def three(report: Report) -> list[Fact]:
-    """What the model says now of the rows to forget, of the rows to keep, and under an attack; the plainest figure of each."""
-    return [_to_forget(report), _to_keep(report), _under_attack(report)]
+    """What is forgotten, what is kept, what an attack brings back; of each the plainest figure that was measured.
+
+    Of a job that was not trained: what the model knows of the rows, and why the others were not measured.
+    """
+    if report.verdict.result == "NOT_KNOWN":
+        return _untrained(report)
+    gates = {gate.metric: gate.message for gate in report.verdict.gates}
+    return [
+        _answered(report, "forget", "Forgotten: what it still says", gates["forget_probability"]),
+        _answered(report, "retain", "Kept: what it must still say", gates["retain_nll"]),
+        _brought_back(report.audit),
+    ]
 
 
-def _to_forget(report: Report) -> Fact:
-    """The share of the answers' words that it gives, then the forget gate, which alone stands there for texts."""
-    gate, likely = _gate(report, "forget_probability"), _measured(report, "forget", "probability")
-    if likely is None or gate.value is None or gate.threshold is None:
-        big, exact = None, gate.message
+def _untrained(report: Report) -> list[Fact]:
+    name = "What it knows: right answers against wrong ones"
+    found = report.knowledge[-1] if report.knowledge else None  # of what the job starts from
+    if found is None or found.mean is None or found.upper is None:
+        known = Fact(name, "not measured", "")
+    else:
+        mean, upper, margin = pair(*(math.exp(value) for value in (found.mean, found.upper, found.margin)))
+        known = Fact(
+            name,
+            f"{mean} times as likely",
+            f"A piece of a right answer is on average {mean} times as likely as a piece of a wrong answer in the same words, at "
+            f"most {upper} times (95 % bound). Of a model that never saw the answers, less than {margin} times is expected.",
+        )
+    return [
+        known,
+        Fact(
+            "Kept: what it must still say", "unchanged", "Nothing was trained, so the model says what it said before."
+        ),
+        Fact(
+            "Brought back by an attack", "nothing to attack", "No adapter was made, so there is nothing to bring back."
+        ),
+    ]
+
+
+def _answered(report: Report, of: str, name: str, gate: str) -> Fact:
+    found = {figure.metric: figure for figure in report.figures if figure.set == of}
+    which = "that were to be forgotten" if of == "forget" else "that it was to keep"
+    said, likely = found.get("rouge_l_recall"), found.get("probability")
+    if said and _measured(said):
+        before, after = percents(said.before, said.after)
+        asked = f"Asked for {said.rows:,} answers {which}, the model gives {after} of their words, in their order"
+    elif likely and _measured(likely):
+        before, after = percents(likely.before, likely.after)
+        asked = f"To each next piece of {likely.rows:,} answers {which} the model gives a probability of about {after}"
     else:
         [before], (after, required) = percents(likely.before), percents(gate.value, gate.threshold)
         big = f"{before} → {after}"
@@ -222,6 +268,7 @@ def unmeasured(report: Report) -> Iterator[str]:
     missing += [("Audit", f"{e.attack}/{e.metric}", e.reason) for e in report.audit]
     if report.parent is not None:
         missing += [("Earlier jobs", f.job_id, f.reason) for f in report.parent.forgotten]
+    missing += [(f"Knowledge of the {k.model} model", "log ratio", k.reason) for k in report.knowledge]
     together: dict[tuple[str, str], list[str]] = {}
     for where, name, reason in missing:
         if reason:

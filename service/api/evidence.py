@@ -84,7 +84,9 @@ class AuditHead(BaseModel):
 def certificate(here: Here, job_id: str, request: Request) -> Response:
     """A DSSE envelope around an in-toto statement; `unlearn verify` checks it offline.
 
-    409 until it is issued, moments after the job has succeeded; 404 if the job ended without an adapter.
+    409 until it is issued, moments after the job has succeeded; 404 if the job ended without an adapter although the
+    model knew the rows. Where it did not, the certificate is about the base model's files, or those of the adapter that had
+    forgotten them already.
     """
     with here.sessions.begin() as s:
         envelope = _issued(s, job_id).envelope

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from threading import Lock
+from typing import get_args
 
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
@@ -13,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from service.api.deps import Parts
 from service.domain.deletion import Regulation, RequestStatus
-from service.domain.job import FailureCode, Status
+from service.domain.job import FailureCode, Status, VerdictResult
 from service.store.metrics import (
     ATTEMPTS_LOST,
     FENCED_WRITES,
@@ -35,11 +36,11 @@ from service.store.session import at_most
 log = structlog.get_logger(__name__)
 
 TIMEOUT_S = 2.0
-VERDICTS = ("PASSED", "WARNED", "FAILED")
+VERDICTS: tuple[str, ...] = get_args(VerdictResult)
 DELIVERIES = ("delivered", "retried", "failed")
 COUNTERS = {
     JOBS_FINISHED: "Jobs that ended",
-    JOB_VERDICTS: "Verdicts on the models of succeeded jobs",
+    JOB_VERDICTS: "Verdicts of succeeded jobs",
     ATTEMPTS_LOST: "Attempts that ended without a result, whether or not another followed",
     LEASES_EXPIRED: "Leases that expired because their worker fell silent",
     WEBHOOK_DELIVERIES: "Attempts to deliver a webhook: delivered, to be retried, or failed for good",

@@ -135,7 +135,9 @@ class JobWarning(BaseModel):
 class Result(BaseModel):
     adapter: str | None = Field(description="id of the artifact with the adapter's weights")
     report: str | None = Field(description="id of the artifact with the report's JSON")
-    certificate: str | None = Field(description="its id; null until it is issued, and where no adapter was released")
+    certificate: str | None = Field(
+        description="its id; null until it is issued, and where no adapter was released although the model knew the rows"
+    )
 
 
 class Links(BaseModel):
@@ -165,7 +167,9 @@ class JobObject(BaseModel):
     finished_at: datetime | None
     not_before: datetime | None = Field(description="of a job that rests after a lost attempt: the next one")
     estimated_finish_at: datetime | None
-    status: Status = Field(description="whether the run finished; `verdict` says whether the model passed")
+    status: Status = Field(
+        description="whether the run finished; `verdict` says whether the model passed, or did not know the rows before"
+    )
     status_reason: str | None
     stage: SerializeAsAny[Stage | None]
     stage_history: SerializeAsAny[list[StageEntry]]

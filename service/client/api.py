@@ -34,7 +34,7 @@ class Evidence(NamedTuple):
     """Where it lies; `unlearn verify` takes these paths."""
 
     certificate: Path
-    adapter: Path  # a folder
+    adapter: Path | None  # a folder; null: the model did not know the rows, and the certificate is about its own files
     report: Path
     keys: Path
     audit: Path
@@ -258,7 +258,12 @@ class Client:
         """All that a job proves anything with, into a folder that is made."""
         names = ("certificate.json", "adapter", "report.json", "keys.json", "audit.jsonl")
         found = Evidence(*(folder / name for name in names))
-        self.adapter(job_id, found.adapter)
+        verdict = self.job(job_id).verdict
+        if verdict is not None and verdict.result == "NOT_KNOWN" and verdict.forgotten_by is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = found._replace(adapter=None)
+        else:
+            self.adapter((verdict and verdict.forgotten_by) or job_id, folder / "adapter")
         self.certificate(job_id, found.certificate)
         self.save_report(job_id, found.report)
         self.published_keys(found.keys)

@@ -9,10 +9,9 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.domain.errors import UnlearnError
-from service.domain.job import TERMINAL
+from service.domain.job import FORGOTTEN, RELEASED, TERMINAL
 
 Json = dict[str, Any]
-RELEASED = ("PASSED", "WARNED")
 
 
 class Part(BaseModel):
@@ -69,6 +68,8 @@ class Verdict(Part):
     result: str
     message: str
     gates: list[Gate]
+    rules: int = 1  # the number of the rules by which it was given
+    forgotten_by: str | None = None  # of NOT_KNOWN: the job whose adapter had forgotten the rows already
 
 
 class Failure(Part):
@@ -118,6 +119,11 @@ class Job(Answer):
     def released(self) -> bool:
         """Whether its verdict let the adapter out."""
         return self.verdict is not None and self.verdict.result in RELEASED
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether, by its verdict, the model does not know the rows: with what was released, or before any training."""
+        return self.verdict is not None and self.verdict.result in FORGOTTEN
 
 
 class Step(Answer):

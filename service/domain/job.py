@@ -378,10 +378,29 @@ class GateResult(BaseModel):
     message: str
 
 
+VerdictResult = Literal["PASSED", "WARNED", "FAILED", "NOT_KNOWN"]
+RELEASED = frozenset({"PASSED", "WARNED"})  # verdicts on an adapter that may be relied on
+FORGOTTEN = RELEASED | {"NOT_KNOWN"}  # verdicts after which the model does not know the rows
+VERDICT_RULES = 2  # grows whenever the same measurements can get another verdict
+
+
 class Verdict(BaseModel):
-    result: Literal["PASSED", "WARNED", "FAILED"]
+    """On an adapter; or NOT_KNOWN: the model did not know the rows before any training, so nothing was trained."""
+
+    result: VerdictResult
     gates: list[GateResult]
     message: str
+    rules: int = Field(default=1, ge=1, description="the rules by which it was given; 1: of before they had a number")
+    forgotten_by: JobId | None = Field(
+        default=None,
+        description="of NOT_KNOWN: the job whose adapter had forgotten the rows already; null: the base model does not know them",
+    )
+
+    @model_validator(mode="after")
+    def forgotten_already(self) -> Self:
+        if self.forgotten_by is not None and self.result != "NOT_KNOWN":
+            raise ValueError("only rows that the model does not know were forgotten already")
+        return self
 
 
 class ModelEntry(BaseModel):

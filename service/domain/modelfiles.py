@@ -6,7 +6,7 @@ own (`auto_map`) is accepted. The worker calls `inspect` again on what it is abo
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length",
 class ModelFacts(NamedTuple):
     digest: str  # "sha256:…" of every file that is loaded
     tokenizer_digest: str  # of those of the tokeniser alone
+    files: dict[str, str]  # name -> SHA-256 of every file that is loaded
     architecture: str
     context_tokens: int | None
     vocabulary: int | None
@@ -34,9 +35,23 @@ class ModelFacts(NamedTuple):
 
 def digest_model(folder: Path) -> tuple[str, str]:
     """(digest, tokenizer digest), each "sha256:" and 64 hex digits, over the names and contents of what is loaded."""
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    sums = {name: _sha256(folder / name) for name in sorted(names) if _is_loaded(name)}
-    return _digest(sums.items()), _digest((name, sha) for name, sha in sums.items() if name in TOKENIZER_FILES)
+    return digest_files(sums(folder))
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 in 64 hex digits of every file that is loaded."""
+    return {name: _sha256(folder / name) for name in sorted(loaded(folder))}
+
+
+def loaded(folder: Path) -> list[str]:
+    """The names of the files that are loaded; what else lies in the folder plays no part."""
+    return [path.name for path in folder.iterdir() if path.is_file() and _is_loaded(path.name)]
+
+
+def digest_files(files: Mapping[str, str]) -> tuple[str, str]:
+    """`digest_model` of a folder with these files, as `sums` gives them."""
+    ordered = sorted(files.items())
+    return _digest(ordered), _digest((name, sha) for name, sha in ordered if name in TOKENIZER_FILES)
 
 
 def digest_tokenizer(folder: Path) -> str:
@@ -68,10 +83,12 @@ def inspect(folder: Path) -> ModelFacts:
         raise _refused(f"{folder.name} has no *.safetensors", "weights")
     if not names.intersection(TOKENIZERS):
         raise _refused(f"{folder.name} has no tokeniser ({', '.join(TOKENIZERS)})", "tokenizer")
-    digest, tokenizer_digest = digest_model(folder)
+    files = sums(folder)
+    digest, tokenizer_digest = digest_files(files)
     return ModelFacts(
         digest=digest,
         tokenizer_digest=tokenizer_digest,
+        files=files,
         architecture=architecture,
         context_tokens=next((config[key] for key in CONTEXT_KEYS if isinstance(config.get(key), int)), None),
         vocabulary=config["vocab_size"] if isinstance(config.get("vocab_size"), int) else None,

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from service.domain.job import Budget, Constraint, Lora, PromptFormat, Verdict
+from service.domain.job import Budget, Constraint, Lora, PromptFormat, Verdict, VerdictResult
 
 NOT_FINITE = "the value was not finite"
+NOT_TRAINED = "nothing was trained"  # why nothing was measured after
 EARLIER = "forgotten/"  # how the gates on the rows of earlier jobs begin, before the job's id
 
 
@@ -52,6 +53,9 @@ class BaseModelFacts(Part):
     revision: str | None
     digest: str
     tokenizer_digest: str
+    files: dict[str, str] = Field(
+        default_factory=dict, description="name -> SHA-256 of each file that was loaded; empty: of an earlier worker"
+    )
     architecture: str
     parameters: int
     trainable_parameters: int
@@ -92,7 +96,7 @@ class Parent(Part):
 
     job_id: str
     files: list["AdapterFile"]  # of its adapter, which the released one contains
-    forgotten: list[Forgotten]  # the chain: that job, the one that it started from, and so on
+    forgotten: list[Forgotten]  # the chain, that job first; then jobs whose rows the chain had forgotten already
 
 
 class ConstraintFacts(Part):
@@ -223,6 +227,22 @@ class AuditEntry(Part):
         return self
 
 
+class Knowledge(Part):
+    """Whether a model knows the forget rows before any training: right answers against wrong ones of the same wording.
+
+    A row's log ratio is the right answer's mean log-likelihood per token (nats) less that of its wrong ones.
+    """
+
+    model: Literal["base", "start"]  # start: the base model with the adapter that the job starts from
+    equivalent: bool | None  # to a model that never saw the rows; null: it could not be decided, so the job trains
+    mean: Measured  # log ratio over rows
+    upper: Measured  # its one-sided 95 % bound; rows about one subject are dependent
+    margin: float  # `upper` must lie below it
+    rows: int  # that have a log ratio
+    subjects: int  # that these rows are about
+    reason: str | None = None  # why it could not be decided
+
+
 class StepPoint(Part):
     step: int
     forget_loss: Measured  # null: it was not finite
@@ -268,7 +288,9 @@ class StopFacts(Part):
 
 
 class Released(Part):
-    """What `after` describes: the published adapter, or, if none kept the bound, the last iterate, which was not published."""
+    """What `after` describes: the published adapter, or, if none kept the bound, the last iterate, which was not published.
+
+    Of a job that was not trained, because the model does not know the rows, nothing was measured after."""
 
     published: bool
     step: int
@@ -319,6 +341,10 @@ class Report(Part):
     deletion_requests: list[RequestFigures] = Field(default_factory=list, description="that the job serves")
     benchmarks: list[BenchmarkFacts] = Field(default_factory=list)
     audit: list[AuditEntry] = Field(default_factory=list)
+    knowledge: list[Knowledge] = Field(
+        default_factory=list,
+        description="of the base model and of what the job starts from; empty: of an earlier worker",
+    )
     stop: StopFacts
     released: Released
     trajectory: Trajectory
@@ -337,7 +363,7 @@ class ChainJob(Part):
     base_digest: str
     parent: str | None  # the job whose adapter it started from
     method: str
-    result: Literal["PASSED", "WARNED", "FAILED"]
+    result: VerdictResult
     released: bool
     forget_rows: int
     forget_digest: str

@@ -1,6 +1,7 @@
 """The certificate of a job: an in-toto Statement v1 about the files of the adapter, to be signed as a DSSE envelope.
 
-It binds what was asked, what was done and what was measured to the bytes that were released. A second statement says the same
+It binds what was asked, what was done and what was measured to the bytes that were released. Where the model did not know the
+rows, nothing was: then it is about the files of the model that does not know them. A second statement says the same
 verdict in in-toto's test-result v0.1, for policy engines that know nothing of unlearning. No text of a row stands in either, and
 no person's name: deletion requests are their opaque ids, and the sets are digests and counts.
 """
@@ -9,8 +10,9 @@ import base64
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
+from service.domain.job import JobId, VerdictResult
 from service.evidence import canonical, dsse
 from service.evidence.canonical import Digest, Instant, Sha256, Strict
 from service.evidence.chain import Head
@@ -18,7 +20,8 @@ from service.evidence.keys import SigningKey
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT: Final = "https://in-toto.io/Statement/v1"
-UNLEARNING: Final = "urn:unlearning-service:unlearning:v1"
+UNLEARNING_V1: Final = "urn:unlearning-service:unlearning:v1"  # no longer written: without the verdict's rules
+UNLEARNING: Final = "urn:unlearning-service:unlearning:v2"
 TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
 
 LIMITATIONS = (  # of every certificate; those of the run come from its report
@@ -29,7 +32,7 @@ LIMITATIONS = (  # of every certificate; those of the run come from its report
     "The audit log is fixed up to the entry named here. What follows it is fixed only by later certificates.",
 )
 
-Result = Literal["PASSED", "WARNED", "FAILED"]
+Result = Literal["PASSED", "WARNED", "FAILED"]  # of a test
 Count = Annotated[int, Field(ge=0)]
 # Below the adapter's folder: no absolute path, no "..", nothing that a file system reads otherwise
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")]
@@ -98,9 +101,11 @@ class GateOutcome(Strict):
 
 
 class Outcome(Strict):
-    result: Result
+    result: VerdictResult
     message: str
     gates: list[GateOutcome]
+    rules: Annotated[int, Field(ge=1)] = 1  # by which it was given
+    forgotten_by: JobId | None = None  # of NOT_KNOWN: the job whose adapter had forgotten the rows already
 
 
 class Measure(Strict):
@@ -138,6 +143,11 @@ class Unlearning(Strict):
     audit_head: Head  # of the tenant's audit log when this was issued
     limitations: Annotated[list[str], Field(min_length=1)]
 
+    @property
+    def of_base_model(self) -> bool:
+        """Whether the certificate is about the files of the base model. Else they are an adapter's."""
+        return self.verdict.result == "NOT_KNOWN" and self.verdict.forgotten_by is None
+
 
 class Statement(Strict):
     type_: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT, alias="_type")
@@ -152,8 +162,17 @@ class Statement(Strict):
 
 
 class Certificate(Statement):
-    predicate_type: Literal["urn:unlearning-service:unlearning:v1"] = Field(default=UNLEARNING, alias="predicateType")
+    predicate_type: Literal["urn:unlearning-service:unlearning:v1", "urn:unlearning-service:unlearning:v2"] = Field(
+        default=UNLEARNING, alias="predicateType"
+    )
     predicate: Unlearning
+
+    @model_validator(mode="after")
+    def as_its_version_has_it(self) -> Self:
+        numbered = "rules" in self.predicate.verdict.model_fields_set
+        if numbered != (self.predicate_type != UNLEARNING_V1):
+            raise ValueError("the verdict has the number of its rules from the second version on, and needs it there")
+        return self
 
 
 class Configuration(Strict):
@@ -189,9 +208,9 @@ class GenericResult(Statement):
 
 
 def certify(files: Mapping[str, str], predicate: Unlearning) -> Certificate:
-    """The statement about the adapter's files: name below its folder -> SHA-256 in 64 hex digits.
+    """The statement about the files of the adapter or of the base model: name below its folder -> SHA-256 in 64 hex digits.
 
-    Raises ValueError if there is none: nothing was released, so there is nothing that a certificate could be about.
+    Raises ValueError if there is none: then there is nothing that a certificate could be about.
     """
     return Certificate(subject=subjects(files), predicate=predicate)
 
@@ -201,7 +220,10 @@ def subjects(files: Mapping[str, str]) -> list[Subject]:
 
 
 def generic_result(certificate: Certificate) -> GenericResult:
-    """The same verdict on the same files for generic policy engines: each gate is a test."""
+    """The same verdict on the same files for generic policy engines: each gate is a test.
+
+    NOT_KNOWN is WARNED there: nothing speaks against the files, but that a job passed was not shown.
+    """
     said = certificate.predicate
     tests: dict[Result, list[str]] = {"PASSED": [], "WARNED": [], "FAILED": []}
     for gate in said.verdict.gates:
@@ -214,7 +236,7 @@ def generic_result(certificate: Certificate) -> GenericResult:
     return GenericResult(
         subject=certificate.subject,
         predicate=GenericPredicate(
-            result=said.verdict.result,
+            result="WARNED" if said.verdict.result == "NOT_KNOWN" else said.verdict.result,
             configuration=[Configuration.of("request.json", asked)],
             passed_tests=tests["PASSED"],
             warned_tests=tests["WARNED"],

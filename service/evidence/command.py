@@ -20,6 +20,7 @@ UNSIGNED = "No signature was proven: the files may match, but anybody could have
 def verify(
     certificate: Annotated[Path, typer.Argument(exists=True, dir_okay=False)],
     adapter: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="the adapter's folder")] = None,
+    model: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="the base model's folder")] = None,
     report: Annotated[Path | None, File] = None,
     keys: Annotated[
         Path | None,
@@ -34,7 +35,7 @@ def verify(
 
     Exit status 0: all that was given holds, the signature too; 1: something does not; 3: no keys were given.
     """
-    found = evidence.verify(evidence.Given(certificate, adapter, report, keys, audit))
+    found = evidence.verify(evidence.Given(certificate, adapter, report, keys, audit, model))
     typer.echo(_json(found) if as_json else _text(found))
     raise typer.Exit(found.exit_status)
 
@@ -75,6 +76,6 @@ def _said(says: Unlearning) -> list[str]:
         f"base model {says.base_model.id}, revision {says.base_model.revision or 'none'}, {says.base_model.digest}",
         f"{says.forget_set.rows} rows to forget, {says.retain_set.rows} to keep; method {says.method.type}",
         f"retain loss {measured} with a bound of {bound.epsilon:.4g} nats per token",
-        f"verdict {says.verdict.result}: {says.verdict.message}",
+        f"verdict {says.verdict.result}, by rules {says.verdict.rules}: {says.verdict.message}",
         f"from {says.started_at} to {says.finished_at}",
     ]

@@ -39,9 +39,17 @@ class Known(NamedTuple):
     audit_head: Head
 
 
-def adapter_files(report: Report) -> dict[str, str]:
-    """Name below the adapter's folder -> SHA-256 of each published file."""
-    return _below(report.released.files)
+def files(report: Report) -> dict[str, str]:
+    """What the certificate is about: name below its folder -> SHA-256 of each file.
+
+    The adapter that was released. Where the model did not know the rows, none was: then the files of the base model, or of the
+    adapter that had forgotten them already. Empty where there are none.
+    """
+    if report.verdict.result != "NOT_KNOWN":
+        return _below(report.released.files)
+    if report.verdict.forgotten_by is None:
+        return dict(report.base_model.files)
+    return _below(report.parent.files) if report.parent else {}
 
 
 def predicate(report: Report, known: Known) -> Unlearning:
@@ -91,7 +99,7 @@ def _parent(parent: Parent) -> ParentRef:
 
 
 def _outcome(verdict: Verdict) -> Outcome:
-    return Outcome(result=verdict.result, message=verdict.message, gates=[_gate(gate) for gate in verdict.gates])
+    return Outcome(**dict(verdict) | {"gates": [_gate(gate) for gate in verdict.gates]})
 
 
 def _gate(gate: GateResult) -> GateOutcome:

@@ -9,12 +9,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from service.domain import modelfiles
 from service.evidence import canonical, certificate, chain, dsse, keys
 from service.evidence.certificate import Certificate, Unlearning
 
 NOT_GIVEN = "it was not given"
 UNREADABLE = "the certificate cannot be read"
 CERTIFICATE, SIGNATURE, ADAPTER, REPORT, AUDIT = "certificate", "signature", "adapter", "report", "audit log"
+MODEL = "base model"
 
 
 class Finding(NamedTuple):
@@ -31,6 +33,7 @@ class Given(NamedTuple):
     report: Path | None = None
     keys: Path | None = None  # a JWKS that the reader trusts
     audit: Path | None = None  # the export
+    model: Path | None = None  # the base model's folder
 
 
 class Verification(NamedTuple):
@@ -64,6 +67,7 @@ def verify(given: Given) -> Verification:
         _form(raw, envelope),
         _signature(envelope, given.keys),
         *_adapter(statement, given.adapter, beside),
+        *_model(statement, given.model),
         _report(statement, given.report),
         _audit(statement, given.audit),
     ]
@@ -101,24 +105,54 @@ def _adapter(statement: Certificate, folder: Path | None, beside: Collection[Pat
     if folder is None:
         yield Finding(ADAPTER, "not checked", NOT_GIVEN)
         return
-    expected = {subject.name: subject.digest.sha256 for subject in statement.subject}
-    wrong = [*_differing(folder, expected), *_unnamed(folder, expected, beside)]
-    yield from wrong
-    if not wrong:
-        detail = f"all {len(expected)} files are those of the certificate: {', '.join(expected)}"
-        yield Finding(ADAPTER, "yes", detail)
+    if statement.predicate.of_base_model:
+        detail = (
+            "the certificate is about the base model, which did not know the rows; no adapter was released (--model)"
+        )
+        yield Finding(ADAPTER, "no", detail)
+        return
+    expected = _expected(statement)
+    wrong = [*_differing(ADAPTER, folder, expected), *_unnamed(folder, expected, beside)]
+    yield from wrong or [_same(ADAPTER, expected)]
 
 
-def _differing(folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
+def _model(statement: Certificate, folder: Path | None) -> Iterator[Finding]:
+    """Of the base model's folder only what is loaded: a card or other formats of the weights may lie beside it."""
+    if folder is None:
+        if statement.predicate.of_base_model:
+            yield Finding(MODEL, "not checked", f"the certificate is about its files, and {NOT_GIVEN} (--model)")
+        return
+    certified, found = statement.predicate.base_model.digest, modelfiles.digest_model(folder)[0]
+    if not statement.predicate.of_base_model:
+        kept = found == certified
+        yield Finding(
+            MODEL, "yes" if kept else "no", f"its digest is {found}" + f", certified is {certified}" * (not kept)
+        )
+        return
+    expected = _expected(statement)
+    wrong = list(_differing(MODEL, folder, expected))
+    wrong += [_strange(MODEL, name) for name in sorted(set(modelfiles.loaded(folder)) - expected.keys())]
+    yield from wrong or [_same(MODEL, expected)]
+
+
+def _expected(statement: Certificate) -> dict[str, str]:
+    return {subject.name: subject.digest.sha256 for subject in statement.subject}
+
+
+def _same(what: str, expected: Collection[str]) -> Finding:
+    return Finding(what, "yes", f"all {len(expected)} files are those of the certificate: {', '.join(expected)}")
+
+
+def _differing(what: str, folder: Path, expected: dict[str, str]) -> Iterator[Finding]:
     for name, sha256 in expected.items():
         path = folder / name
         if not path.is_file():
-            yield Finding(f"{ADAPTER} file {name}", "no", "it is missing")
+            yield Finding(f"{what} file {name}", "no", "it is missing")
             continue
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
-            yield Finding(f"{ADAPTER} file {name}", "no", f"it differs: SHA-256 {found}, certified is {sha256}")
+            yield Finding(f"{what} file {name}", "no", f"it differs: SHA-256 {found}, certified is {sha256}")
 
 
 def _unnamed(folder: Path, expected: Collection[str], beside: Collection[Path]) -> Iterator[Finding]:
@@ -127,7 +161,11 @@ def _unnamed(folder: Path, expected: Collection[str], beside: Collection[Path]) 
         name = path.relative_to(folder).as_posix()
         folds = path.is_dir() and not path.is_symlink()
         if not folds and name not in expected and path.resolve() not in beside:
-            yield Finding(f"{ADAPTER} file {name}", "no", "the certificate does not name it")
+            yield _strange(ADAPTER, name)
+
+
+def _strange(what: str, name: str) -> Finding:
+    return Finding(f"{what} file {name}", "no", "the certificate does not name it")
 
 
 def _report(statement: Certificate, path: Path | None) -> Finding:

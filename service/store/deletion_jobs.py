@@ -8,12 +8,11 @@ from sqlalchemy.orm import Session
 
 from service.domain.deletion import CLOSED, SERVABLE, RequestStatus
 from service.domain.errors import InvalidTransition
-from service.domain.job import TERMINAL, Status
+from service.domain.job import FORGOTTEN, TERMINAL, Status
 from service.store.deletions import FRESH, locked, move, tell, write
 from service.store.tables import DeletionJob, DeletionRequest, Job
 
 R = RequestStatus
-PASSED = frozenset({"PASSED", "WARNED"})  # verdicts with which a model has forgotten
 
 
 def serve(s: Session, job: Job, row_numbers: Mapping[str, Sequence[int]]) -> None:
@@ -79,7 +78,8 @@ def fail(s: Session, request_id: str, model: str, reason: str) -> None:
 
 
 class _Standing(NamedTuple):
-    passed: set[str]  # models
+    passed: set[str]  # models that do not know its rows, by the verdict of a job
+    not_known: str | None  # those of them for which nothing had to be trained
     reason: str | None  # what went wrong for others, for which nothing is under way
     running: bool
 
@@ -87,23 +87,32 @@ class _Standing(NamedTuple):
 def _standing(s: Session, row: DeletionRequest) -> _Standing:
     jobs = _jobs(s, row.id)
     last = {job.model: job for job in jobs}
-    passed = {job.model for job in jobs if job.status is Status.SUCCEEDED and job.result in PASSED}
+    passed = {job.model: job for job in jobs if job.status is Status.SUCCEEDED and job.result in FORGOTTEN}
+    not_known = [_not_known(job) for job in passed.values() if job.result == "NOT_KNOWN"]
     failed = [_failure(job) for job in last.values() if job.model not in passed and job.status in TERMINAL]
     failed += [f"model {model!r}: {reason}" for model, reason in row.unfit.items() if model not in last]
-    return _Standing(passed, "; ".join(failed) or None, any(job.status not in TERMINAL for job in jobs))
+    running = any(job.status not in TERMINAL for job in jobs)
+    return _Standing(set(passed), "; ".join(not_known) or None, "; ".join(failed) or None, running)
 
 
 def _follow(s: Session, row: DeletionRequest) -> None:
-    """Completed when a job has passed for every model; failed when nothing runs any more and something went wrong for one."""
-    passed, reason, running = _standing(s, row)
+    """Completed when no model knows its rows, by the verdict of a job; failed when nothing runs any more and something went
+    wrong for one."""
+    passed, not_known, reason, running = _standing(s, row)
     if passed >= set(row.models):
-        target, reason = R.COMPLETED, None
+        target, reason = R.COMPLETED, not_known
     else:
         target = R.FAILED if reason and not running else R.IN_PROGRESS
     if target != row.status:
-        move(s, row, target, status_reason=reason)
+        move(s, row, target, {"reason": reason} if target is R.COMPLETED and reason else None, status_reason=reason)
     elif reason != row.status_reason:
         write(s, row, status_reason=reason)
+
+
+def _not_known(job: Any) -> str:
+    if job.forgotten_by is None:
+        return f"job {job.id} on model {job.model!r}: the model does not know the rows, so nothing was trained"
+    return f"job {job.id} on model {job.model!r}: job {job.forgotten_by} had forgotten the rows already"
 
 
 def _failure(job: Any) -> str:
@@ -114,8 +123,10 @@ def _failure(job: Any) -> str:
 
 
 def _jobs(s: Session, request_id: str) -> Sequence[Any]:
-    """Those that serve it, in the order in which they came: id, model, status, verdict's result, failure's code."""
-    columns = (Job.id, Job.model, Job.status, Job.verdict["result"].astext, Job.failure["code"].astext)
-    of_request = select(*columns[:3], columns[3].label("result"), columns[4].label("code"))
+    """Those that serve it, in the order in which they came: id, model, status, of the verdict the result and the job that had
+    forgotten the rows before, failure's code."""
+    result, forgotten_by = (Job.verdict[name].astext.label(name) for name in ("result", "forgotten_by"))
+    code = Job.failure["code"].astext.label("code")
+    of_request = select(Job.id, Job.model, Job.status, result, forgotten_by, code)
     of_request = of_request.join(DeletionJob, DeletionJob.job_id == Job.id).where(DeletionJob.request_id == request_id)
     return s.execute(of_request.order_by(Job.id)).all()

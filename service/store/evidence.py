@@ -1,4 +1,4 @@
-"""Certificates: issued once for each succeeded job that released an adapter, and never changed.
+"""Certificates: issued once for each succeeded job that released an adapter, or whose rows the model did not know; never changed.
 
 Every succeeded job is decided on once: it gets a certificate, or a row that says why not, so that nobody asks again.
 """
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, select
 from sqlalchemy.orm import Session
 
+from service.domain import modelfiles
 from service.domain.errors import NotFound, StorageDamaged
 from service.domain.job import Status
 from service.domain.report import Report
@@ -20,7 +21,7 @@ from service.store.rows import Event
 from service.store.secrets import SealBroken, Secrets
 from service.store.session import Sessions
 from service.store.storage import Storage
-from service.store.tables import Artifact, Certificate, File, Job
+from service.store.tables import Artifact, Certificate, File, Job, Model
 from service.webhooks.events import EventType, Subject
 
 REPORT = "report.json"
@@ -100,10 +101,7 @@ def _report(s: Session, job_id: str) -> Artifact | None:
 def _statement(s: Session, job: Job, artifact: Artifact | None, content: bytes) -> certificate.Certificate:
     """Raises ValueError with the reason why the job gets no certificate."""
     report = _read(job, artifact, content)
-    files = of_report.adapter_files(report)
-    published = {one.name.removeprefix(lineage.ADAPTER): one.sha256 for one in lineage.adapter(s, job.id)}
-    if files != published:
-        raise ValueError("the adapter that the report names is not the one that was published")
+    files = _subject(s, job, report)
     head = audit.head(s, job.tenant_id)
     if head is None or job.started_at is None or job.finished_at is None:
         raise ValueError("it ran before there was an audit log")
@@ -134,9 +132,26 @@ def _read(job: Job, artifact: Artifact | None, content: bytes) -> Report:
         raise ValueError(f"its report is of another version and cannot be read: {fields}") from error
     if report.job_id != job.id:
         raise ValueError(f"its report is that of job {report.job_id}")
-    if not report.released.published:
+    if not report.released.published and report.verdict.result != "NOT_KNOWN":
         raise ValueError("no adapter was released")
     return report
+
+
+def _subject(s: Session, job: Job, report: Report) -> dict[str, str]:
+    """The files that the certificate is about. Raises ValueError unless they are those that the service knows."""
+    files, verdict, base = of_report.files(report), report.verdict, report.base_model
+    if verdict.result == "NOT_KNOWN" and verdict.forgotten_by is None:
+        registered = s.scalar(select(Model.digest).where(Model.name == job.model))
+        found = modelfiles.digest_files(files)[0]
+        if found != base.digest or registered not in (None, found):
+            raise ValueError("the base model's files that the report names are not those of its digest")
+        return files
+    if verdict.forgotten_by not in (None, job.spec.get("parent")):
+        raise ValueError(f"job {verdict.forgotten_by} is not the one that it started from")
+    published = lineage.adapter(s, verdict.forgotten_by or job.id)
+    if files != {one.name.removeprefix(lineage.ADAPTER): one.sha256 for one in published}:
+        raise ValueError("the adapter that the report names is not the one that was published")
+    return files
 
 
 def _tell(s: Session, job: Job, row: Certificate, digest: str) -> None:

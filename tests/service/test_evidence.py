@@ -1,6 +1,7 @@
 """Evidence: what is altered by one byte is found and named; what is not altered holds, also after the key was changed."""
 
 import base64
+import copy
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from service.domain.job import Gate
+from service.domain.job import VERDICT_RULES, Gate
 from service.domain.report import AdapterFile, Parent
 from service.evidence import canonical, certificate, chain, dsse, keys, of_report
 from service.evidence.chain import AuditEntry, AuditRow, Checked, Head
@@ -358,14 +359,14 @@ def test_a_certificate_says_what_the_report_says() -> None:
             job_id="ujob_0", files=[AdapterFile(name="adapter/a.safetensors", bytes=1, sha256=64 * "9")], forgotten=[]
         )
     )
-    assert of_report.adapter_files(report) == {"adapter_model.safetensors": 64 * "c"}
-    made = certificate.certify(of_report.adapter_files(report), of_report.predicate(report, known(b"{}")))
+    assert of_report.files(report) == {"adapter_model.safetensors": 64 * "c"}
+    made = certificate.certify(of_report.files(report), of_report.predicate(report, known(b"{}")))
     payload = certificate.issue(made, KEY).payload
     assert certificate.read(certificate.issue(made, KEY)) == made
     plain = json.loads(payload)
     assert plain["_type"] == "https://in-toto.io/Statement/v1"
     assert plain["subject"] == [{"name": "adapter_model.safetensors", "digest": {"sha256": 64 * "c"}}]
-    assert plain["predicateType"] == "urn:unlearning-service:unlearning:v1"
+    assert plain["predicateType"] == "urn:unlearning-service:unlearning:v2"
     said = plain["predicate"]
     assert said["verdict"]["result"] == report.verdict.result
     assert [gate["value"] for gate in said["verdict"]["gates"]] == [gate.value for gate in report.verdict.gates]
@@ -394,7 +395,7 @@ def test_the_generic_statement_says_the_same_in_in_totos_terms() -> None:
         Gate(metric="retain/nll", op="<=", threshold=0.1),
     ]
     report = reports.make(gates=gates)
-    made = certificate.certify(of_report.adapter_files(report), of_report.predicate(report, known(b"{}")))
+    made = certificate.certify(of_report.files(report), of_report.predicate(report, known(b"{}")))
     plain = json.loads(canonical.dumps(certificate.generic_result(made)))
     assert plain["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
     assert plain["subject"] == json.loads(canonical.dumps(made))["subject"]
@@ -407,6 +408,88 @@ def test_the_generic_statement_says_the_same_in_in_totos_terms() -> None:
     content = base64.b64decode(configuration["content"])
     assert configuration["digest"]["sha256"] == canonical.sha256(content)
     assert json.loads(content)["method"]["type"] == "pdu"
+
+
+def test_a_certificate_of_the_first_version_is_read_as_it_was_issued(evidence: Given) -> None:
+    """Before verdicts said by which rules they were given."""
+    value = canonical.loads(
+        certificate.issue(certified(evidence.report.read_bytes() if evidence.report else b""), KEY).payload
+    )
+    assert value["predicateType"] == "urn:unlearning-service:unlearning:v2"
+    assert value["predicate"]["verdict"]["rules"] == VERDICT_RULES
+
+    def signed(value: Any) -> Verification:
+        envelope = dsse.sign(certificate.PAYLOAD_TYPE, canonical.dumps(value), KEY)
+        evidence.certificate.write_bytes(dsse.to_json(envelope))
+        return verify(evidence)
+
+    without = copy.deepcopy(value)
+    del without["predicate"]["verdict"]["rules"], without["predicate"]["verdict"]["forgotten_by"]
+    found = signed(without | {"predicateType": "urn:unlearning-service:unlearning:v1"})
+    assert (found.exit_status, found.says and found.says.verdict.rules) == (0, 1)
+    for mixed in (without, value | {"predicateType": "urn:unlearning-service:unlearning:v1"}):
+        assert wrong(signed(mixed)) == ["certificate"]
+
+
+@pytest.fixture
+def of_model(evidence: Given, tmp_path: Path) -> Given:
+    """A certificate of a job whose rows the base model did not know, and that model's folder."""
+    (tmp_path / "model").mkdir()
+    for name, content in {**reports.MODEL, "README.md": b"# card\n"}.items():
+        (tmp_path / "model" / name).write_bytes(content)
+    assert evidence.report is not None
+    report = reports.untrained()
+    statement = certificate.certify(
+        of_report.files(report), of_report.predicate(report, known(evidence.report.read_bytes()))
+    )
+    evidence.certificate.write_bytes(dsse.to_json(certificate.issue(statement, KEY)))
+    return evidence._replace(adapter=None, model=tmp_path / "model")
+
+
+def test_where_the_model_did_not_know_the_rows_its_files_are_certified(of_model: Given) -> None:
+    found = verify(of_model)
+    assert found.exit_status == 0
+    assert [one[:2] for one in found.findings if one.what in ("adapter", "base model")] == [
+        ("adapter", "not checked"),
+        ("base model", "yes"),
+    ]
+    assert of_model.model is not None
+    weights = of_model.model / "model.safetensors"
+    for _, changed in flips(weights.read_bytes(), range(3)):
+        weights.write_bytes(changed)
+        assert wrong(verify(of_model)) == ["base model file model.safetensors"]
+    weights.unlink()
+    (of_model.model / "generation_config.json").write_text("{}")  # it would be loaded
+    assert wrong(verify(of_model)) == [
+        f"base model file {name}" for name in ("model.safetensors", "generation_config.json")
+    ]
+    without = verify(of_model._replace(model=None))
+    assert [one.proven for one in without.findings if one.what == "base model"] == ["not checked"]
+    assert wrong(verify(of_model._replace(model=None, adapter=of_model.model))) == ["adapter"]
+
+
+def test_the_base_model_of_an_adapter_is_checked_by_its_digest(evidence: Given, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes(b"{}")
+    assert wrong(verify(evidence._replace(model=tmp_path / "model"))) == ["base model"]
+
+
+def test_policy_engines_are_warned_of_what_was_not_known() -> None:
+    report = reports.untrained()
+    told = certificate.generic_result(
+        certificate.certify(of_report.files(report), of_report.predicate(report, known(b"{}")))
+    )
+    assert (told.predicate.result, told.predicate.passed_tests) == ("WARNED", ["base/log_ratio <= 0.25"])
+    assert [subject.name for subject in told.subject] == sorted(reports.MODEL)
+
+
+def test_where_an_earlier_adapter_had_forgotten_the_rows_its_files_are_certified() -> None:
+    files = [AdapterFile(name="adapter/a.safetensors", bytes=1, sha256=64 * "9")]
+    parent = Parent(job_id="ujob_" + 32 * "2", files=files, forgotten=[])
+    report = reports.untrained(reports.knowledge("base", 0.3), reports.knowledge("start", 0.1), parent=parent)
+    assert of_report.files(report) == {"a.safetensors": 64 * "9"}
+    said = of_report.predicate(report, known(b"{}"))
+    assert (said.verdict.forgotten_by, said.of_base_model) == (parent.job_id, False)
 
 
 @pytest.mark.parametrize("seed", [2**53 + 1, 2**63 - 1])

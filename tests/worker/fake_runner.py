@@ -182,6 +182,15 @@ def lingers(job: Assignment, emit: Emit, asked: Asked) -> Record:
     raise AssertionError
 
 
+def not_known(job: Assignment, emit: Emit, asked: Asked) -> Record:
+    """Finds before any training that the model does not know the rows."""
+    emit(StageRecord(stage=Stage.EVALUATING))
+    emit(ConstraintRecord(epsilon=0.6, base_retain_loss=0.5))
+    emit(StageRecord(stage=Stage.UPLOADING))
+    verdict = Verdict(result="NOT_KNOWN", gates=[], message="the model does not know the rows", rules=2)
+    return result(job).model_copy(update={"verdict": verdict, "stop_reason": "not_known", "stop_message": "no step"})
+
+
 def main() -> None:
     die_with_parent()
     emit, asked = open_pipe(), listen()

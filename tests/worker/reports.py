@@ -3,11 +3,14 @@
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from hashlib import sha256
 from html.parser import HTMLParser
 from typing import Any
 
 from service.domain.job import Budget, Constraint, Gate, Lora, PromptFormat
+from service.domain.modelfiles import digest_files
 from service.domain.report import (
+    NOT_TRAINED,
     AdapterFile,
     Asked,
     AuditEntry,
@@ -19,6 +22,8 @@ from service.domain.report import (
     ConstraintFacts,
     DataFacts,
     Figure,
+    Knowledge,
+    Parent,
     Released,
     Report,
     RowPoint,
@@ -219,6 +224,48 @@ def whole(**changes: Any) -> Report:
     ]
     parts: dict[str, Any] = {"rows": ROWS, "benchmarks": [benchmark()], "audit": AUDIT, "gates": gates}
     return make(**parts | changes).model_copy(deep=True)
+
+
+MODEL = {"config.json": b"{}", "model.safetensors": bytes(range(32)), "tokenizer.json": b"[]"}  # files of a base model
+
+
+def knowledge(model: Any = "base", upper: float | None = 0.1, **changes: Any) -> Knowledge:
+    parts: dict[str, Any] = {"equivalent": upper is not None and upper < 0.25, "mean": 0.05, "rows": 40, "subjects": 2}
+    if upper is None:
+        parts |= {"equivalent": None, "mean": None, "reason": "2 rows are too few"}
+    return Knowledge(**{"model": model, "upper": upper, "margin": 0.25} | parts | changes)
+
+
+def untrained(*known: Knowledge, parent: Parent | None = None, **changes: Any) -> Report:
+    """Of a job that was not trained: the model of these files does not know the rows."""
+    asked = known or (knowledge(),)
+    gates = [report.knowledge_gate(one) for one in asked]
+    base, start = ([gate for gate in gates if gate.metric.startswith(model)] for model in ("base", "start"))
+    judged = report.not_known_verdict(start or base, base if start else (), parent.job_id if parent else None)
+    assert judged is not None
+    files = {name: sha256(content).hexdigest() for name, content in MODEL.items()}
+    digest, tokenizer_digest = digest_files(files)
+    told = {"files": files, "digest": digest, "tokenizer_digest": tokenizer_digest}
+    made = make()
+    after = {"after": None, "upper": None, "slack": None, "satisfied": None, "reason": NOT_TRAINED}
+    parts: dict[str, Any] = {
+        "verdict": judged,
+        "parent": parent,
+        "base_model": made.base_model.model_copy(update=told),
+        "constraint": made.constraint.model_copy(update=after),
+        "figures": [
+            figure("forget", "probability", 0.01, None, NOT_TRAINED),
+            figure("retain", "nll", 0.68, None, NOT_TRAINED),
+        ],
+        "rows": {
+            name: [RowPoint(row=one.row, before=one.before, after=None) for one in of] for name, of in ROWS.items()
+        },
+        "knowledge": list(asked),
+        "stop": StopFacts(reason="not_known", message="No step was taken: the model does not know the rows.", step=0),
+        "released": Released(published=False, step=0, files=[], message=report.untrained(judged), load=None),
+        "caveats": report.untrained_caveats(chained=parent is not None),
+    }
+    return make([], [], **parts | changes)
 
 
 class Page(HTMLParser):

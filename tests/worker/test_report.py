@@ -14,8 +14,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from service.domain.job import Gate, GateResult, PromptFormat, Row
-from service.domain.report import NOT_FINITE, Forgotten, Logged, Note, Report, RowPoint
+from service.domain.job import VERDICT_RULES, Gate, GateResult, PromptFormat, Row, Verdict
+from service.domain.report import NOT_FINITE, Logged, Note, Parent, Report, RowPoint
 from tests.worker.reports import (
     AUDIT,
     INF,
@@ -27,13 +27,74 @@ from tests.worker.reports import (
     check,
     constraint,
     figure,
+    knowledge,
     make,
     step,
+    untrained,
     whole,
 )
 from worker import report, words
 from worker.page import render_html
 from worker.records import RequestRows
+
+# --- the verdict before any training
+
+
+def test_what_the_model_does_not_know_is_not_known_and_anything_else_trains() -> None:
+    def gate(upper: float | None, model: str = "base") -> GateResult:
+        return report.knowledge_gate(knowledge(model, upper))
+
+    told = report.not_known_verdict([gate(0.1)])
+    assert told is not None
+    assert (told.result, told.forgotten_by, told.rules) == ("NOT_KNOWN", None, VERDICT_RULES)
+    assert (told.gates[0].value, told.gates[0].threshold, told.gates[0].result) == (0.1, 0.25, "PASSED")
+    assert "at most 1.11 times as likely" in told.message
+    assert "below 1.28 is" in told.message
+    assert report.not_known_verdict([gate(0.3)]) is None
+    assert report.not_known_verdict([gate(None)]) is None, "what could not be decided is trained"
+    assert "2 rows are too few" in gate(None).message
+    disclosed = gate(0.1).model_copy(update={"metric": "disclosure", "result": "FAILED"})
+    assert report.not_known_verdict([gate(0.1), disclosed]) is None
+
+
+def test_what_the_base_alone_knows_was_forgotten_by_the_adapter_that_the_job_starts_from() -> None:
+    start, knows, not_known = (
+        report.knowledge_gate(knowledge(*one)) for one in (("start", 0.1), ("base", 0.3), ("base", 0.2))
+    )
+    told = report.not_known_verdict([start], [knows], "ujob_" + 32 * "2")
+    assert told is not None
+    assert (told.forgotten_by, told.gates) == ("ujob_" + 32 * "2", [start])
+    assert told.message.startswith(f"The adapter of job {told.forgotten_by} had forgotten the rows already.")
+    told = report.not_known_verdict([start], [not_known], "ujob_" + 32 * "2")
+    assert told is not None
+    assert (told.forgotten_by, told.gates) == (None, [start, not_known])
+    assert report.not_known_verdict([knows], [not_known], "ujob_" + 32 * "2") is None, "the adapter taught them"
+
+
+@pytest.mark.parametrize("parent", [None, Parent(job_id="ujob_" + 32 * "2", files=[], forgotten=[])])
+def test_the_page_of_a_job_that_was_not_trained(parent: Parent | None) -> None:
+    known = (knowledge("base", 0.3), knowledge("start", 0.1)) if parent else (knowledge(),)
+    made = untrained(*known, parent=parent)
+    Report.model_validate_json(report.render_json(made))
+    html = render_html(made)
+    page = Page(html)
+    assert "= NOT KNOWN" in page.text
+    assert ("had forgotten them already" if parent else "it does not know them, by the measurements") in page.text
+    assert "1.05 times as likely" in page.text
+    assert "nothing was trained" in page.text
+    assert "Adapter not released" in page.text
+    assert "Bound ε" not in page.text, "nothing was measured that it could bound"
+    assert "does both" not in page.text
+    assert "on the whole sets" not in page.text, "no step was taken, so there was no check"
+
+
+def test_a_verdict_from_before_rules_had_numbers() -> None:
+    stored = {"result": "PASSED", "gates": [], "message": "so it was"}
+    assert Verdict.model_validate(stored).rules == 1
+    assert report.verdict(constraint(), 1.0, 0.04, published=True).rules == VERDICT_RULES
+    with pytest.raises(ValueError, match="forgotten already"):
+        Verdict.model_validate(stored | {"forgotten_by": "ujob_" + 32 * "1"})
+
 
 # --- the verdict
 
@@ -394,7 +455,7 @@ def test_colours_have_contrast() -> None:
     named = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", html.split("body {")[0]))
     assert contrast(named["soft"], named["wash"]) >= 4.5
     pairs = set(re.findall(r"\.\w+ \{ --tone: (#\w{6}); --tint: (#\w{6}); \}", html))
-    assert len(pairs) == 3
+    assert len(pairs) == 4
     for tone, tint in pairs:
         assert min(contrast(tone, tint), contrast(tone, "#ffffff"), contrast("#0a558c", tint)) >= 4.5
     (behind,) = set(re.findall(r'<rect[^>]* fill="(#\w{6})"', html))  # what breaks the bound
@@ -646,6 +707,7 @@ def test_a_report_has_no_place_for_a_row() -> None:
     free = [path for path, part in _objects(schema) if "properties" not in part]
     assert sorted(free) == [
         "Asked.hyperparameters",
+        "BaseModelFacts.files",
         "BenchmarkFacts.truth_ratios",
         "Environment.versions",
         "Report.rows",

@@ -153,6 +153,18 @@ def test_what_the_runner_tells_becomes_rows_events_and_artifacts(
     assert bench.registry.get_sample_value("unlearn_solver_dual_variable", labels) == 15.0
 
 
+def test_a_job_whose_rows_the_model_does_not_know_has_succeeded(bench: Bench, new_job: Callable[..., str]) -> None:
+    job_id = new_job(metadata={"fake": "not_known"})
+    assert bench.run() is Status.SUCCEEDED
+    job = bench.job(job_id)
+    assert (job.step, job.failure) == (0, None)
+    assert job.verdict is not None
+    assert (job.verdict["result"], job.verdict["rules"], job.verdict["forgotten_by"]) == ("NOT_KNOWN", 2, None)
+    with bench.sessions() as s:
+        assert [artifact.name for artifact in artifacts.of_job(s, job_id)] == ["report.json"]
+    assert bench.events(job_id)[-1].data["verdict"] == "NOT_KNOWN"
+
+
 def test_steps_are_readable_while_the_job_runs_and_progress_is_thinned(
     bench: Bench, new_job: Callable[..., str]
 ) -> None:
