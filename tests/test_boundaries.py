@@ -148,8 +148,10 @@ RULES = (
     ),
     Rule(
         "suites",  # pure: they see rows and scores, never a model; and no suite sees another
-        r"worker\.(suite|figures|membership|suites(\..*)?)",
-        {"service.domain.rows", "worker.suite", "worker.figures", "worker.membership"} | CORE,
+        r"worker\.(suite|figures|membership|wordings|subjects|equivalence|suites(\..*)?)",
+        {"service.domain.rows", "worker.suite", "worker.figures", "worker.membership"}
+        | {"worker.wordings", "worker.subjects", "scipy"}  # whether a model knows rows, of rows and scores too
+        | CORE,
         {"transformers", "peft", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
     ),
     Rule(

@@ -29,6 +29,7 @@ from service.domain.report import (
     StepPoint,
     Trajectory,
 )
+from worker.equivalence import Equivalence
 from worker.records import CheckRecord, RequestRows, StepRecord
 from worker.words import number, pair, percents
 
@@ -197,11 +198,28 @@ def _finite(value: float | None) -> float | None:
 # --- the verdict before any training
 
 
+def knowledge(model: Literal["base", "start"], found: Equivalence) -> Knowledge:
+    return Knowledge(
+        model=model,
+        equivalent=found.equivalent,
+        mean=found.mean,
+        upper=found.upper,
+        margin=found.margin,
+        rows=len(found.ratios),
+        subjects=found.subjects,
+        recited=[place + 1 for place in found.recited],
+        reason=found.reason,
+    )
+
+
 def knowledge_gate(found: Knowledge) -> GateResult:
     """PASSED if the model does not know the rows; FAILED if it does, or if that could not be decided."""
     who = "The base model" if found.model == "base" else "The model that the job starts from"
     value = _finite(found.upper)
-    if found.equivalent is None or value is None:
+    if found.recited:
+        others = f" and {len(found.recited) - 1} others" if len(found.recited) > 1 else ""
+        message = f"{who} knows the rows: of row {found.recited[0]}{others} it says a right answer nearly for certain."
+    elif found.equivalent is None or value is None:
         message = f"Whether {who[:1].lower()}{who[1:]} knows the rows could not be decided: {found.reason}."
     else:
         message = (

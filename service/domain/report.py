@@ -240,6 +240,9 @@ class Knowledge(Part):
     margin: float  # `upper` must lie below it
     rows: int  # that have a log ratio
     subjects: int  # that these rows are about
+    recited: list[int] = Field(
+        default_factory=list
+    )  # numbers of rows of which it says a right answer nearly for certain
     reason: str | None = None  # why it could not be decided
 
 

@@ -53,6 +53,9 @@ def test_what_the_model_does_not_know_is_not_known_and_anything_else_trains() ->
     assert report.not_known_verdict([gate(0.3)]) is None
     assert report.not_known_verdict([gate(None)]) is None, "what could not be decided is trained"
     assert "2 rows are too few" in gate(None).message
+    recited = report.knowledge_gate(knowledge("base", 0.1, equivalent=False, recited=[3, 7]))
+    assert (recited.result, report.not_known_verdict([recited])) == ("FAILED", None)
+    assert "of row 3 and 1 others it says a right answer nearly for certain" in recited.message
     disclosed = gate(0.1).model_copy(update={"metric": "disclosure", "result": "FAILED"})
     assert report.not_known_verdict([gate(0.1), disclosed]) is None
 

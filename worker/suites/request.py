@@ -67,8 +67,9 @@ def _asks(sets: Sets) -> Asks:
         if answered := _answered(own):
             asked[of, figures.SAID] = Ask(answered, frozenset({"generated"}), MAX_NEW_TOKENS, scored=False)
         both = [row if row.keys() >= ALTERNATIVES and "text" not in row else {} for row in rows]
+        wrong = [row if "text" not in row else {} for row in rows] if of == "forget" else both  # see worker.equivalence
         texts = {"paraphrased_answer": examples(both, "paraphrased_answer")}
-        texts |= {f"perturbed_answer.{k}": found for k, found in enumerate(alternatives(both, "perturbed_answer"))}
+        texts |= {f"perturbed_answer.{k}": found for k, found in enumerate(alternatives(wrong, "perturbed_answer"))}
         asked |= {(of, text): Ask(found, frozenset()) for text, found in texts.items() if found}
     return asked
 
