@@ -23,9 +23,7 @@ def test_it_has_what_was_measured_before_and_nothing_of_what_comes_after(assign:
     job = job.model_copy(update={"deletion_requests": [RequestRows(request_id="dreq_1", row_numbers=[1, 2])]})
     storage, method = Storage(job.storage_url), run.build_method(job.spec.method)
     base = model.load(job.model, job.models_root, job.device, job.dtype)
-    forget, retain = (
-        [test_run.Example("question", row["question"], row["answer"]) for row in of] for of in (rows[:12], rows[12:])
-    )
+    forget, retain = (list(examples(of).values()) for of in (rows[:12], rows[12:]))
     both = measure.sets(
         Term(method.forget, run.forget_texts(job, storage, method, forget, base)),
         run.retain_term(method, retain, base),
