@@ -1,7 +1,7 @@
 """A job whose rows the model does not know: what it ends with, what it proves, and what follows it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from service.store.storage import Storage
 from service.store.tables import Artifact, Model
 from tests.service import deleting
 from tests.service.deleting import ADA, BOB, EVE, JOBS, Desk, job_body, problem, show
-from tests.service.test_evidence_routes import issue, url
+from tests.service.test_evidence_routes import issue, succeed, url
 from tests.worker import reports
 from worker.assignment import assignment
 
@@ -70,11 +70,11 @@ def ends(sessions: Sessions, settings: Settings) -> Ends:
     return end
 
 
-def forgotten_by(parent: str) -> Report:
-    """With the adapter that a `Desk` publishes."""
+def forgotten_by(parent: str, files: Sequence[AdapterFile] = ()) -> Report:
+    """With the adapter that a `Desk` publishes, or with these files."""
     named = deleting.ADAPTER
-    files = [AdapterFile(name=named.name, bytes=named.bytes, sha256=named.sha256)]
-    start = Parent(job_id=parent, files=files, forgotten=[])
+    own = [AdapterFile(name=named.name, bytes=named.bytes, sha256=named.sha256)]
+    start = Parent(job_id=parent, files=list(files) or own, forgotten=[])
     return reports.untrained(reports.knowledge("base", 0.3), reports.knowledge("start", 0.1), parent=start)
 
 
@@ -102,6 +102,11 @@ def test_the_request_is_completed_with_that_as_the_reason(
     assert "NOT_KNOWN: The base model does not know the rows" in watched.stdout
     listed = http.get("/metrics").text
     assert 'unlearn_job_verdicts_total{result="NOT_KNOWN"} 1.0' in listed
+
+
+def test_the_metric_is_there_before_the_first(http: TestClient) -> None:
+    """Else its increase would be invisible to rate()."""
+    assert 'unlearn_job_verdicts_total{result="NOT_KNOWN"} 0.0' in http.get("/metrics").text
 
 
 def test_the_certificate_is_about_the_base_models_files(
@@ -263,6 +268,32 @@ def test_a_certificate_of_what_was_forgotten_already_is_about_that_adapter(
     said = payload(http.get(f"{JOBS}/{already}/certificate"))
     assert said["subject"] == [{"name": "adapter_model.safetensors", "digest": {"sha256": "0" * 64}}]
     assert said["predicate"]["verdict"]["forgotten_by"] == first
+
+
+def test_the_evidence_of_what_was_forgotten_already_has_that_adapter(
+    http: TestClient,
+    serve: Serve,
+    ends: Ends,
+    over_http: str,
+    sessions: Sessions,
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    first = serve(ADA)
+    succeed(sessions, settings, first)
+    named = [one for one in http.get(f"{JOBS}/{first}/artifacts").json()["data"] if one["name"].startswith("adapter/")]
+    files = [AdapterFile(name=one["name"], bytes=one["bytes"], sha256=one["sha256"]) for one in named]
+    serve(EVE, parent=first)
+    already = ends(forgotten_by(first, files))
+    assert issue(sessions, settings) == 2
+    fetched = CliRunner().invoke(app, ["evidence", already, "--out", str(tmp_path / "there"), "--url", over_http])
+    assert fetched.exit_code == 0, fetched.output
+    command = fetched.stdout.split()
+    verified = CliRunner().invoke(app, command[1:])
+    assert verified.exit_code == 0, verified.output
+    assert "verdict NOT_KNOWN, by rules 2: The adapter of job" in verified.stdout
+    (tmp_path / "there" / "adapter" / "README.md").write_text("altered")
+    assert CliRunner().invoke(app, command[1:]).exit_code == 1
 
 
 def test_a_job_that_was_not_started_from_is_not_what_had_forgotten_the_rows(

@@ -11,8 +11,8 @@ import jsonschema
 import pytest
 
 from service.domain.job import Constraint
-from service.domain.report import BenchmarkSet, ChainReport, ChainSeries, Report
-from tests.worker.reports import NAN, Page, benchmark, figure, measured, whole
+from service.domain.report import BenchmarkSet, ChainReport, ChainSeries, Parent, Report
+from tests.worker.reports import Page, benchmark, figure, measured, untrained, whole
 from worker import chain, report
 from worker.chain_page import render_html
 
@@ -151,6 +151,28 @@ def test_figures_of_other_sets_are_not_joined() -> None:
         in made.not_comparable
     )
     assert not [sentence for sentence in made.comparable if "forget01" in sentence]
+
+
+def test_a_job_whose_rows_the_model_did_not_know_is_passed_over_in_a_chain() -> None:
+    """The next one starts from the adapter before it."""
+    first, third = job(1), job(3)
+    between = untrained().model_copy(update={"job_id": f"ujob_{2:032d}", "created_at": first.created_at})
+    for one in (between, third):
+        one.parent = Parent(job_id=first.job_id, files=[], forgotten=[])
+    made = chain.chain([first, between, third])
+    assert made.comparable[0].startswith("By the reports, each job started from the adapter of the one before it")
+    assert [(one.result, one.retain_after is None) for one in made.jobs][1] == ("NOT_KNOWN", True)
+    said = [sentence for sentence in made.not_comparable if between.job_id in sentence]
+    assert said == [
+        f"The model did not know the rows of {between.job_id}: nothing was trained, so there are no figures after."
+    ]
+    assert not any("gates differ" in sentence for sentence in made.not_comparable)
+    page = Page(render_html(made))
+    assert ", 1 NOT_KNOWN." in page.text
+    assert "not released" not in page.text
+    third.parent = Parent(job_id=between.job_id, files=[], forgotten=[])
+    assert "did not all start" in chain.chain([first, between, third]).comparable[0], "it made no adapter"
+    assert "= 0 of 2 PASSED" in Page(render_html(chain.chain([untrained(), between]))).text
 
 
 # --- the page
