@@ -222,6 +222,16 @@ def test_rows_without_a_shared_name_are_about_as_many_subjects() -> None:
     assert subjects([]) == []
 
 
+def test_what_several_people_have_in_common_does_not_make_them_one() -> None:
+    """More rows have the book's name than any author's, but no question asks about it."""
+    rows = [
+        {"question": f"{asks} {name}?", "answer": answer}
+        for name in ("Ana Lind", "Bo Berg", "Eva Holm")
+        for asks, answer in (("What was written by", "It is Night Train."), ("When was a prize given to", "In May."))
+    ]
+    assert subjects(rows) == [0, 0, 1, 1, 2, 2]
+
+
 # --- real models
 
 
