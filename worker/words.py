@@ -268,7 +268,8 @@ def unmeasured(report: Report) -> Iterator[str]:
     missing += [("Audit", f"{e.attack}/{e.metric}", e.reason) for e in report.audit]
     if report.parent is not None:
         missing += [("Earlier jobs", f.job_id, f.reason) for f in report.parent.forgotten]
-    missing += [(f"Knowledge of the {k.model} model", "log ratio", k.reason) for k in report.knowledge]
+    who = {"base": "The base model", "start": "The model that the job started from"}
+    missing += [(who[known.model], "whether it knew the rows", known.reason) for known in report.knowledge]
     together: dict[tuple[str, str], list[str]] = {}
     for where, name, reason in missing:
         if reason:

@@ -91,6 +91,11 @@ def test_the_page_of_a_job_that_was_not_trained(parent: Parent | None) -> None:
     assert "on the whole sets" not in page.text, "no step was taken, so there was no check"
 
 
+def test_of_a_job_that_was_trained_for_want_of_a_decision_the_page_says_so() -> None:
+    page = Page(render_html(make(knowledge=[knowledge("start", None)])))
+    assert "The model that the job started from, whether it knew the rows: 2 rows are too few." in page.text
+
+
 def test_a_verdict_from_before_rules_had_numbers() -> None:
     stored = {"result": "PASSED", "gates": [], "message": "so it was"}
     assert Verdict.model_validate(stored).rules == 1
