@@ -88,6 +88,7 @@ def test_the_page_of_a_job_that_was_not_trained(parent: Parent | None) -> None:
     assert "Adapter not released" in page.text
     assert "Bound ε" not in page.text, "nothing was measured that it could bound"
     assert "does both" not in page.text
+    assert "at most 0.25 trains" in page.text, "what a model that knows them would have led to"
     assert "on the whole sets" not in page.text, "no step was taken, so there was no check"
 
 
