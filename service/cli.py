@@ -1,13 +1,15 @@
 """unlearn: what an administrator does on the machine, and what a user does over HTTP."""
 
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import sqlalchemy.exc
 import typer
@@ -56,6 +58,18 @@ FormOption = Annotated[
     Form | None, typer.Option("--prompt-format", help="default: chat if the tokeniser has a chat template, else plain")
 ]
 System = Annotated[str | None, typer.Option(help="chat: the system's message")]
+TemplateArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-argument",
+        metavar="NAME=VALUE",
+        help="chat: what the template reads beside the messages, as JSON or else as text: enable_thinking=false",
+    ),
+]
+TemplateDate = Annotated[
+    datetime | None,
+    typer.Option(formats=["%Y-%m-%d"], help="chat: what a template that asks the clock is told [default: today]"),
+]
 UserStart = Annotated[str | None, typer.Option(help="plain: before the question [default: 'Question: ']")]
 UserEnd = Annotated[str | None, typer.Option(help="plain: after it [default: a line's end]")]
 GrantTo = Annotated[
@@ -125,6 +139,8 @@ def add(
     hub: Annotated[str | None, typer.Option(help="a Hub model at a commit", metavar="ID@SHA")] = None,
     prompt_format: FormOption = None,
     system: System = None,
+    template_argument: TemplateArguments = None,
+    template_date: TemplateDate = None,
     user_start: UserStart = None,
     user_end: UserEnd = None,
     assistant_start: AssistantStart = None,
@@ -133,7 +149,7 @@ def add(
     """Register a model. Safetensors only; nothing of it is run. In --user-start and the others, \\n is a line's end."""
     if (path is None) == (hub is None):
         raise typer.BadParameter("give exactly one of --path and --hub")
-    form = _form(prompt_format, system, user_start, user_end, assistant_start)
+    form = _form(prompt_format, _chat(system, template_argument, template_date), user_start, user_end, assistant_start)
     settings = Settings()
     with _told():
         entry = (
@@ -276,12 +292,14 @@ def evaluate(
     threads: int | None = None,
     prompt_format: FormOption = None,
     system: System = None,
+    template_argument: TemplateArguments = None,
+    template_date: TemplateDate = None,
     user_start: UserStart = None,
     user_end: UserEnd = None,
     assistant_start: AssistantStart = None,
 ) -> None:
     """Run a suite here, without the service; prints figure -> agg_value, value_by_index, as the field's reference does."""
-    form = _form(prompt_format, system, user_start, user_end, assistant_start)
+    form = _form(prompt_format, _chat(system, template_argument, template_date), user_start, user_end, assistant_start)
     with _told():
         folder, form = _model(model, form)
     given = {"--adapter": adapter, "--retrained": retrained, "--device": device, "--dtype": dtype, "--threads": threads}
@@ -293,22 +311,48 @@ def evaluate(
     os.execv(command[0], command)  # noqa: S606  what it prints and how it ends is what this prints and how this ends
 
 
+def _chat(system: str | None, arguments: Sequence[str] | None, day: datetime | None) -> dict[str, Any]:
+    """What the options give of a chat format alone."""
+    given: dict[str, Any] = {}
+    if system:
+        given["system"] = system
+    if arguments:
+        given["template_arguments"] = dict(map(_argument, arguments))
+    if day is not None:
+        given["template_date"] = day.date()
+    return given
+
+
+def _argument(given: str) -> tuple[str, Any]:
+    name, equals, value = given.partition("=")
+    if not (name.isidentifier() and equals):
+        raise typer.BadParameter(f"--template-argument is NAME=VALUE, not {given!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _form(
     prompt_format: Form | None,
-    system: str | None,
+    chat: dict[str, Any],
     user_start: str | None,
     user_end: str | None,
     assistant_start: str | None,
 ) -> PromptFormat | None:
     """As the options say it; None: they say nothing."""
     strings = {"user_start": user_start, "user_end": user_end, "assistant_start": assistant_start}
-    given = {key: text.replace("\\n", "\n") for key, text in strings.items() if text is not None}
-    if prompt_format is Form.chat and given:
-        raise typer.BadParameter("a chat template brings its own strings; --system alone goes with it")
-    if not (prompt_format or given or system):
+    plain = {key: text.replace("\\n", "\n") for key, text in strings.items() if text is not None}
+    if plain and (chat or prompt_format is Form.chat):
+        raise typer.BadParameter(
+            "a chat template brings its own strings: --user-start and the others do not go with it"
+        )
+    if chat and prompt_format is Form.plain:
+        raise typer.BadParameter("--system, --template-argument and --template-date go with a chat template")
+    if not (prompt_format or plain or chat):
         return None
-    kind = prompt_format or (Form.chat if system else Form.plain)
-    return PromptFormat(type=kind.value, system=system, **given)
+    kind = prompt_format or (Form.chat if chat else Form.plain)
+    return PromptFormat(type=kind.value, **chat, **plain)
 
 
 def _model(model: str, form: PromptFormat | None) -> tuple[Path, PromptFormat]:

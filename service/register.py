@@ -3,16 +3,19 @@ a tenant's first API key, with which the others are made over HTTP.
 """
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from service import chat
 from service.domain import modelfiles, modelsizes
 from service.domain.errors import FieldProblem, InvalidRequest
 from service.domain.identity import ROLES
 from service.domain.job import ModelEntry, ModelName, PromptFormat
+from service.prompts import folder as files
+from service.prompts import template
+from service.prompts.template import TemplateRefused
 from service.settings import Settings
 from service.store import keys, tenancy, tenants
 from service.store.secrets import secrets_of
@@ -40,6 +43,7 @@ def folder_entry(
         prompt_format = PromptFormat(type="chat" if facts.chat_template else "plain")
     if prompt_format.type == "chat" and not facts.chat_template:
         raise _refused("its tokeniser has no chat template: use the plain prompt format", "chat_template")
+    prompt_format = _with_a_date(prompt_format)
     return ModelEntry(
         name=name,
         source="path",
@@ -69,6 +73,7 @@ def hub_entry(
         )
     if prompt_format is None:
         raise _refused("say the prompt format: a Hub model's tokeniser is not read here", "prompt_format")
+    prompt_format = _with_a_date(prompt_format)
     source: Literal["hub"] = "hub"
     return ModelEntry(
         name=name,
@@ -94,11 +99,23 @@ def first_key(settings: Settings, tenant: str = DEFAULT, role: str = "admin", na
         engine.dispose()
 
 
+def _with_a_date(prompt_format: PromptFormat) -> PromptFormat:
+    """That of the registration, unless another is given."""
+    if prompt_format.type == "plain" or prompt_format.template_date is not None:
+        return prompt_format
+    return prompt_format.model_copy(update={"template_date": datetime.now(UTC).date()})
+
+
 def _for_plans(folder: Path, prompt_format: PromptFormat) -> dict[str, Any]:
-    """What a dry run counts with, as far as the files say it."""
+    """What a dry run counts with. Raises InvalidRequest for a chat template in which no answer would be found."""
     sizes = modelsizes.read(folder)
-    around = chat.around(folder, prompt_format) if prompt_format.type == "chat" else None
-    return ({"sizes": sizes.model_dump()} if sizes else {}) | ({"chat": list(around)} if around else {})
+    found: dict[str, Any] = {"sizes": sizes.model_dump()} if sizes else {}
+    if prompt_format.type == "chat":
+        try:
+            found["chat"] = template.around(files.template(folder), prompt_format, files.special_tokens(folder))
+        except TemplateRefused as reason:
+            raise _refused(str(reason), "chat_template") from reason
+    return found
 
 
 def _check(settings: Settings, name: str, gpu_class: str) -> None:

@@ -91,6 +91,12 @@ RULES = (
         TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "typer", "httpx"},
     ),
     Rule(
+        "prompts",  # rows as text and as tokens, for the dry run and the worker alike
+        r"service\.prompts(\..*)?",
+        {"jinja2", "tokenizers", "service.domain", "service.prompts"},
+        TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings"},
+    ),
+    Rule(
         "hub",
         r"service\.hub",
         {"huggingface_hub", "httpx2", "pyarrow", "service.domain"},
@@ -114,7 +120,7 @@ RULES = (
         {"fastapi", "starlette", "anyio", "pydantic", "sqlalchemy", "prometheus_client", "structlog", "uuid_utils"}
         | {"jwt", "limits", "rfc8785", "tokenizers"}
         | {f"service.{name}" for name in ("api", "domain", "store", "dispatch", "settings")}
-        | {f"service.{name}" for name in ("evidence", "hub", "webhooks")},
+        | {f"service.{name}" for name in ("evidence", "hub", "prompts", "webhooks")},
         TORCH | {"worker", "alembic"},
     ),
     Rule(
@@ -171,6 +177,7 @@ RULES = (
         | {"huggingface_hub"}  # what the revision of a Hub model is fetched with
         | {"worker", "service.domain"}
         | {"service.store.storage", "service.store.sealed"}  # the storage root, and what is sealed there: no database
+        | {"service.prompts"}  # one reading of a row, for the dry run and the worker
         | {"service.evidence.rowdigest"},  # how reports and deletion requests name one row alike
         DATABASE | QUEUE | WEB,
     ),

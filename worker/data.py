@@ -1,22 +1,29 @@
 """Rows of text as rows of tokens, and which of them make up a step.
 
-Conventions of TOFU's evaluation (arXiv 2401.06121) as OpenUnlearning applies them: prompt + answer + end of sequence; what counts
-is what is left of the tokenised whole behind as many tokens as the prompt has alone.
+`encode` reads a row as the model is served: what the chat template renders for the whole dialogue, up to the end of turn
+(service.prompts). `encode_as_benchmark` reads it as OpenUnlearning's evaluation does (arXiv 2506.12618), for figures that carry
+a benchmark's name.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from service.domain.errors import JobFailure
 from service.domain.job import FailureCode, PromptFormat
 from service.domain.rows import Example
+from service.prompts import control, template
+from service.prompts import rows as as_tokens
+from service.prompts.control import Tokeniser, swapped
+from service.prompts.rows import RowText
+from service.prompts.template import TemplateRefused
+from worker.suite import Convention
 
 NAMED_ROWS_MAX = 20
 SHOT_END = "\n\n"  # behind each answer of the questions that stand before a plain prompt
@@ -25,7 +32,7 @@ SHOT_END = "\n\n"  # behind each answer of the questions that stand before a pla
 class TokenRow(NamedTuple):
     ids: list[int]
     answer_start: int  # first position that counts
-    ends: bool = True  # with the end of sequence; some tokenisers have none
+    ends: bool = True  # with the end of turn or of sequence; some tokenisers have none
 
     @property
     def counted(self) -> int:
@@ -36,7 +43,7 @@ class Encoded(NamedTuple):
     """A set. Rows keep their place: row k of the file is number k + 1 in every message."""
 
     rows: list[TokenRow]
-    prompts: list[list[int]]  # what generation starts from; empty for a text
+    prompts: list[list[int]]  # what a server generates from, which need not be how the row begins; empty for a text
     answers: list[str]
     unmeasured: list[int]  # 1-based numbers of rows without a token that counts
 
@@ -60,28 +67,50 @@ class Padded(NamedTuple):
 
 
 def encode(
-    examples: Sequence[Example],
-    tokenizer: Any,
-    prompt_format: PromptFormat,
-    context_tokens: int | None,
-    shots: Sequence[tuple[str, str]] = (),
-    ends: bool = True,
+    examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFormat, context_tokens: int | None
 ) -> Encoded:
-    """Tokenise a set. Without `context_tokens` rows may be of any length, and none need count.
+    """Tokenise a set as the model is served. Without `context_tokens` rows may be of any length, and none need count.
 
-    Args:
-        shots: questions and answers that stand before each question.
-        ends: put the end of sequence behind each row. False: as MUSE reads a corpus. The reference leaves the last token out
-            where it leaves out an end of sequence, whatever it is; so do such rows, which are marked as if they ended.
+    A question of a chat format is what the template renders for the whole dialogue; the last token is its end of turn. What
+    counts is what there is of the answer in the rendering, and what follows. Control tokens in a row's own words are words.
 
-    Raises JobFailure: row_too_long naming the rows that are longer than the model's context, or invalid_file when no row
-    has a token that counts.
+    Raises JobFailure: row_too_long naming the rows that are longer than the model's context; invalid_file when no row has a
+    token that counts; unsupported_architecture for a chat template or a tokeniser that cannot be used.
     """
-    eos = tokenizer.eos_token_id
+    chat = prompt_format.type == "chat"
+    source, special = _template(tokenizer, prompt_format) if chat else (None, {})
+    tokeniser = _tokeniser(tokenizer, as_tokens.written(prompt_format, source))
+    texts, prompts = [], []
+    for example in examples:
+        if source is not None and example.kind == "question":
+            text, prompt = _rendered(tokeniser, source, special, prompt_format, example)
+        else:
+            text = as_tokens.literal(tokeniser, prompt_format, example)
+            prompt = text.text[: text.answer_start]
+        texts.append(text)
+        prompts.append(prompt)
+    rows = [TokenRow(*row) for row in as_tokens.row_tokens(tokeniser, texts, tokenizer.eos_token_id)]
+    asked = as_tokens.prompt_tokens(tokeniser, prompts, [text.bare for text in texts])
+    return _checked(examples, rows, asked, context_tokens)
+
+
+def encode_as_benchmark(
+    examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFormat, convention: Convention
+) -> Encoded:
+    """Tokenise texts as the reference's evaluation does: control tokens in a text are control tokens.
+
+    What counts is what is left of the tokenised whole behind as many tokens as the prompt has alone. The end of sequence stands
+    behind a row that does not end in it, also behind a chat template's end of turn, or, for the text of a corpus, behind none;
+    where the reference leaves out an end of sequence it leaves out the last token, whatever it is, and so do such rows, which
+    are marked as if they ended.
+
+    Raises JobFailure: unsupported_architecture for a chat template that cannot be used.
+    """
+    eos, ends = tokenizer.eos_token_id, convention.ends
     ends_by_itself = tokenizer("")["input_ids"][-1:] == [eos]
     rows, prompts = [], []
     for example in examples:
-        prompt, whole = _texts(example, tokenizer, prompt_format, shots)
+        prompt, whole = _texts(example, tokenizer, prompt_format, convention.shots)
         special = not (example.kind == "question" and prompt_format.type == "chat")  # a chat template brings its own
         prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
         if special and ends_by_itself and prompt_ids[-1:] == [eos]:  # a prompt is not the end
@@ -91,7 +120,13 @@ def encode(
             ids = [*ids, eos]
         start = 1 if example.kind == "text" else max(1, len(prompt_ids))
         rows.append(TokenRow(ids, min(start, len(ids)), ends=not ends or eos is not None))
-        prompts.append([] if example.kind == "text" else prompt_ids)
+        prompts.append(prompt_ids)
+    return _checked(examples, rows, prompts, None)
+
+
+def _checked(
+    examples: Sequence[Example], rows: list[TokenRow], prompts: Sequence[list[int]], context_tokens: int | None
+) -> Encoded:
     room = math.inf if context_tokens is None else context_tokens
     long = [number for number, row in enumerate(rows, start=1) if len(row.ids) > room]
     if long:
@@ -100,11 +135,12 @@ def encode(
             f"rows longer than the model's context of {context_tokens} tokens: {_named(long)} "
             f"({len(long)} of {len(rows)})",
         )
-    # A row whose only label is the end of sequence says nothing of its answer: the tokeniser merged that into the prompt.
+    # A row whose only label is its end says nothing of its answer: that is empty, or merged with a benchmark's prompt.
     unmeasured = [number for number, row in enumerate(rows, start=1) if row.counted <= row.ends]
     if context_tokens is not None and len(unmeasured) == len(rows):
         raise JobFailure(FailureCode.INVALID_FILE, "no row has a token that counts")
-    return Encoded(rows, prompts, [example.answer for example in examples], unmeasured)
+    asked = [[] if example.kind == "text" else ids for example, ids in zip(examples, prompts, strict=True)]
+    return Encoded(rows, asked, [example.answer for example in examples], unmeasured)
 
 
 def encode_refusals(
@@ -136,24 +172,67 @@ def _named(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:NAMED_ROWS_MAX])) + (", ..." if len(numbers) > NAMED_ROWS_MAX else "")
 
 
+def _rendered(
+    tokeniser: Tokeniser, source: str, special: Mapping[str, str], form: PromptFormat, example: Example
+) -> tuple[RowText, str]:
+    """(the row, the prompt that a server generates from) of a question."""
+    question = swapped(tokeniser, example.prompt)
+    answers = (swapped(tokeniser, example.answer), template.ANSWER, None)
+    with _failing():
+        whole, marked, prompt = (
+            swapped(tokeniser, template.render(source, form, special, question, answer)) for answer in answers
+        )
+    return as_tokens.by_rendering(tokeniser, whole, marked), prompt
+
+
+def _template(tokenizer: Any, form: PromptFormat) -> tuple[str, Mapping[str, str]]:
+    """(the chat template, the special tokens that it may write by name), once it is known that rows will be found in it."""
+    try:
+        source: str = tokenizer.get_chat_template()
+    except ValueError as error:  # there is none
+        raise _unsupported(f"the chat template cannot be applied: {error}") from error
+    special: Mapping[str, str] = tokenizer.special_tokens_map
+    with _failing():
+        template.around(source, form, special)  # of a Hub model nobody has looked at it yet
+    return source, special
+
+
+@lru_cache(maxsize=4)
+def _tokeniser(tokenizer: Any, written: str) -> Tokeniser:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _unsupported(
+            "the tokeniser cannot be read as a tokenizer.json, by which control tokens are told from words"
+        )
+    return control.tokeniser(backend, written)
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    try:
+        yield
+    except TemplateRefused as refused:
+        raise _unsupported(str(refused)) from refused
+
+
+def _unsupported(message: str) -> JobFailure:
+    return JobFailure(FailureCode.UNSUPPORTED_ARCHITECTURE, message)
+
+
 def _texts(
     example: Example, tokenizer: Any, prompt_format: PromptFormat, shots: Sequence[tuple[str, str]]
 ) -> tuple[str, str]:
-    """(prompt, prompt + answer) as the model reads them."""
+    """(prompt, prompt and answer) as a benchmark's reference has the model read them."""
     if example.kind != "question":
         return example.prompt, example.prompt + example.answer
     if prompt_format.type == "chat":
-        messages = [{"role": "system", "content": prompt_format.system}] if prompt_format.system else []
-        for question, answer in shots:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": example.prompt})
-        try:
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (ValueError, TemplateError) as error:  # there is none, or it takes no system message
-            raise JobFailure(
-                FailureCode.UNSUPPORTED_ARCHITECTURE, f"the chat template cannot be applied: {error}"
-            ) from error
-        return prompt, prompt + example.answer
+        source, special = _template(tokenizer, prompt_format)
+        with _failing():
+            prompt, whole = (
+                template.render(source, prompt_format, special, example.prompt, answer, shots)
+                for answer in (None, example.answer)
+            )
+        return prompt, whole
     *before, prompt = [
         prompt_format.user_start + question + prompt_format.user_end + prompt_format.assistant_start
         for question in (*(question for question, _ in shots), example.prompt)

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load, save
 from torch import Tensor
 
+from service import prompts
 from service.domain.errors import NotFound, StorageUnavailable
 from service.store.storage import Storage
 from worker.data import Encoded
@@ -41,7 +42,8 @@ def model_digest(network: Network) -> str:
 @cache
 def _code() -> str:
     """Of the source that computes what is kept: nothing that another version computed is taken for this one's."""
-    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE]
+    own = [Path(__file__).with_name(f"{name}.py") for name in CODE]
+    sources = [path.read_bytes() for path in (*own, *sorted(Path(prompts.__file__).parent.glob("*.py")))]
     return hashlib.sha256(b"\0".join(sources)).hexdigest()
 
 
@@ -74,7 +76,7 @@ def key(model: str, text: tuple[str, str], ask: Ask, encoded: Encoded) -> str:
     rows = [(row.ids, row.answer_start, row.ends) for row in encoded.rows]
     asked: list[object] = [sorted(ask.views), ask.scored]
     if "generated" in ask.views:
-        asked += [ask.max_new_tokens, list(ask.stops), ask.beyond_context, encoded.answers]
+        asked += [ask.max_new_tokens, list(ask.stops), ask.beyond_context, encoded.answers, encoded.prompts]
     return f"{FOLDER}/{_digest(model, text, sorted(ask.texts), asked, rows)}"
 
 

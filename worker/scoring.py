@@ -50,7 +50,11 @@ def look(network: Network, asks: Asks, cache: Storage | None = None) -> Seen:
 def encoded(network: Network, ask: Ask) -> Encoded:
     """The texts of an ask as rows of tokens, in the order of their places."""
     texts = [ask.texts[place] for place in sorted(ask.texts)]
-    rows = data.encode(texts, network.tokenizer, network.entry.prompt_format, None, ask.shots, ask.ends)
+    tokenizer, form = network.tokenizer, network.entry.prompt_format
+    if ask.convention is None:
+        rows = data.encode(texts, tokenizer, form, None)
+    else:
+        rows = data.encode_as_benchmark(texts, tokenizer, form, ask.convention)
     if ask.answer_tokens_max is None:
         return rows
     cut = [row._replace(ids=row.ids[: row.answer_start + ask.answer_tokens_max]) for row in rows.rows]
@@ -94,7 +98,7 @@ def _generated(network: Network, asks: Asks, tokens: Mapping[Key, Encoded]) -> d
     alike: dict[object, list[Key]] = {}
     for key, ask in asks.items():
         if "generated" in ask.views:
-            condition = (ask.max_new_tokens, ask.stops, tuple(ask.shots), ask.beyond_context)
+            condition = (ask.max_new_tokens, ask.stops, ask.beyond_context)
             alike.setdefault(condition, []).append(key)
     found: dict[Key, dict[int, Generated]] = {key: {} for keys in alike.values() for key in keys}
     for keys in alike.values():

@@ -25,6 +25,16 @@ class SetForm(NamedTuple):
     required: bool = True
 
 
+class Convention(NamedTuple):
+    """How a benchmark's reference code makes tokens of a text, which is not how a model is served.
+
+    See worker.data.encode_as_benchmark.
+    """
+
+    shots: Sequence[tuple[str, str]] = ()  # questions and answers that stand before each question
+    ends: bool = True  # with the end of sequence; False: as text of a corpus
+
+
 class Ask(NamedTuple):
     """Texts of one kind, and which views of them a suite needs."""
 
@@ -32,11 +42,10 @@ class Ask(NamedTuple):
     views: frozenset[str]  # of worker.scores.Scores, beside the NLL: "hits", "logp", ..., "generated"
     max_new_tokens: int = 200
     stops: tuple[str, ...] = ()  # an answer ends before the first of them
-    shots: Sequence[tuple[str, str]] = ()  # questions and answers that stand before each question
     scored: bool = True  # False: only generated
-    ends: bool = True  # with the end of sequence; False: as text of a corpus. See worker.data.encode
     answer_tokens_max: int | None = None  # what is scored is cut to so many
     beyond_context: bool = False  # answers go on past the model's context, where it has positions there
+    convention: Convention | None = None  # of a benchmark; None: as the model is served
 
 
 Asks = Mapping[Key, Ask]

@@ -1,4 +1,4 @@
-"""The tokens of a set, counted as the worker will: prompt, answer, end of sequence (worker.data.encode).
+"""The tokens of a set, counted as the worker will: by the same prompt format and with the same tokeniser (service.prompts).
 
 With the model's own tokeniser where its folder can be read here; the library that reads it knows neither torch nor a model.
 """
@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
-from service.domain.errors import FieldProblem
-from service.domain.job import ModelEntry
+from service.domain.job import ModelEntry, PromptFormat
 from service.domain.memory import SetLengths
 from service.domain.modelfiles import digest_tokenizer
 from service.domain.rows import Example
+from service.prompts import control
+from service.prompts import folder as files
+from service.prompts import rows as as_tokens
+from service.prompts.control import Tokeniser
+from service.prompts.template import Around, TemplateRefused
 from service.settings import Settings
 
 COUNTED_BYTES = 2 * 2**20  # of a set: about a second's work; of a larger one every k-th row is counted
@@ -49,11 +53,10 @@ class Tokens(BaseModel):
 
 
 class Counter(NamedTuple):
-    tokenizer: Any
+    tokeniser: Tokeniser
     eos: int | None
-    before: str
-    behind: str
-    chat: bool
+    form: PromptFormat
+    around: Around | None  # what the chat template writes around a question and its answer
     context_tokens: int | None
     reason: str | None  # why what it counts is an estimate
 
@@ -68,44 +71,39 @@ def counter(settings: Settings, entry: ModelEntry) -> Counter:
     if entry.source == "hub":
         raise Cannot("a Hub model's tokeniser is fetched by the worker, not here")
     folder = settings.models_root / entry.location
+    form, around, reason = entry.prompt_format, None, None
+    if form.type == "chat":
+        if "chat" not in entry.info:
+            raise Cannot("what the chat template writes around questions and answers was not found at registration")
+        around, reason = Around(*entry.info["chat"]), TEMPLATE_SAYS
     try:
         digest = digest_tokenizer(folder)
         if entry.tokenizer_digest not in (None, digest):
             raise Cannot("the tokeniser's files here are not those that were registered")
-        tokenizer, config = _read(folder, digest)
-    except OSError as error:
+        written = as_tokens.written(form, files.template(folder) if around else None)
+        tokeniser, eos, config = _read(folder, digest, written)
+    except (OSError, TemplateRefused) as error:
         raise Cannot("the model's folder cannot be read here") from error
-    chat = entry.prompt_format.type == "chat"
-    (before, behind), reason = _around(entry), TEMPLATE_SAYS if chat else None
     if config.get("tokenizer_class") not in AS_IN_FILE or {"add_bos_token", "add_eos_token"} & config.keys():
         reason = "the worker may read tokenizer.json in another way: its class or its config has rules of its own"
-    eos = config.get("eos_token")
-    eos = tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos is not None else None
-    return Counter(tokenizer, eos, before, behind, chat, entry.info.get("context_tokens"), reason)
-
-
-def _around(entry: ModelEntry) -> Sequence[str]:
-    """What stands before and behind a question. Raises Cannot."""
-    form = entry.prompt_format
-    if form.type != "chat":
-        return form.user_start, form.user_end + form.assistant_start
-    if "chat" not in entry.info:
-        raise Cannot("what the chat template puts around a question was not found at registration")
-    around: Sequence[str] = entry.info["chat"]
-    return around
+    return Counter(tokeniser, eos, form, around, entry.info.get("context_tokens"), reason)
 
 
 @lru_cache(maxsize=8)
-def _read(folder: Path, _digest: str) -> tuple[Any, dict[str, Any]]:
-    """The tokeniser and its config, as the files with this digest have them. Raises Cannot."""
+def _read(folder: Path, _digest: str, written: str) -> tuple[Tokeniser, int | None, dict[str, Any]]:
+    """The tokeniser, its end of sequence and its config, as the files with this digest have them. Raises Cannot."""
     try:
-        tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        own: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
         config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        special = files.special_tokens(folder)
+        added = {token.content for token in own.get_added_tokens_decoder().values()}
+        own.add_special_tokens(
+            [token for token in special.values() if token not in added]
+        )  # as the worker's library does
+        eos = special.get("eos_token")
+        return control.tokeniser(own, written), None if eos is None else own.token_to_id(eos), config
     except Exception as error:  # the library's own is no other
         raise Cannot("no tokenizer.json and tokenizer_config.json of the model can be read here") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer, config
 
 
 def count(counter: Counter, examples: Iterable[Example], rows: int, size_bytes: int) -> Counted:
@@ -217,29 +215,11 @@ def _parts(rows: Iterator[Numbered]) -> Iterator[list[Numbered]]:
 
 def _measured(counter: Counter, examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
     """(tokens, tokens that count) of each row."""
-    tokenizer, eos = counter.tokenizer, counter.eos
-    ends_by_itself = eos is not None and tokenizer.encode("").ids[-1:] == [eos]
-    prompts = [
-        counter.before + example.prompt + counter.behind if example.kind == "question" else example.prompt
+    texts = [
+        as_tokens.by_pieces(counter.tokeniser, counter.around, example)
+        if counter.around is not None and example.kind == "question"
+        else as_tokens.literal(counter.tokeniser, counter.form, example)
         for example in examples
     ]
-    # a chat template brings its own special tokens
-    special = [not (counter.chat and example.kind == "question") for example in examples]
-    wholes = _encoded(tokenizer, [p + e.answer for p, e in zip(prompts, examples, strict=True)], special)
-    starts = _encoded(tokenizer, prompts, special)
-    for example, prompt_ids, ids, own in zip(examples, starts, wholes, special, strict=True):
-        before = len(prompt_ids) - (own and ends_by_itself and prompt_ids[-1:] == [eos])
-        length = len(ids) + (eos is not None and ids[-1:] != [eos])
-        start = 1 if example.kind == "text" else max(1, before)
-        yield length, length - min(start, length)
-
-
-def _encoded(tokenizer: Any, texts: Sequence[str], special: Sequence[bool]) -> list[list[int]]:
-    ids: list[list[int]] = [[] for _ in texts]
-    for kind in set(special):
-        at = [i for i, own in enumerate(special) if own is kind]
-        for i, one in zip(
-            at, tokenizer.encode_batch_fast([texts[i] for i in at], add_special_tokens=kind), strict=True
-        ):
-            ids[i] = one.ids
-    return ids
+    for row in as_tokens.row_tokens(counter.tokeniser, texts, counter.eos):
+        yield len(row.ids), len(row.ids) - row.answer_start

@@ -6,7 +6,7 @@ Field names and meanings follow OpenAI's fine-tuning jobs where such a field exi
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -29,7 +29,10 @@ MICRO_BATCH_TOKENS = 16_384  # padded positions at once, where memory has room f
 EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RFC 7493), as evidence must
 COMMIT = r"^[0-9a-f]{40}$"
 PLAIN_PATH = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*(/[^./\\\x00-\x1f][^/\\\x00-\x1f]*)*$"  # no part begins with a dot
-SPACE_WARNING = "a prompt template that ends in a space makes tokens merge over the seam of prompt and answer"
+SPACE_WARNING = (
+    "a prompt format that ends in a space makes tokens merge over the seam: a model that is asked reads the space as a token of "
+    "its own, and one that is trained reads it with the answer's first word"
+)
 
 
 class Status(StrEnum):
@@ -417,6 +420,14 @@ class ModelEntry(BaseModel):
     info: dict[str, Any] = Field(default_factory=dict)  # architecture, context length, vocabulary, from config.json
     created_at: datetime | None = None
 
+    @model_validator(mode="after")
+    def _has_a_date(self) -> Self:
+        """Of an entry that was registered before prompt formats had one."""
+        form = self.prompt_format
+        if form.type == "chat" and form.template_date is None and self.created_at is not None:
+            self.prompt_format = form.model_copy(update={"template_date": self.created_at.date()})
+        return self
+
 
 def _pinned(revision: str) -> str:
     if re.fullmatch(COMMIT, revision) is None:
@@ -490,14 +501,22 @@ class PromptFormat(BaseModel):
     """How a question becomes a prompt: the tokeniser's chat template, or four strings around it."""
 
     type: Literal["chat", "plain"] = "plain"
-    system: str | None = None  # chat only
+    system: str | None = None  # chat only, as the next two
+    template_arguments: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="what the chat template reads beside the messages: enable_thinking, date_string",
+    )
+    template_date: date | None = Field(
+        None,
+        description="what a chat template that asks the clock is told, so that a row has the same tokens every day",
+    )
     user_start: str = "Question: "
     user_end: str = "\n"
     assistant_start: str = "Answer: "
 
     @property
     def ends_in_space(self) -> bool:
-        """Then the first word of an answer, which wants the space itself, becomes other tokens than it was trained as."""
+        """Then the answer's first token has the space, and a server that asks with the prompt alone sends another."""
         return self.type == "plain" and (self.user_end + self.assistant_start).endswith(" ")
 
 

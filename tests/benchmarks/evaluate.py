@@ -41,11 +41,6 @@ MEMBERSHIP = ("logp", "standardised", "labels")  # of an ask with them: loss, zl
 Parts = dict[str, Callable[[], Any]]  # scoring, gradient norms, generation
 
 
-def encode(network: Network, ask: Ask) -> data.Encoded:
-    texts = [ask.texts[place] for place in sorted(ask.texts)]
-    return data.encode(texts, network.tokenizer, network.entry.prompt_format, None)
-
-
 # --- plain
 
 
@@ -53,13 +48,15 @@ def plain_parts(network: Network, asks: Asks) -> Parts:
     generated = {key: ask for key, ask in asks.items() if "generated" in ask.views}
     attacked = {key: ask for key, ask in asks.items() if "gradient_norm" in ask.views}
     return {
-        "scoring": lambda: {key: plain_scores(network, ask, encode(network, ask)) for key, ask in asks.items()},
+        "scoring": lambda: {
+            key: plain_scores(network, ask, scoring.encoded(network, ask)) for key, ask in asks.items()
+        },
         "gradient norms": lambda: {
-            key: [plain_gradient_norm(network, row) for row in encode(network, ask).rows]
+            key: [plain_gradient_norm(network, row) for row in scoring.encoded(network, ask).rows]
             for key, ask in attacked.items()
         },
         "generation": lambda: {
-            key: plain_generation(network, encode(network, ask).prompts, ask.max_new_tokens)
+            key: plain_generation(network, scoring.encoded(network, ask).prompts, ask.max_new_tokens)
             for key, ask in generated.items()
         },
     }
@@ -148,7 +145,7 @@ def plain_generation(network: Network, prompts: Sequence[list[int]], max_new_tok
 def plain_seen(network: Network, asks: Asks, done: Mapping[str, Any]) -> Seen:
     seen = dict[Key, Scores]()
     for key, ask in asks.items():
-        places, encoded = sorted(ask.texts), encode(network, ask)
+        places, encoded = sorted(ask.texts), scoring.encoded(network, ask)
         views = done["scoring"][key]
         nll = views["nll"] if "nll" in views else [-float(row.sum()) for row in views["logp"]]
         texts = done["generation"].get(key)
@@ -192,7 +189,7 @@ def our_parts(network: Network, asks: Asks) -> Parts:
     return {
         "scoring": lambda: scoring.look(network, scored),
         "gradient norms": lambda: {
-            key: scoring.gradient_norms(network, encode(network, ask).rows) for key, ask in attacked.items()
+            key: scoring.gradient_norms(network, scoring.encoded(network, ask).rows) for key, ask in attacked.items()
         },
         "generation": lambda: scoring.look(network, asked),
     }
@@ -271,7 +268,7 @@ def least_seconds(network: Network, asks: Asks, seen: Seen, rate: float) -> dict
     if network.causal.get_output_embeddings().weight is not network.causal.get_input_embeddings().weight:
         body -= network.causal.get_output_embeddings().weight.numel()
     head = network.vocabulary * width
-    encoded = {key: encode(network, ask) for key, ask in asks.items()}
+    encoded = {key: scoring.encoded(network, ask) for key, ask in asks.items()}
     rows = [row for key in asks for row in encoded[key].rows]
     (tree_tokens,) = [sum(len(t.ids) for t in trees.grow([row.ids[:-1] for row in rows], float("inf"), 10**9))]
     counted = len({(tuple(row.ids[:t])) for row in rows for t in range(row.answer_start, len(row.ids))})

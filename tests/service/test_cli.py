@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,42 @@ def test_the_prompt_format_is_chosen_or_found(run: Callable[..., Result], folder
         assert models.get(s, "plain").prompt_format == PromptFormat(
             user_start="Q: ", user_end="\n", assistant_start="A:"
         )
-        assert models.get(s, "chat").prompt_format == PromptFormat(type="chat", system="Be kind.")
+        today = datetime.now(UTC).date()
+        expected = PromptFormat(type="chat", system="Be kind.", template_date=today)
+        assert models.get(s, "chat").prompt_format == expected
+
+
+def test_what_a_chat_template_is_given_is_registered(
+    run: Callable[..., Result], folder: Path, sessions: Sessions
+) -> None:
+    template = "{% for m in messages %}{{ date_string }}{{ enable_thinking }}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    arguments = ["--template-argument", "enable_thinking=false", "--template-argument", "date_string=26 Jul 2024"]
+    add = ["models", "add", "chat", "--path", folder, "--template-date", "2025-03-09"]
+    added = run(*add, *arguments)
+    assert added.exit_code == 0, added.output
+    with sessions.begin() as s:
+        form = models.get(s, "chat").prompt_format
+    assert form.template_arguments == {"enable_thinking": False, "date_string": "26 Jul 2024"}
+    assert form.template_date == date(2025, 3, 9)
+    for wrong, why in (
+        (["--template-argument", "enable_thinking"], "NAME=VALUE"),
+        (["--template-argument", "unread=1"], "reads no argument 'unread'"),
+        (["--template-argument", "a=1", "--user-start", "Q: "], "brings its own strings"),
+        (["--system", "Hi.", "--prompt-format", "plain"], "go with a chat template"),
+    ):
+        refused = run(*add, *wrong)
+        assert (refused.exit_code, why in refused.output) == (2, True), refused.output
+
+
+def test_a_system_message_that_the_template_refuses_is_refused(
+    run: Callable[..., Result], folder: Path, sessions: Sessions
+) -> None:
+    roles = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(roles + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    refused = run("models", "add", "chat", "--path", folder, "--system", "Be kind.")
+    assert (refused.exit_code, "System role not supported" in refused.stderr) == (2, True)
+    assert run("models", "add", "chat", "--path", folder).exit_code == 0
 
 
 def test_a_hub_model_needs_its_commit_and_its_format(run: Callable[..., Result], sessions: Sessions) -> None:

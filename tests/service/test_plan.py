@@ -11,16 +11,15 @@ from httpx import Response
 from starlette.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from service import chat, planned, register
-from service.api import tokens
-from service.api.deps import Parts
-from service.batches import serve_deletions
+from service import planned, register
 from service.domain import memory, modelsizes
 from service.domain.job import Lora, ModelEntry, PromptFormat
 from service.domain.memory import Load, SetLengths
 from service.domain.modelfiles import digest_model, digest_tokenizer
 from service.domain.modelsizes import Linear, Sizes
-from service.domain.rows import Example
+from service.prompts import folder as files
+from service.prompts import template
+from service.prompts.template import TemplateRefused
 from service.settings import Settings
 from service.store import jobs, tenants, workers
 from service.store import models as registry
@@ -413,16 +412,33 @@ def test_sizes_are_read_from_headers(folder: Path) -> None:
     assert digest_tokenizer(folder) == digest_model(folder)[1]
 
 
-def test_what_a_chat_template_puts_around_a_question_is_found(folder: Path) -> None:
-    def around(template: str, **form: Any) -> tuple[str, str] | None:
-        (folder / "chat_template.jinja").write_text(template)
-        return chat.around(folder, PromptFormat(type="chat", **form))
+def test_what_a_chat_template_writes_around_question_and_answer_is_found(folder: Path) -> None:
+    def around(source: str, **form: Any) -> tuple[str, ...]:
+        (folder / "chat_template.jinja").write_text(source)
+        special = files.special_tokens(folder)
+        return template.around(files.template(folder), PromptFormat(type="chat", **form), special)
 
     plain = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
-    assert around(plain + "{% if add_generation_prompt %}[bot]{% endif %}") == ("<s>[user]", "\n[bot]")
-    assert around(plain, system="Hi.") == ("<s>[system]Hi.\n[user]", "\n")
-    assert around("{{ raise_exception('no') }}") is None
-    assert around("{{ messages[0].content }}{{ messages[0].content }}") is None
-    assert around("nothing") is None
-    assert around("{{ ''.__class__.__mro__ }}{{ messages[0].content }}") is None, "the sandbox"
-    assert around("{% broken") is None
+    prompted = plain + "{% if add_generation_prompt %}[bot]{% endif %}"
+    assert around(prompted) == ("<s>[user]", "\n[assistant]", "\n"), "as it writes an answer, not as it asks for one"
+    assert around(plain, system="Hi.") == ("<s>[system]Hi.\n[user]", "\n[assistant]", "\n")
+    for broken, why in {
+        "{{ raise_exception('no') }}": "cannot be applied: no",
+        "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}": "once each",
+        "{% for m in messages|reverse %}{{ m.content }}{% endfor %}": "once each",
+        "nothing": "once each",
+        "{{ ''.__class__.__mro__ }}{{ messages[0].content }}": "unsafe",
+        "{% broken": "cannot be read",
+    }.items():
+        with pytest.raises(TemplateRefused, match=why):
+            around(broken)
+
+
+def test_where_the_files_have_no_template_that_is_said(folder: Path) -> None:
+    with pytest.raises(TemplateRefused, match="no chat template that can be read"):
+        files.template(folder)
+    (folder / "chat_template.json").write_text('{"chat_template": [{"name": "default", "template": "T"}]}')
+    assert files.template(folder) == "T"
+    (folder / "tokenizer_config.json").write_text("[")
+    with pytest.raises(TemplateRefused, match="config cannot be read"):
+        files.special_tokens(folder)

@@ -17,6 +17,7 @@ from service.domain.job import FailureCode, PromptFormat
 from service.domain.microbatches import microbatches
 from service.domain.rows import Example
 from worker import data
+from worker.suite import Convention
 
 EOS = 1
 PLAIN = PromptFormat(assistant_start="Answer:")
@@ -67,17 +68,18 @@ def test_of_a_text_all_but_the_first_token_counts(tokenizer: Any) -> None:
 
 def test_the_end_of_sequence_is_there_once(tokenizer: Any, byte_tokenizer: Callable[..., Any]) -> None:
     for ending in (tokenizer, byte_tokenizer(ends=True)):
-        for answer in (" Paris", " Paris</s>"):
-            encoded = data.encode([qa("Where?", answer)], ending, PLAIN, 128)
-            assert encoded.rows[0].ids[-2:].count(EOS) == 1 or answer.endswith("</s>")
-            assert labels(encoded, ending)[:2] == [" Paris", "</s>"], "a prompt has no end that the answer lacks"
-            assert EOS not in encoded.prompts[0]
+        encoded = data.encode([qa("Where?", " Paris"), qa("Where?", " Paris</s>")], ending, PLAIN, 128)
+        assert labels(encoded, ending) == [" Paris", "</s>"], "a prompt has no end that the answer lacks"
+        assert labels(encoded, ending, 1) == [" Paris", "<", "/", "s", ">", "</s>"], (
+            "the first is in the answer's words"
+        )
+        assert EOS not in encoded.prompts[0]
 
 
 def test_a_chat_template_brings_the_only_beginning(byte_tokenizer: Callable[..., Any]) -> None:
     tokenizer = byte_tokenizer(chat=True)
     chat = PromptFormat(type="chat", system="Be brief.")
-    encoded = data.encode([qa("Where?", " Paris"), Example("prompt", "Go to", " Lima")], tokenizer, chat, 128)
+    encoded = data.encode([qa("Where?", "Paris"), Example("prompt", "Go to", " Lima")], tokenizer, chat, 128)
     assert tokenizer.decode(encoded.rows[0].ids) == "<s>[system] Be brief.\n[user] Where?\n[assistant] Paris</s>"
     assert labels(encoded, tokenizer) == [" Paris", "</s>"]
     assert tokenizer.decode(encoded.rows[1].ids) == "<s>Go to Lima</s>"
@@ -89,10 +91,22 @@ def test_a_chat_format_without_a_template_is_a_failure_with_a_sentence(tokenizer
     assert failure.value.code is FailureCode.UNSUPPORTED_ARCHITECTURE
 
 
-def test_tokens_that_merge_over_the_seam_do_not_count(tokenizer: Any) -> None:
-    """ "Answer: " alone ends in a token for the space; with an answer behind it, that token is gone."""
+def test_a_token_that_merges_over_the_seam_counts(tokenizer: Any) -> None:
+    """ "Answer: " alone ends in a token for the space; with an answer behind it, the answer's first token has the space."""
     rows = [qa("Where?", "Lima"), qa("Where?", "Limaa"), qa("Where?", "Oslo"), qa("Where?", "Paris")]
     encoded = data.encode(rows, tokenizer, SPACE, 128)
+    assert [labels(encoded, tokenizer, k)[:2] for k in range(4)] == [
+        [" Lima", "</s>"],
+        [" Lima", "a"],
+        ["O", "s"],
+        [" Paris", "</s>"],
+    ]
+    assert encoded.unmeasured == []
+
+
+def test_of_a_benchmark_it_does_not(tokenizer: Any) -> None:
+    rows = [qa("Where?", "Lima"), qa("Where?", "Limaa"), qa("Where?", "Oslo"), qa("Where?", "Paris")]
+    encoded = data.encode_as_benchmark(rows, tokenizer, SPACE, Convention())
     assert encoded.unmeasured == [1, 4], "all that is left of them is the end of sequence"
     assert encoded.measured == [1, 2]
     assert labels(encoded, tokenizer, 1) == ["a", "</s>"]
@@ -102,7 +116,7 @@ def test_tokens_that_merge_over_the_seam_do_not_count(tokenizer: Any) -> None:
 
 def test_a_set_of_which_nothing_counts_is_refused(tokenizer: Any) -> None:
     with pytest.raises(JobFailure, match="no row has a token that counts") as failure:
-        data.encode([qa("Where?", "Lima")], tokenizer, SPACE, 128)
+        data.encode([qa("Where?", "")], tokenizer, SPACE, 128)
     assert failure.value.code is FailureCode.INVALID_FILE
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from service import chat, register
+from service import register
 from service.api import tokens
 from service.domain import memory, modelsizes
 from service.domain.errors import JobFailure
 from service.domain.job import Lora, ModelEntry, PromptFormat
 from service.domain.rows import Example
+from service.prompts import folder, template
 from service.settings import Settings
 from worker import data, model, registry
 from worker.losses.retain.nll import nll
@@ -49,8 +50,9 @@ def test_tokens_are_those_of_the_worker(
 ) -> None:
     tokenizer = byte_tokenizer(chat=form is CHAT, ends=ends)
     tokenizer.save_pretrained(tmp_path / "m")
-    around = chat.around(tmp_path / "m", form) if form is CHAT else None
-    info = {"context_tokens": 100, "chat": list(around or ())}
+    info: dict[str, Any] = {"context_tokens": 100}
+    if form is CHAT:
+        info["chat"] = template.around(folder.template(tmp_path / "m"), form, folder.special_tokens(tmp_path / "m"))
     entry = ModelEntry(name="m", source="path", location="m", prompt_format=form, info=info)
     counter = tokens.counter(Settings(models_root=tmp_path), entry)
     counted = tokens.count(counter, EXAMPLES, len(EXAMPLES), 1000)

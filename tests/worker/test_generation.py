@@ -14,7 +14,7 @@ from service.domain.rows import Example
 from worker import data, decoder, generation, model, scoring
 from worker.generation import Generated, generate
 from worker.model import Network
-from worker.suite import Ask
+from worker.suite import Ask, Convention
 
 SHARED = Path(os.environ.get("UNLEARN_SHARED", "../shared"))
 MOE = {"num_experts_per_tok": 1, "moe_intermediate_size": 8}
@@ -233,14 +233,15 @@ def test_in_half_precision(dtype: str, register: Any) -> None:
 def test_shots_stand_before_each_question(register: Any) -> None:
     shots = (("Who?", "Ada"), ("Where?", "Lima"))
     plain = register()
-    asked = data.encode([Example("question", "When?", "Now")], plain.load().tokenizer, PromptFormat(), None, shots)
+    row, convention = Example("question", "When?", "Now"), Convention(shots)
+    asked = data.encode_as_benchmark([row], plain.load().tokenizer, PromptFormat(), convention)
     before = "Question: Who?\nAnswer: Ada\n\nQuestion: Where?\nAnswer: Lima\n\nQuestion: When?\nAnswer: "
     tokenizer = plain.load().tokenizer
     assert tokenizer.decode(asked.prompts[0], skip_special_tokens=True) == before
     assert tokenizer.decode(asked.rows[0].ids, skip_special_tokens=True) == before + "Now"
     chat = register(chat=True)
     network = chat.load()
-    asked = data.encode([Example("question", "When?", "Now")], network.tokenizer, chat.entry.prompt_format, None, shots)
+    asked = data.encode_as_benchmark([row], network.tokenizer, chat.entry.prompt_format, convention)
     turns = "[user] Who?\n[assistant] Ada\n[user] Where?\n[assistant] Lima\n[user] When?\n[assistant]"
     assert network.tokenizer.decode(asked.prompts[0], skip_special_tokens=True) == turns
 

@@ -15,7 +15,7 @@ from service.store.storage import Storage
 from worker import looks, model, scoring
 from worker.model import Network
 from worker.scores import Scores
-from worker.suite import Ask, Asks
+from worker.suite import Ask, Asks, Convention
 
 VIEWS = frozenset({"hits", "logp", "standardised", "gradient_norm", "labels", "generated"})
 ROWS = {0: ("Where?", " Lima"), 2: ("Who lives in\u2028Paris?", " nobody ☺"), 5: ("What?", " this")}
@@ -131,7 +131,7 @@ def test_what_a_look_depends_on_is_in_its_name(
     [
         {"max_new_tokens": 5},
         {"stops": ("x",)},
-        {"shots": (("Who?", "Ada"),)},
+        {"convention": Convention(shots=(("Who?", "Ada"),))},
         {"beyond_context": True},
         {"views": VIEWS - {"hits"}},
     ],

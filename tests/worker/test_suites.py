@@ -20,7 +20,7 @@ from worker.statistics import auc
 from worker.suite import (
     Ask,
     Asks,
-    FigureForm,
+    Convention,
     Key,
     Result,
     Row,
@@ -492,11 +492,11 @@ def test_muse_asks_as_the_reference_does() -> None:
     suite, sets = build("muse"), dict(sets_of("muse", 3))
     asks = suite.asks(sets)
     knowmem, verbmem = asks["forget_knowmem", "answer"], asks["verbmem", "gt"]
-    assert knowmem.shots == [(f"Which {k}?", f"red {k}") for k in range(3)]
+    assert knowmem.convention == Convention([(f"Which {k}?", f"red {k}") for k in range(3)])
     assert (knowmem.max_new_tokens, knowmem.stops, knowmem.scored) == (32, ("\n\n", "\nQuestion", "Question:"), False)
     assert verbmem.texts[0] == Example("prompt", "It was", " red")
-    assert (verbmem.max_new_tokens, verbmem.ends, verbmem.answer_tokens_max) == (128, False, 2048)
-    assert not asks["holdout", "answer"].ends
+    assert (verbmem.max_new_tokens, verbmem.answer_tokens_max) == (128, 2048)
+    assert verbmem.convention == asks["holdout", "answer"].convention == Convention(ends=False)
     del sets["forget_knowmem_icl"]
     found = suite.results(sets, seen_of(suite.asks(sets), 1), None)
     assert found["forget_knowmem_ROUGE"].reason == "needs the set forget_knowmem_icl"

@@ -9,7 +9,7 @@ Reference: Shi et al. 2024, MUSE, arXiv 2407.06460; as computed by OpenUnlearnin
 from service.domain.rows import Example
 from worker import figures, membership
 from worker.figures import Figure, Missing, Reading
-from worker.suite import Ask, Asks, Better, FigureForm, Result, Row, SetForm, Sets, Suite, examples
+from worker.suite import Ask, Asks, Better, Convention, FigureForm, Result, Row, SetForm, Sets, Suite, examples
 
 QUESTION = frozenset({"question", "answer"})
 SETS = {
@@ -32,6 +32,7 @@ STOPS = ("\n\n", "\nQuestion", "Question:")
 KNOWMEM_TOKENS = 32  # of an answer
 VERBMEM_TOKENS = 128
 TEXT_TOKENS_MAX = 2_048  # of a text, or of what follows a passage
+CORPUS = Convention(ends=False)
 
 
 def muse() -> Suite:
@@ -49,17 +50,30 @@ def _asks(sets: Sets) -> Asks:
         if sets.get(of) and sets.get(f"{of}_icl"):
             shots = [(row["question"], row["answer"]) for row in sets[f"{of}_icl"]]
             texts, views = examples(sets[of]), frozenset({"generated"})
-            asked[of, "answer"] = Ask(texts, views, KNOWMEM_TOKENS, STOPS, shots, scored=False, beyond_context=True)
+            asked[of, "answer"] = Ask(
+                texts,
+                views,
+                KNOWMEM_TOKENS,
+                STOPS,
+                scored=False,
+                beyond_context=True,
+                convention=Convention(shots),
+            )
     if sets.get("verbmem"):
         texts = {place: _passage(row) for place, row in enumerate(sets["verbmem"])}
         views = frozenset({"hits", "labels", "generated"})
         asked["verbmem", "gt"] = Ask(
-            texts, views, VERBMEM_TOKENS, ends=False, answer_tokens_max=TEXT_TOKENS_MAX, beyond_context=True
+            texts,
+            views,
+            VERBMEM_TOKENS,
+            answer_tokens_max=TEXT_TOKENS_MAX,
+            beyond_context=True,
+            convention=CORPUS,
         )
     for of in ("forget", "holdout"):
         if sets.get(of):
             texts = examples(sets[of])
-            asked[of, "answer"] = Ask(texts, MEMBERSHIP, ends=False, answer_tokens_max=TEXT_TOKENS_MAX)
+            asked[of, "answer"] = Ask(texts, MEMBERSHIP, answer_tokens_max=TEXT_TOKENS_MAX, convention=CORPUS)
     return asked
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from worker import figures, membership
 from worker.figures import Figure, Missing, Reading
 from worker.statistics import harmonic_mean, interval, kolmogorov_smirnov
-from worker.suite import Ask, Asks, Better, FigureForm, Result, SetForm, Sets, Suite, alternatives, examples
+from worker.suite import Ask, Asks, Better, Convention, FigureForm, Result, SetForm, Sets, Suite, alternatives, examples
 
 QUESTION = frozenset({"question", "answer"})
 WRONG = QUESTION | {"perturbed_answer"}
@@ -58,7 +58,7 @@ def _asks(sets: Sets) -> Asks:
         for text, found in texts.items():
             wanted = views.get(of, ANSWERED) if text == "answer" else frozenset[str]()
             if found:
-                asked[of, text] = Ask(found, wanted, MAX_NEW_TOKENS)
+                asked[of, text] = Ask(found, wanted, MAX_NEW_TOKENS, convention=Convention())
     return asked
 
 

@@ -1,0 +1,105 @@
+"""A tokeniser that makes a control token of what a prompt format writes, and never of a customer's words.
+
+`split_special_tokens` cannot do that: it is for a whole text or for none of it, and added tokens that are not declared special,
+as `<think>` often is, become tokens all the same. Cutting the text up cannot either: a SentencePiece-like tokeniser reads a
+piece in another way than the same piece inside a text. So the tokeniser is copied, and each of its control tokens renamed to
+what no text contains. In a text to be read the control tokens that the prompt format wrote are renamed as well, and all that
+makes tokens stays as it was.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from secrets import token_hex
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+NO_CONTROL = re.compile(r"\s*|<0x[0-9A-F]{2}>")  # white space, and the bytes that unknown characters are made of
+
+
+class Tokeniser(NamedTuple):
+    renamed: Any  # tokenizers.Tokenizer with the control tokens renamed, and without a post-processor
+    ids: Mapping[int, int]  # of its added tokens -> the model's own
+    swaps: Mapping[str, str]  # control token -> its name here, and back
+    either: re.Pattern[str]  # both
+    control: re.Pattern[str]  # the names alone
+    first: list[int]  # what the tokeniser puts in front of a text by itself
+    last: list[int]  # and behind it
+
+
+class Tokens(NamedTuple):
+    ids: list[int]
+    spans: list[tuple[int, int]]  # in the text, in characters; a control token's may have white space that it swallows
+    control: list[bool]
+
+
+def tokeniser(own: Any, written: str) -> Tokeniser:
+    """Of a tokenizers.Tokenizer.
+
+    Args:
+        written: by the prompt format: a chat template's source, or the strings around a question. An added token that is not
+            special is a control token if it is in there.
+    """
+    spec = json.loads(own.to_str())
+    nonce = token_hex(8)
+    names = {
+        token["content"]: f"\U000f0000{nonce}{k}\U000f0001"
+        for k, token in enumerate(spec["added_tokens"])
+        if (token["special"] or token["content"] in written) and NO_CONTROL.fullmatch(token["content"]) is None
+    }
+    before = [(token["content"], token["id"]) for token in spec["added_tokens"]]
+    renamed: Any = Tokenizer.from_str(json.dumps(_renamed(spec, names)))
+    masks = own.encode("a", add_special_tokens=True)
+    return Tokeniser(
+        renamed=renamed,
+        ids={renamed.token_to_id(names.get(content, content)): token_id for content, token_id in before},
+        swaps=names | {name: content for content, name in names.items()},
+        either=_any_of([*names, *names.values()]),
+        control=_any_of([*names.values()]),
+        first=_own(masks.ids, masks.special_tokens_mask),
+        last=_own(masks.ids[::-1], masks.special_tokens_mask[::-1])[::-1],
+    )
+
+
+def swapped(tokeniser: Tokeniser, text: str) -> str:
+    """Control tokens in the text under their names, and names as the control tokens that they stand for.
+
+    A customer's words are swapped before a template is rendered with them, and the rendering again: then theirs are words, and
+    the template's are tokens.
+    """
+    return tokeniser.either.sub(lambda found: tokeniser.swaps[found[0]], text)
+
+
+def tokens(tokeniser: Tokeniser, texts: Sequence[str]) -> list[Tokens]:
+    """The tokens of texts in which each control token stands under its name, without what is put around a text."""
+    read = tokeniser.renamed.encode_batch(list(texts), add_special_tokens=False)
+    return [
+        Tokens(
+            [tokeniser.ids.get(i, i) for i in one.ids], one.offsets, [token in tokeniser.swaps for token in one.tokens]
+        )
+        for one in read
+    ]
+
+
+def _renamed(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Also in the model's own vocabulary, lest the model finds a control token among words by itself."""
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
+    else:  # of pieces with their scores
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return spec | {"post_processor": None, "truncation": None, "padding": None}
+
+
+def _own(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    return [i for i, _ in takewhile(lambda pair: pair[1], zip(ids, mask, strict=True))]
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
