@@ -19,6 +19,7 @@ from worker.attacks import quantise, relearn, wording
 from worker.attacks.attack import Attack, encode, merged, unadapted
 from worker.attacks.unrelated import UNRELATED
 from worker.model import Network
+from worker.suite import Convention
 
 ROWS = [
     {"question": "Who?", "answer": " Paris and Lima.", "paraphrased_question": "Which ones?"},
@@ -427,7 +428,10 @@ def test_base_and_reference_are_attacked_too(register: Any) -> None:
 
 
 def test_figures_are_the_references_and_eight_bits_hardly_move_them() -> None:
-    """A fresh adapter is the identity: what is 'released' has the base's figures, which the reference harness printed."""
+    """A fresh adapter is the identity: what is 'released' has the base's figures, which the reference harness printed.
+
+    On the rows that both read alike: the reference loses the first token of those that merge with the space before them.
+    """
     shared = Path(os.environ.get("UNLEARN_SHARED", "../shared")).resolve()
     if not shared.is_dir():
         pytest.skip(f"no shared folder at {shared} (UNLEARN_SHARED)")
@@ -437,10 +441,17 @@ def test_figures_are_the_references_and_eight_bits_hardly_move_them() -> None:
     known = ModelEntry(name="tofu", source="path", location="tofu260K_full", prompt_format=PromptFormat())
     network = model.adapt(model.load(known, shared / "models", "cpu", "float32"), Lora(), 0)
     settings = Audit(relearn_steps=0, quantise_bits=[8], prefixes=False)
-    entries = by_name(audit.audit(network, settings, rows, None, 0, never))
-    entry = entries["quantise_8", "probability"]
-    assert entry.released == pytest.approx(golden["forget_Q_A_Prob"]["agg_value"], rel=1e-4)
-    strength = entries["quantise_8", "extraction_strength"]
-    assert strength.released == pytest.approx(golden["extraction_strength"]["agg_value"], rel=1e-4)
+    examples = [Example("question", row["question"], row["answer"]) for row in rows]
+    tokens = [
+        data.encode(examples, network.tokenizer, PromptFormat(), None).rows,
+        data.encode_as_benchmark(examples, network.tokenizer, PromptFormat(), Convention()).rows,
+    ]
+    alike = [place for place, (own, theirs) in enumerate(zip(*tokens, strict=True)) if own == theirs]
+    assert len(alike) == 16
+    entries = by_name(audit.audit(network, settings, [rows[place] for place in alike], None, 0, never))
+    entry, strength = entries["quantise_8", "probability"], entries["quantise_8", "extraction_strength"]
+    for found, figure, field in ((entry, "forget_Q_A_Prob", "prob"), (strength, "extraction_strength", "score")):
+        values = [golden[figure]["value_by_index"][str(place)][field] for place in alike]
+        assert found.released == pytest.approx(sum(values) / len(values), rel=1e-4)
     assert entry.attacked == entry.base == pytest.approx(entry.released, abs=0.01)
     assert entries["paraphrase", "probability"].attacked == entries["paraphrase", "probability"].base

@@ -21,7 +21,7 @@ TOFU = {"forget": PERTURBED, "retain": PERTURBED, "real_authors": PERTURBED, "wo
 
 def test_a_row_keeps_its_number_in_the_file_also_where_others_are_left_out(register: Any) -> None:
     network = register().load()
-    rows = [{"question": "?", "answer": "Lima"}, *ROWS]  # with "Answer: " in front, the first one's answer merges away
+    rows = [{"question": "?", "answer": ""}, *ROWS]  # of the first one nothing counts
     form = PromptFormat()
     entry = network.entry.model_copy(update={"prompt_format": form})
     network = network._replace(entry=entry)

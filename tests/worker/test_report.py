@@ -719,6 +719,7 @@ def test_a_report_has_no_place_for_a_row() -> None:
         "BaseModelFacts.files",
         "BenchmarkFacts.truth_ratios",
         "Environment.versions",
+        "PromptFormat.template_arguments",
         "Report.rows",
         "Report.timings_seconds",
         "Trajectory.logged",
