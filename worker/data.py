@@ -8,7 +8,6 @@ a benchmark's name.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from service.domain.rows import Example
 from service.prompts import control, template
 from service.prompts import rows as as_tokens
 from service.prompts.control import Tokeniser, swapped
-from service.prompts.rows import RowText
 from service.prompts.template import TemplateRefused
 from worker.suite import Convention
 
@@ -75,15 +73,19 @@ def encode(
     counts is what there is of the answer in the rendering, and what follows. Control tokens in a row's own words are words.
 
     Raises JobFailure: row_too_long naming the rows that are longer than the model's context; invalid_file when no row has a
-    token that counts; unsupported_architecture for a chat template or a tokeniser that cannot be used.
+    token that counts, or for a row that the chat template refuses; unsupported_architecture for a chat template or a tokeniser
+    that cannot be used.
     """
-    chat = prompt_format.type == "chat"
-    source, special = _template(tokenizer, prompt_format) if chat else (None, {})
-    tokeniser = _tokeniser(tokenizer, as_tokens.written(prompt_format, source))
+    render = _renderer(tokenizer, prompt_format) if prompt_format.type == "chat" else None
+    tokeniser = _tokeniser(tokenizer, as_tokens.written(prompt_format, render and render.template))
     texts, prompts = [], []
-    for example in examples:
-        if source is not None and example.kind == "question":
-            text, prompt = _rendered(tokeniser, source, special, prompt_format, example)
+    for number, example in enumerate(examples, start=1):
+        if render is not None and example.kind == "question":
+            question, answer = (swapped(tokeniser, words) for words in (example.prompt, example.answer))
+            whole, marked, prompt = (
+                swapped(tokeniser, render(number, question, said)) for said in (answer, template.ANSWER, None)
+            )
+            text = as_tokens.by_rendering(tokeniser, whole, marked)
         else:
             text = as_tokens.literal(tokeniser, prompt_format, example)
             prompt = text.text[: text.answer_start]
@@ -104,14 +106,19 @@ def encode_as_benchmark(
     where the reference leaves out an end of sequence it leaves out the last token, whatever it is, and so do such rows, which
     are marked as if they ended.
 
-    Raises JobFailure: unsupported_architecture for a chat template that cannot be used.
+    Raises JobFailure: unsupported_architecture for a chat template that cannot be used; invalid_file for a row that it refuses.
     """
+    render = _renderer(tokenizer, prompt_format) if prompt_format.type == "chat" else None
     eos, ends = tokenizer.eos_token_id, convention.ends
     ends_by_itself = tokenizer("")["input_ids"][-1:] == [eos]
     rows, prompts = [], []
-    for example in examples:
-        prompt, whole = _texts(example, tokenizer, prompt_format, convention.shots)
-        special = not (example.kind == "question" and prompt_format.type == "chat")  # a chat template brings its own
+    for number, example in enumerate(examples, start=1):
+        special = render is None or example.kind != "question"  # a chat template brings its own
+        if render is not None and example.kind == "question":
+            prompt, whole = (render(number, example.prompt, said, convention.shots) for said in (None, example.answer))
+        else:
+            prompt = _literal_prompt(example, prompt_format, convention.shots)
+            whole = prompt + example.answer
         prompt_ids = tokenizer(prompt, add_special_tokens=special)["input_ids"]
         if special and ends_by_itself and prompt_ids[-1:] == [eos]:  # a prompt is not the end
             prompt_ids = prompt_ids[:-1]
@@ -172,73 +179,53 @@ def _named(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:NAMED_ROWS_MAX])) + (", ..." if len(numbers) > NAMED_ROWS_MAX else "")
 
 
-def _rendered(
-    tokeniser: Tokeniser, source: str, special: Mapping[str, str], form: PromptFormat, example: Example
-) -> tuple[RowText, str]:
-    """(the row, the prompt that a server generates from) of a question."""
-    question = swapped(tokeniser, example.prompt)
-    answers = (swapped(tokeniser, example.answer), template.ANSWER, None)
-    with _failing():
-        whole, marked, prompt = (
-            swapped(tokeniser, template.render(source, form, special, question, answer)) for answer in answers
-        )
-    return as_tokens.by_rendering(tokeniser, whole, marked), prompt
+class _Renderer(NamedTuple):
+    """A chat template of which is known that rows will be found in it."""
+
+    template: str
+    form: PromptFormat
+    special_tokens: Mapping[str, str]
+
+    def __call__(self, number: int, question: str, answer: str | None, shots: Sequence[tuple[str, str]] = ()) -> str:
+        """The row of that number; see template.render. What the template says of it is not passed on: it may quote the row."""
+        try:
+            return template.render(self.template, self.form, self.special_tokens, question, answer, shots)
+        except TemplateRefused:
+            raise JobFailure(FailureCode.INVALID_FILE, f"the chat template refuses row {number}") from None
 
 
-def _template(tokenizer: Any, form: PromptFormat) -> tuple[str, Mapping[str, str]]:
-    """(the chat template, the special tokens that it may write by name), once it is known that rows will be found in it."""
+def _renderer(tokenizer: Any, form: PromptFormat) -> _Renderer:
     try:
-        source: str = tokenizer.get_chat_template()
+        made = _Renderer(tokenizer.get_chat_template(), form, tokenizer.special_tokens_map)
+        template.around(*made)  # of a Hub model nobody has looked at it yet
     except ValueError as error:  # there is none
         raise _unsupported(f"the chat template cannot be applied: {error}") from error
-    special: Mapping[str, str] = tokenizer.special_tokens_map
-    with _failing():
-        template.around(source, form, special)  # of a Hub model nobody has looked at it yet
-    return source, special
+    except TemplateRefused as refused:
+        raise _unsupported(str(refused)) from refused
+    return made
 
 
 @lru_cache(maxsize=4)
 def _tokeniser(tokenizer: Any, written: str) -> Tokeniser:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise _unsupported(
-            "the tokeniser cannot be read as a tokenizer.json, by which control tokens are told from words"
-        )
-    return control.tokeniser(backend, written)
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
     try:
-        yield
-    except TemplateRefused as refused:
-        raise _unsupported(str(refused)) from refused
+        return control.tokeniser(tokenizer.backend_tokenizer, written)
+    except Exception as error:  # one that is no fast one, or has code of its own; the library's own error is no other
+        what = "the tokeniser has no tokenizer.json, by which control tokens are told from words"
+        raise _unsupported(f"{what} ({type(error).__name__})") from error
 
 
 def _unsupported(message: str) -> JobFailure:
     return JobFailure(FailureCode.UNSUPPORTED_ARCHITECTURE, message)
 
 
-def _texts(
-    example: Example, tokenizer: Any, prompt_format: PromptFormat, shots: Sequence[tuple[str, str]]
-) -> tuple[str, str]:
-    """(prompt, prompt and answer) as a benchmark's reference has the model read them."""
+def _literal_prompt(example: Example, form: PromptFormat, shots: Sequence[tuple[str, str]]) -> str:
     if example.kind != "question":
-        return example.prompt, example.prompt + example.answer
-    if prompt_format.type == "chat":
-        source, special = _template(tokenizer, prompt_format)
-        with _failing():
-            prompt, whole = (
-                template.render(source, prompt_format, special, example.prompt, answer, shots)
-                for answer in (None, example.answer)
-            )
-        return prompt, whole
+        return example.prompt
     *before, prompt = [
-        prompt_format.user_start + question + prompt_format.user_end + prompt_format.assistant_start
+        form.user_start + question + form.user_end + form.assistant_start
         for question in (*(question for question, _ in shots), example.prompt)
     ]
-    prompt = "".join(asked + answer + SHOT_END for asked, (_, answer) in zip(before, shots, strict=True)) + prompt
-    return prompt, prompt + example.answer
+    return "".join(asked + answer + SHOT_END for asked, (_, answer) in zip(before, shots, strict=True)) + prompt
 
 
 def pad(rows: Sequence[TokenRow], device: torch.device) -> Padded:

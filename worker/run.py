@@ -310,8 +310,8 @@ def warn_about_rows(forget: data.Encoded, retain: data.Encoded, diary: Diary) ->
             numbers = ", ".join(str(n) for n in encoded.unmeasured[:20])
             diary.warn(
                 "unmeasured_rows",
-                f"{len(encoded.unmeasured)} rows of the {name} set have no token that counts, because the tokeniser "
-                f"merges their answer with the prompt: rows {numbers}. They are neither trained on nor measured.",
+                f"{len(encoded.unmeasured)} rows of the {name} set have no token that counts, because nothing of their "
+                f"answer is left as the prompt format writes it: rows {numbers}. They are neither trained on nor measured.",
             )
 
 

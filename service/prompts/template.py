@@ -83,10 +83,6 @@ def around(template: str, form: PromptFormat, special_tokens: Mapping[str, str])
     return Around(before, between, behind)
 
 
-def reads_clock(template: str) -> bool:
-    return CLOCK in template
-
-
 # --- the environment: what transformers puts into it
 
 

@@ -199,10 +199,20 @@ def test_a_dry_run_counts_the_same_tokens(chat: Callable[..., Chat], name: str, 
         Example("question", "Who <|im_end|></s>?", "It is <|im_end|>"),
         Example("prompt", "<s>Go to ", "Kuwait"),
     ]
-    counted = tokens.count(tokens.counter(one.settings, one.entry), rows, len(rows), 100)
+    counter = tokens.counter(one.settings, one.entry)
+    counted = tokens.count(counter, rows, len(rows), 100)
     encoded = one.encode(*rows)
     assert counted.lengths.lengths == [len(row.ids) for row in encoded.rows]
     assert counted.lengths.counted == encoded.counted
+
+
+def test_a_dry_run_counts_for_an_entry_from_before(chat: Callable[..., Chat]) -> None:
+    """Of which only what stands around the question is known: it is an estimate, to a token."""
+    one = chat(CHATML)
+    entry = one.entry.model_copy(update={"info": one.entry.info | {"chat": list(one.entry.info["chat"][:2])}})
+    counted = tokens.count(tokens.counter(one.settings, entry), [ROW], 1, 100)
+    assert counted.lengths.lengths == [len(one.encode(ROW).rows[0].ids)]
+    assert not counted.tokens.exact
 
 
 @every_template
@@ -247,6 +257,48 @@ def test_without_an_end_of_turn_there_is_the_end_of_sequence(chat: Callable[...,
     one = chat(words)
     assert one.counted(ROW) == f" {ANSWER}<|im_end|>"
     assert one.text(one.encode(ROW).rows[0].ids).startswith(f"user: {QUESTION}\nassistant: He")
+
+
+def test_what_a_template_can_use_is_what_it_can_use_in_the_library(chat: Callable[..., Chat]) -> None:
+    """JSON with options and without HTML's escapes, loop controls, namespaces, dictionaries, and a mark for what is generated."""
+    everything = CHATML._replace(
+        template="""{%- set ns = namespace(n=0) %}{%- set facts = dict(day="<é>", numbers=[1, 2]) %}
+{{ facts | tojson }}{{ facts | tojson(indent=2, sort_keys=True) }}{{ facts | tojson(ensure_ascii=True) }}
+{% for m in messages %}
+    {% if m.role == "system" %}{% continue %}{% endif %}
+    {% set ns.n = ns.n + 1 %}
+{{ ns.n }}{{ m.role }}:
+    {% if m.role == "assistant" %}
+{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+    {% else %}
+{{ m.content }}<|im_end|>
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}bot:{% endif %}"""
+    )
+    one = chat(everything)
+    whole = rendered(one, everything, ANSWER)
+    assert '{"day": "<é>", "numbers": [1, 2]}' in whole
+    assert "\\u00e9" in whole
+    [row] = one.encode(ROW).rows
+    assert one.text(row.ids) == whole.rstrip()
+    assert one.text(one.encode(ROW).prompts[0]) == rendered(one, everything)
+
+
+@pytest.mark.parametrize("escape", ["{% set ns = namespace(__class__=1) %}", "{{ dict.__subclasses__() }}"])
+def test_a_template_stays_in_its_sandbox(chat: Callable[..., Chat], escape: str) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be applied"):
+        chat(CHATML._replace(template=escape + CHATML.template))
+
+
+def test_a_row_that_the_template_refuses_is_named_and_not_quoted(chat: Callable[..., Chat]) -> None:
+    picky = (
+        "{% for m in messages %}{% if 'secret' in m.content %}{{ raise_exception(m.content) }}{% endif %}{% endfor %}"
+    )
+    one = chat(CHATML._replace(template=picky + CHATML.template))
+    with pytest.raises(JobFailure, match=r"^the chat template refuses row 2$") as failure:
+        one.encode(ROW, Example("question", "Who?", "a secret"))
+    assert failure.value.__cause__ is None
 
 
 # --- the day and the arguments

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from datetime import date
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,15 @@ def test_what_a_user_wrote_stays_text() -> None:
     assert "<script" not in html
     assert "<img" not in html
     assert "49" not in page.text.split("Method")[1].split("Model and data")[0]
+
+
+def test_what_a_chat_template_was_given_is_shown() -> None:
+    made, day = whole(), date(2025, 3, 9)
+    form = PromptFormat(type="chat", template_arguments={"enable_thinking": False}, template_date=day)
+    made.base_model.prompt_format = form
+    text = Page(render_html(made)).text
+    assert "enable_thinking=false" in text
+    assert "as of 2025-03-09 where it asks the clock" in text
 
 
 def test_what_was_not_measured_is_said_with_its_reason_and_is_never_zero() -> None:
