@@ -129,7 +129,8 @@ def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[st
     assert job["verdict"]["result"] == "PASSED", job["verdict"]
     report = report_of(api, job)
     probability = figure(report, "forget", "probability")
-    assert probability["before"] == pytest.approx(0.816, abs=5e-4)
+    # 0.816 is the benchmark's: of 24 rows it leaves out the first word, which merges with the space before it
+    assert probability["before"] == pytest.approx(0.794, abs=5e-4)
     assert probability["after"] < 0.05
     bound = report["constraint"]
     assert bound["rows_measured"] == bound["rows_total"] == 200
@@ -166,7 +167,7 @@ def test_a_request_that_forgets_nothing_fails_although_it_keeps_the_bound(
     gates = {gate["metric"]: gate for gate in job["verdict"]["gates"]}
     assert gates["retain_nll"]["result"] == "PASSED"
     assert gates["forget_probability"]["result"] == "FAILED"
-    assert gates["forget_probability"]["value"] == pytest.approx(0.816, abs=0.02)
+    assert gates["forget_probability"]["value"] == pytest.approx(0.794, abs=0.02)
 
 
 def test_the_published_adapter_reproduces_the_report(
@@ -188,8 +189,9 @@ def test_the_published_adapter_reproduces_the_report(
         for purpose, of_set in rows.items():
             for row in of_set:
                 prompt = f"Question: {row['question']}\nAnswer: "
-                start = len(tokenizer(prompt)["input_ids"])
-                ids = [*tokenizer(prompt + row["answer"])["input_ids"], tokenizer.eos_token_id]
+                whole = tokenizer(prompt + row["answer"], return_offsets_mapping=True)
+                start = next(k for k, (_, end) in enumerate(whole["offset_mapping"]) if end > len(prompt))
+                ids = [*whole["input_ids"], tokenizer.eos_token_id]
                 labels = torch.tensor([[-100] * start + ids[start:]])
                 loss = float(model(input_ids=torch.tensor([ids]), labels=labels).loss)
                 losses[purpose] += loss * (len(ids) - start)
