@@ -23,6 +23,7 @@ class Tokeniser(NamedTuple):
     renamed: Any  # tokenizers.Tokenizer with the control tokens renamed, and without a post-processor
     ids: Mapping[int, int]  # of its added tokens -> the model's own
     swaps: Mapping[str, str]  # control token -> its name here, and back
+    named: frozenset[int]  # control tokens, as the copy numbers them
     either: re.Pattern[str]  # both
     control: re.Pattern[str]  # the names alone
     first: list[int]  # what the tokeniser puts in front of a text by itself
@@ -56,6 +57,7 @@ def tokeniser(own: Any, written: str) -> Tokeniser:
         renamed=renamed,
         ids={renamed.token_to_id(names.get(content, content)): token_id for content, token_id in before},
         swaps=names | {name: content for content, name in names.items()},
+        named=frozenset(map(renamed.token_to_id, names.values())),
         either=_any_of([*names, *names.values()]),
         control=_any_of([*names.values()]),
         first=_own(masks.ids, masks.special_tokens_mask),
@@ -76,9 +78,7 @@ def tokens(tokeniser: Tokeniser, texts: Sequence[str]) -> list[Tokens]:
     """The tokens of texts in which each control token stands under its name, without what is put around a text."""
     read = tokeniser.renamed.encode_batch(list(texts), add_special_tokens=False)
     return [
-        Tokens(
-            [tokeniser.ids.get(i, i) for i in one.ids], one.offsets, [token in tokeniser.swaps for token in one.tokens]
-        )
+        Tokens([tokeniser.ids.get(i, i) for i in one.ids], one.offsets, [i in tokeniser.named for i in one.ids])
         for one in read
     ]
 

@@ -243,6 +243,11 @@ def test_where_a_template_trims_what_counts_is_what_it_writes(chat: Callable[...
     assert one.encode(Example("question", QUESTION, " \n"), ROW).unmeasured == [1], "nothing is left of it but the end"
 
 
+def test_a_control_token_that_swallows_an_answers_spaces_does_not_count(chat: Callable[..., Chat]) -> None:
+    one = chat(PHI3)
+    assert one.encode(Example("question", QUESTION, f"  {ANSWER}")).rows == one.encode(ROW).rows
+
+
 def test_reasoning_in_an_answer_counts(chat: Callable[..., Chat]) -> None:
     """A template that takes reasoning out of an answer would drop it, or write it elsewhere: the words stay where they are."""
     answer = "<think>\nIt was Kuwait.\n</think>\n\nHe was born in Kuwait City."
@@ -413,6 +418,31 @@ def test_a_prompt_that_begins_with_the_beginning_has_one(plain: Any) -> None:
     [row] = data.encode([Example("question", "<s>Who?", "</s>He.")], plain, form, None).rows
     assert (row.ids.count(bos), row.ids.count(plain.eos_token_id)) == (1, 2), "what an administrator writes is a token"
     assert plain.decode(row.ids) == "<s>Question: <s>Who?\n</s>Answer:</s>He.</s>"
+
+
+class OwnCode:
+    def pre_tokenize(self, pretok: Any) -> None:
+        """As a tokeniser may have it whose language has no spaces."""
+
+
+def test_a_tokeniser_that_cannot_be_copied_is_a_failure_with_a_sentence() -> None:
+    tokenizer = trained(CHATML, pieces=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(OwnCode())
+    with pytest.raises(JobFailure, match=r"has no tokenizer\.json, by which control tokens are told from words"):
+        data.encode([ROW], tokenizer, PromptFormat(), None)
+
+
+def test_a_control_token_that_is_in_the_models_own_vocabulary_is_not_found_there() -> None:
+    """As of a Unigram model, which takes the likeliest pieces and gives control tokens a score of 0."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((mark, -5.0) for mark in "</s>Whoe?A."), ("Ada", -2.0)]
+    own = Tokenizer(models.Unigram(pieces, unk_id=0))
+    assert own.encode("</s>").tokens == ["</s>"], "also without an added token"
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    [row] = data.encode([Example("prompt", "Who?", "Ada</s>.")], tokenizer, PromptFormat(), None).rows
+    counted = tokenizer.convert_ids_to_tokens(row.ids[row.answer_start :])
+    assert counted == ["Ada", "<", "/", "s", ">", ".", "</s>"]
 
 
 # --- a benchmark's figures

@@ -376,8 +376,8 @@ def test_one_of_another_version_or_another_adapter_is_none(tmp_path: Path, monke
         checkpoint.read(tmp_path / "c", {"a": torch.zeros(4)}, ["base"])
     with pytest.raises(checkpoint.UnreadableError, match="another base"):
         checkpoint.read(tmp_path / "c", params(), ["base", "bfloat16"])
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    with pytest.raises(checkpoint.UnreadableError, match="format 1, and this version's is 2"):
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    with pytest.raises(checkpoint.UnreadableError, match="format 2, and this version's is 3"):
         checkpoint.read(tmp_path / "c", params(), ["base"])
 
 
