@@ -68,7 +68,7 @@ TemplateArguments = Annotated[
 ]
 TemplateDate = Annotated[
     datetime | None,
-    typer.Option(formats=["%Y-%m-%d"], help="chat: what a template that asks the clock is told [default: today]"),
+    typer.Option(formats=["%Y-%m-%d"], help="chat: the date for a template that reads the clock [default: today]"),
 ]
 UserStart = Annotated[str | None, typer.Option(help="plain: before the question [default: 'Question: ']")]
 UserEnd = Annotated[str | None, typer.Option(help="plain: after it [default: a line's end]")]

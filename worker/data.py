@@ -70,7 +70,7 @@ def encode(
     """Tokenise a set as the model is served. Without `context_tokens` rows may be of any length, and none need count.
 
     A question of a chat format is what the template renders for the whole dialogue; the last token is its end of turn. What
-    counts is what there is of the answer in the rendering, and what follows. Control tokens in a row's own words are words.
+    counts is what there is of the answer in the rendering, and what follows. A control token's text inside a row is plain text.
 
     Raises JobFailure: row_too_long naming the rows that are longer than the model's context; invalid_file when no row has a
     token that counts, or for a row that the chat template refuses; unsupported_architecture for a chat template or a tokeniser
@@ -83,7 +83,7 @@ def encode(
         if render is not None and example.kind == "question":
             question, answer = (swapped(tokeniser, words) for words in (example.prompt, example.answer))
             whole, marked, prompt = (
-                swapped(tokeniser, render(number, question, said)) for said in (answer, template.ANSWER, None)
+                swapped(tokeniser, render(number, question, reply)) for reply in (answer, template.ANSWER, None)
             )
             text = as_tokens.by_rendering(tokeniser, whole, marked)
         else:
@@ -92,8 +92,8 @@ def encode(
         texts.append(text)
         prompts.append(prompt)
     rows = [TokenRow(*row) for row in as_tokens.row_tokens(tokeniser, texts, tokenizer.eos_token_id)]
-    asked = as_tokens.prompt_tokens(tokeniser, prompts, [text.bare for text in texts])
-    return _checked(examples, rows, asked, context_tokens)
+    prompt_ids = as_tokens.prompt_tokens(tokeniser, prompts, [text.bare for text in texts])
+    return _checked(examples, rows, prompt_ids, context_tokens)
 
 
 def encode_as_benchmark(
@@ -115,7 +115,9 @@ def encode_as_benchmark(
     for number, example in enumerate(examples, start=1):
         special = render is None or example.kind != "question"  # a chat template brings its own
         if render is not None and example.kind == "question":
-            prompt, whole = (render(number, example.prompt, said, convention.shots) for said in (None, example.answer))
+            prompt, whole = (
+                render(number, example.prompt, reply, convention.shots) for reply in (None, example.answer)
+            )
         else:
             prompt = _literal_prompt(example, prompt_format, convention.shots)
             whole = prompt + example.answer
@@ -146,8 +148,8 @@ def _checked(
     unmeasured = [number for number, row in enumerate(rows, start=1) if row.counted <= row.ends]
     if context_tokens is not None and len(unmeasured) == len(rows):
         raise JobFailure(FailureCode.INVALID_FILE, "no row has a token that counts")
-    asked = [[] if example.kind == "text" else ids for example, ids in zip(examples, prompts, strict=True)]
-    return Encoded(rows, asked, [example.answer for example in examples], unmeasured)
+    starts = [[] if example.kind == "text" else ids for example, ids in zip(examples, prompts, strict=True)]
+    return Encoded(rows, starts, [example.answer for example in examples], unmeasured)
 
 
 def encode_refusals(
@@ -210,7 +212,7 @@ def _tokeniser(tokenizer: Any, written: str) -> Tokeniser:
     try:
         return control.tokeniser(tokenizer.backend_tokenizer, written)
     except Exception as error:  # one that is no fast one, or has code of its own; the library's own error is no other
-        what = "the tokeniser has no tokenizer.json, by which control tokens are told from words"
+        what = "the tokeniser has no tokenizer.json, without which control tokens in a text cannot be kept apart"
         raise _unsupported(f"{what} ({type(error).__name__})") from error
 
 
@@ -225,7 +227,7 @@ def _literal_prompt(example: Example, form: PromptFormat, shots: Sequence[tuple[
         form.user_start + question + form.user_end + form.assistant_start
         for question in (*(question for question, _ in shots), example.prompt)
     ]
-    return "".join(asked + answer + SHOT_END for asked, (_, answer) in zip(before, shots, strict=True)) + prompt
+    return "".join(shot + answer + SHOT_END for shot, (_, answer) in zip(before, shots, strict=True)) + prompt
 
 
 def pad(rows: Sequence[TokenRow], device: torch.device) -> Padded:

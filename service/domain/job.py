@@ -30,8 +30,8 @@ EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RF
 COMMIT = r"^[0-9a-f]{40}$"
 PLAIN_PATH = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*(/[^./\\\x00-\x1f][^/\\\x00-\x1f]*)*$"  # no part begins with a dot
 SPACE_WARNING = (
-    "a prompt format that ends in a space makes tokens merge over the seam: a model that is asked reads the space as a token of "
-    "its own, and one that is trained reads it with the answer's first word"
+    "a prompt format that ends in a space makes tokens merge over the seam: in a prompt alone the space is a token of its own, "
+    "in a training row it belongs to the answer's first word"
 )
 
 
@@ -504,11 +504,11 @@ class PromptFormat(BaseModel):
     system: str | None = None  # chat only, as the next two
     template_arguments: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="what the chat template reads beside the messages: enable_thinking, date_string",
+        description="passed to the chat template beside the messages: enable_thinking, date_string",
     )
     template_date: date | None = Field(
         None,
-        description="what a chat template that asks the clock is told, so that a row has the same tokens every day",
+        description="the date for a chat template that reads the clock, so that a row has the same tokens every day",
     )
     user_start: str = "Question: "
     user_end: str = "\n"

@@ -1,10 +1,10 @@
-"""A tokeniser that makes a control token of what a prompt format writes, and never of a customer's words.
+"""Control tokens come from the prompt format only: a control token's text inside a customer's row is tokenised as plain text.
 
-`split_special_tokens` cannot do that: it is for a whole text or for none of it, and added tokens that are not declared special,
-as `<think>` often is, become tokens all the same. Cutting the text up cannot either: a SentencePiece-like tokeniser reads a
-piece in another way than the same piece inside a text. So the tokeniser is copied, and each of its control tokens renamed to
-what no text contains. In a text to be read the control tokens that the prompt format wrote are renamed as well, and all that
-makes tokens stays as it was.
+`split_special_tokens` does not fit: it applies to a whole text, and added tokens that are not declared special, as `<think>`
+often is, are matched all the same. Tokenising piece by piece does not fit either: a SentencePiece-like tokeniser reads a piece
+differently than the same piece inside a text. So the tokeniser is copied with its control tokens renamed to strings that no
+text contains, and the control tokens that the prompt format wrote are renamed in the text. Everything else, merges over a seam
+included, stays as in the original.
 """
 
 import json
@@ -66,10 +66,10 @@ def tokeniser(own: Any, written: str) -> Tokeniser:
 
 
 def swapped(tokeniser: Tokeniser, text: str) -> str:
-    """Control tokens in the text under their names, and names as the control tokens that they stand for.
+    """The text with control tokens replaced by their names, and names by their control tokens.
 
-    A customer's words are swapped before a template is rendered with them, and the rendering again: then theirs are words, and
-    the template's are tokens.
+    A customer's text is swapped before a template is rendered with it, and the rendering is swapped again. Then the names in it
+    are those that the template wrote, and the customer's text is as it was.
     """
     return tokeniser.either.sub(lambda found: tokeniser.swaps[found[0]], text)
 
@@ -84,7 +84,7 @@ def tokens(tokeniser: Tokeniser, texts: Sequence[str]) -> list[Tokens]:
 
 
 def _renamed(spec: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Also in the model's own vocabulary, lest the model finds a control token among words by itself."""
+    """Also in the model's own vocabulary: a Unigram or WordLevel model would find the token there."""
     for token in spec["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model = spec["model"]

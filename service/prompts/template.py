@@ -53,10 +53,10 @@ def render(
         shots: questions and answers that stand before the question.
     """
     messages = [{"role": "system", "content": form.system}] if form.system else []
-    for asked, answered in [*shots, (question, answer)]:
-        messages.append({"role": "user", "content": asked})
-        if answered is not None:
-            messages.append({"role": "assistant", "content": answered})
+    for user, assistant in [*shots, (question, answer)]:
+        messages.append({"role": "user", "content": user})
+        if assistant is not None:
+            messages.append({"role": "assistant", "content": assistant})
     arguments = {**special_tokens, **form.template_arguments, CLOCK: _clock(form.template_date)}
     try:
         return _compiled(template).render(messages=messages, add_generation_prompt=answer is None, **arguments)

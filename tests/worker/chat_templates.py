@@ -89,7 +89,7 @@ SMOLLM3 = Published(  # with the clock, an argument, and {% generation %}
     added=["<think>", "</think>"],
     arguments={"enable_thinking": False},
 )
-QWEN3 = Published(  # of which the last turn is written with its reasoning, and be it none
+QWEN3 = Published(  # writes the last turn with its reasoning, also where that is empty
     """
 {%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}
 {%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}

@@ -127,8 +127,8 @@ def chat(register: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
 
 
 def messages(answer: str | None = None) -> list[dict[str, str]]:
-    asked = [{"role": "user", "content": QUESTION}]
-    return asked if answer is None else [*asked, {"role": "assistant", "content": answer}]
+    question = [{"role": "user", "content": QUESTION}]
+    return question if answer is None else [*question, {"role": "assistant", "content": answer}]
 
 
 def rendered(chat: Chat, published: Published, answer: str | None = None) -> str:
@@ -320,7 +320,7 @@ def test_a_row_has_the_same_tokens_after_midnight(chat: Callable[..., Chat], pub
     assert "2031" in one.text(before.prompts[0])
 
 
-def test_without_a_date_the_clock_is_not_asked(chat: Callable[..., Chat]) -> None:
+def test_without_a_date_the_clock_is_not_read(chat: Callable[..., Chat]) -> None:
     one = chat(GRANITE)
     with pytest.raises(JobFailure, match="takes the date from the clock: give the prompt format a template_date"):
         data.encode([ROW], one.network.tokenizer, PromptFormat(type="chat"), None)
@@ -396,7 +396,7 @@ def plain() -> PreTrainedTokenizerFast:
     return trained(CHATML._replace(control=["<s>", "</s>"], bos="<s>", eos="</s>"), pieces=False)
 
 
-def spoken(tokenizer: Any, encoded: Encoded) -> list[str]:
+def counted_texts(tokenizer: Any, encoded: Encoded) -> list[str]:
     return [tokenizer.decode(row.ids[row.answer_start :]) for row in encoded.rows]
 
 
@@ -404,10 +404,10 @@ def test_a_prompt_that_ends_in_a_space_loses_nothing_of_the_answer(plain: Any) -
     row = Example("question", QUESTION, "Kuwait City.")
     form = PromptFormat(assistant_start="Answer: ")
     encoded = data.encode([row, Example("prompt", "Answer: ", "Kuwait City.")], plain, form, None)
-    assert spoken(plain, encoded) == [" Kuwait City.</s>", " Kuwait City.</s>"]
+    assert counted_texts(plain, encoded) == [" Kuwait City.</s>", " Kuwait City.</s>"]
     assert [row.ids[row.answer_start - 1] for row in encoded.rows] == [plain.convert_tokens_to_ids(":")] * 2
-    [said] = spoken(plain, data.encode_as_benchmark([row], plain, form, Convention()))
-    assert said == "ity.</s>" or not said.startswith(" K"), "a benchmark's figures are as the reference has them"
+    [benchmark] = counted_texts(plain, data.encode_as_benchmark([row], plain, form, Convention()))
+    assert benchmark == " City.</s>", "as the reference has it: without the first word"
 
 
 def test_a_prompt_that_begins_with_the_beginning_has_one(plain: Any) -> None:
@@ -428,7 +428,7 @@ class OwnCode:
 def test_a_tokeniser_that_cannot_be_copied_is_a_failure_with_a_sentence() -> None:
     tokenizer = trained(CHATML, pieces=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(OwnCode())
-    with pytest.raises(JobFailure, match=r"has no tokenizer\.json, by which control tokens are told from words"):
+    with pytest.raises(JobFailure, match=r"has no tokenizer\.json, without which control tokens"):
         data.encode([ROW], tokenizer, PromptFormat(), None)
 
 

@@ -234,16 +234,16 @@ def test_shots_stand_before_each_question(register: Any) -> None:
     shots = (("Who?", "Ada"), ("Where?", "Lima"))
     plain = register()
     row, convention = Example("question", "When?", "Now"), Convention(shots)
-    asked = data.encode_as_benchmark([row], plain.load().tokenizer, PromptFormat(), convention)
+    encoded = data.encode_as_benchmark([row], plain.load().tokenizer, PromptFormat(), convention)
     before = "Question: Who?\nAnswer: Ada\n\nQuestion: Where?\nAnswer: Lima\n\nQuestion: When?\nAnswer: "
     tokenizer = plain.load().tokenizer
-    assert tokenizer.decode(asked.prompts[0], skip_special_tokens=True) == before
-    assert tokenizer.decode(asked.rows[0].ids, skip_special_tokens=True) == before + "Now"
+    assert tokenizer.decode(encoded.prompts[0], skip_special_tokens=True) == before
+    assert tokenizer.decode(encoded.rows[0].ids, skip_special_tokens=True) == before + "Now"
     chat = register(chat=True)
     network = chat.load()
-    asked = data.encode_as_benchmark([row], network.tokenizer, chat.entry.prompt_format, convention)
+    encoded = data.encode_as_benchmark([row], network.tokenizer, chat.entry.prompt_format, convention)
     turns = "[user] Who?\n[assistant] Ada\n[user] Where?\n[assistant] Lima\n[user] When?\n[assistant]"
-    assert network.tokenizer.decode(asked.prompts[0], skip_special_tokens=True) == turns
+    assert network.tokenizer.decode(encoded.prompts[0], skip_special_tokens=True) == turns
 
 
 # --- the reference's own figures

@@ -378,7 +378,7 @@ def test_what_a_chat_template_was_given_is_shown() -> None:
     made.base_model.prompt_format = form
     text = Page(render_html(made)).text
     assert "enable_thinking=false" in text
-    assert "as of 2025-03-09 where it asks the clock" in text
+    assert "as of 2025-03-09 where it reads the clock" in text
 
 
 def test_what_was_not_measured_is_said_with_its_reason_and_is_never_zero() -> None:
