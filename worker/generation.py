@@ -1,4 +1,4 @@
-"""Greedy answers: batched by length of the prompt, each row ending where it ends, a common prefix read once.
+"""Answers, greedy or drawn: batched by length of the prompt, each row ending where it ends, a common prefix read once.
 
 A row that repeats itself, as those of an unlearned model often do, reads several tokens in one pass: what followed when it
 last said what it says now. Of these guesses stand those that the model, having read what is before them, says too; so every
@@ -20,6 +20,7 @@ from worker.trees import common_prefix
 
 GENERATION_TOKENS = 32_768  # positions of a batch if every row takes all its room: what its keys and values may take
 PASS_TOKENS = 32  # what one more forward pass costs, in tokens
+LOOP_TOKENS, PERIOD_MAX = 48, 12  # so many tokens with a period of at most so many go on like that
 GUESSING_TOKENS = 16  # of a pass, guesses included: so few take little longer than one
 
 
@@ -32,27 +33,37 @@ class Generated(NamedTuple):
 def generate(
     network: Network,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stops: Sequence[str] = (),
     beyond_context: bool = False,
+    seeds: Sequence[int | None] | None = None,
+    loops_end: bool = False,
 ) -> list[Generated]:
-    """Greedy answers to the prompts (token ids), at most so many tokens.
+    """Answers to the prompts (token ids), at most so many tokens, of each prompt or of all.
 
-    They are those of transformers' `generate` on one prompt at a time, up to the order of sums.
+    Greedy ones are those of transformers' `generate` on one prompt at a time, up to the order of sums.
 
     Args:
+        seeds: of each prompt; with one, its answer is drawn at temperature 1, and its randomness is a function of the seed
+            alone: neither the other prompts nor the batch change it. None: greedy.
+        loops_end: a greedy answer ends where it has gone round in circles for a while, for who looks for words in it: hardly ever
+            do other ones follow.
         stops: a row ends as soon as its text contains one of them.
         beyond_context: answers go on past the model's context where it has positions there; otherwise no row is longer than
             the context, and a prompt as long as that has an empty answer. So has a prompt of no tokens.
     """
-    rooms = [min(max_new_tokens, room(network, prompt, beyond_context)) for prompt in prompts]
+    most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    rooms = [min(most[i], room(network, prompt, beyond_context)) for i, prompt in enumerate(prompts)]
+    drawn = [
+        None if seed is None else _uniform(seed, rooms[i]) for i, seed in enumerate(seeds or [None] * len(prompts))
+    ]
     chosen = [i for i, room in enumerate(rooms) if room > 0]
     lengths = [len(prompts[i]) + rooms[i] for i in chosen]
     said: dict[int, list[int]] = {}
     if not chosen:
         pass
     elif not decoder.caches(network, max(lengths)):
-        said = {i: _by_the_library(network, prompts[i], rooms[i]) for i in chosen}
+        said = {i: _uncached(network, prompts[i], rooms[i], drawn[i], loops_end) for i in chosen}
     else:
         # a gap between the tokens of a row would count towards a window: then only prompts of one length go together
         gaps = max(lengths) <= decoder.window(network)
@@ -61,7 +72,14 @@ def generate(
         at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
         for rows in _batches(chosen, prompts, rooms, gaps, at_once):
             answers = _continue(
-                network, kept, shared, [prompts[i][shared:] for i in rows], [rooms[i] for i in rows], stops
+                network,
+                kept,
+                shared,
+                [prompts[i][shared:] for i in rows],
+                [rooms[i] for i in rows],
+                [drawn[i] for i in rows],
+                stops,
+                loops_end,
             )
             said |= dict(zip(rows, answers, strict=True))
     return [
@@ -100,11 +118,14 @@ def _continue(
     shared: int,
     rests: Sequence[Sequence[int]],
     rooms: Sequence[int],
+    drawn: Sequence[list[float] | None],
     stops: Sequence[str],
+    loops_end: bool,
 ) -> list[list[int]]:
     """The tokens that follow each row, at most `rooms` of them.
 
     Args:
+        drawn: of a row that is sampled a number in [0, 1) for each token.
         prefix: keys and values of the `shared` tokens that stand before every rest.
     """
     said: list[list[int]] = [[] for _ in rests]
@@ -118,11 +139,14 @@ def _continue(
         new_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
         mask_BS = torch.cat([mask_BS, new_BT], 1)
         stay = []
-        for b, follow in enumerate(_follows(network, kept, reads, mask_BS)):
+        at = [None if (u := drawn[row]) is None else u[len(said[row])] for row in going]
+        for b, follow in enumerate(_follows(network, kept, reads, mask_BS, at)):
             sure = len(reads[b].ids) - reads[b].guesses
             right = common_prefix(reads[b].ids[sure:], follow)
             mask_BS[b, start + sure + right :] = 0
-            if _says(network, said[going[b]], follow[: right + 1], rooms[going[b]], stops):
+            own = said[going[b]]
+            ended = loops_end and drawn[going[b]] is None
+            if _says(network, own, follow[: right + 1], rooms[going[b]], stops) and not (ended and _loops(own)):
                 stay.append(b)
         if not stay:
             return said
@@ -137,7 +161,7 @@ def _continue(
         most = int(min(GUESSING_TOKENS // len(going) - 1, spare))
         reads = []
         for row, room in zip(going, left, strict=True):
-            guesses = _guesses([*rests[row], *said[row]], min(most, room - 1))
+            guesses = _guesses([*rests[row], *said[row]], min(most, room - 1)) if drawn[row] is None else []
             reads.append(_Read([said[row][-1], *guesses], len(guesses)))
 
 
@@ -148,16 +172,42 @@ class _Read(NamedTuple):
     guesses: int = 0  # so many of them, at the end
 
 
-def _follows(network: Network, kept: DynamicCache, reads: Sequence[_Read], mask_BS: Tensor) -> Iterator[list[int]]:
-    """Of each row the likeliest token behind the last that is sure, and behind each guess."""
+def _follows(
+    network: Network, kept: DynamicCache, reads: Sequence[_Read], mask_BS: Tensor, drawn: Sequence[float | None]
+) -> Iterator[list[int]]:
+    """Of each row the likeliest token behind the last that is sure, and behind each guess; of a sampled one the one drawn."""
     width = max(len(read.ids) for read in reads)
     states_BTD = decoder.step(
         network, kept, torch.tensor([[*read.ids, *[0] * (width - len(read.ids))] for read in reads]), mask_BS
     )
     asked = [(b, t) for b, (ids, guesses) in enumerate(reads) for t in range(len(ids) - 1 - guesses, len(ids))]
     b_N, t_N = torch.tensor(asked, device=network.device).T
-    chosen = iter(_logits(network, states_BTD[b_N, t_N]).argmax(-1).tolist())
+    logits_NV = _logits(network, states_BTD[b_N, t_N])
+    chosen_N = logits_NV.argmax(-1)
+    sampled = [n for n, (b, _) in enumerate(asked) if drawn[b] is not None]  # a row that guesses is none
+    if sampled:
+        at_n = torch.tensor([drawn[asked[n][0]] for n in sampled], dtype=torch.float64)
+        chosen_N[sampled] = _drawn(logits_NV[sampled, : network.vocabulary], at_n)
+    chosen = iter(chosen_N.tolist())
     return (list(islice(chosen, read.guesses + 1)) for read in reads)
+
+
+def _drawn(logits_nV: Tensor, at_n: Tensor) -> Tensor:
+    """By the inverse of the distribution function, in float64.
+
+    >>> _drawn(torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([0.6], dtype=torch.float64)).tolist()
+    [1]
+    """
+    upto_nV = logits_nV.double().softmax(-1).cumsum(-1)
+    at_n1 = at_n.to(logits_nV.device)[:, None] * upto_nV[:, -1:]
+    return torch.searchsorted(upto_nV, at_n1, right=True)[:, 0].clamp(max=logits_nV.shape[1] - 1)
+
+
+def _uniform(seed: int, count: int) -> list[float]:
+    numbers: list[float] = torch.rand(
+        count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    return numbers
 
 
 def _guesses(ids: Sequence[int], most: int) -> list[int]:
@@ -171,6 +221,16 @@ def _guesses(ids: Sequence[int], most: int) -> list[int]:
             period = len(ids) - at
             return [ids[at + k % period] for k in range(most)]
     return []
+
+
+def _loops(ids: Sequence[int]) -> bool:
+    """Whether the last LOOP_TOKENS are a few tokens over and over.
+
+    >>> _loops([1, 2, 3] * 20), _loops(range(60)), _loops([1, 2, 3] * 5)
+    (True, False, False)
+    """
+    tail = list(ids[-LOOP_TOKENS:])
+    return len(tail) == LOOP_TOKENS and any(tail[period:] == tail[:-period] for period in range(1, PERIOD_MAX + 1))
 
 
 def _says(network: Network, said: list[int], tokens: Sequence[int], room: int, stops: Sequence[str]) -> bool:
@@ -210,11 +270,16 @@ def _cut(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-def _by_the_library(network: Network, prompt: Sequence[int], room: int) -> list[int]:
-    """The same of one row, for a model whose cache is not understood."""
+@torch.no_grad()
+def _uncached(
+    network: Network, prompt: Sequence[int], room: int, drawn: Sequence[float] | None, loops_end: bool
+) -> list[int]:
+    """The same of one row, for a model whose cache is not understood: greedy ones are the library's."""
     ends = network.causal.generation_config.eos_token_id or []
     decoder.reset_positions(network, len(prompt) + room)
     ids_1T = torch.tensor([prompt], device=network.device)
+    if drawn is not None:
+        return _drawn_by_rereading(network, ids_1T, drawn[:room], ends)
     whole_1T = network.causal.generate(
         input_ids=ids_1T,
         attention_mask=torch.ones_like(ids_1T),
@@ -223,4 +288,19 @@ def _by_the_library(network: Network, prompt: Sequence[int], room: int) -> list[
         pad_token_id=network.tokenizer.eos_token_id or 0,
     )
     ids: list[int] = whole_1T[0, len(prompt) :].tolist()
-    return next((ids[:k] for k, token in enumerate(ids) if token in ends), ids)
+    ids = next((ids[:k] for k, token in enumerate(ids) if token in ends), ids)
+    loops = (k for k in range(LOOP_TOKENS, len(ids)) if loops_end and _loops(ids[:k]))
+    return ids[: next(loops, len(ids))]
+
+
+def _drawn_by_rereading(network: Network, ids_1T: Tensor, drawn: Sequence[float], ends: Sequence[int]) -> list[int]:
+    said: list[int] = []
+    for at in drawn:
+        decoder.reset_positions(network, ids_1T.shape[1])
+        logits_1V = network.causal(input_ids=ids_1T, use_cache=False).logits[:, -1, : network.vocabulary]
+        token = _drawn(logits_1V, torch.tensor([at], dtype=torch.float64))
+        if int(token) in ends:
+            break
+        said.append(int(token))
+        ids_1T = torch.cat([ids_1T, token[None].to(ids_1T.device)], 1)
+    return said
