@@ -169,11 +169,18 @@ RULES = (
         {"transformers", "peft", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
     ),
     Rule(
+        "words of rows",  # pure: what a row's answer is known by
+        r"worker\.(spelling|secret|wordings|subjects|neighbours|likelihood)",
+        {"regex", "babel", "nltk", "stopwordsiso", "text_to_num", "numpy", "scipy", "service.domain.rows", "worker.suite"}
+        | {f"worker.{name}" for name in ("spelling", "secret", "wordings")},
+        {"transformers", "peft", "service.store", "service.settings"} | DATABASE | QUEUE | WEB,
+    ),
+    Rule(
         "runner",
         r"worker\..*",
         TORCH
         | {"safetensors", "tokenizers", "numpy", "pydantic", "fsspec", "jinja2", "markupsafe", "rouge_score", "accelerate"}
-        | {"regex"}
+        | {"scipy"}
         | {"huggingface_hub"}  # what the revision of a Hub model is fetched with
         | {"worker", "service.domain"}
         | {"service.store.storage", "service.store.sealed"}  # the storage root, and what is sealed there: no database
