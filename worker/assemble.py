@@ -2,31 +2,29 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 
-from service.domain.job import Verdict
 from service.domain.report import (
     NOT_TRAINED,
     AdapterFile,
     Asked,
-    AuditEntry,
     BenchmarkFacts,
     Composition,
     ConstraintFacts,
     DataFacts,
     Figure,
-    Knowledge,
     Parent,
     Released,
     Report,
     RowPoint,
     StopFacts,
 )
-from worker import data, model, registry, report
+from worker import benchmarks, data, evaluate, lineage, model, registry, report
+from worker.appraisal import After, Before, Case, NotKnown
 from worker.diary import Diary
-from worker.measure import Measurement, Sets
 from worker.problem import Method
 from worker.records import ArtifactFile, Assignment, FileRef
 from worker.solve import Run
@@ -35,49 +33,61 @@ from worker.solve import Run
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
-class Found(NamedTuple):
-    """What was measured."""
-
-    before: Measurement
-    after: Measurement | None  # None: nothing was trained
-    figures: list[Figure]
-    rows: dict[str, list[RowPoint]]
-    benchmarks: list[BenchmarkFacts]
-    audit: list[AuditEntry]
-    holdout: data.Encoded | None
-    parent: Parent | None
-    knowledge: Sequence[Knowledge] = ()  # before any training: of the base model and of what the job starts from
-
-
 def assemble(
     job: Assignment,
     method: Method,
     network: model.Network,
-    both: Sets,
+    case: Case,
+    before: Before,
+    after: After,
     epsilon: float,
     solution: Run,
     adapter: Sequence[ArtifactFile],
-    found: Found,
+    holdout: data.Encoded | None,
     diary: Diary,
 ) -> Report:
     """Of a job that was trained."""
-    assert found.after is not None
     assert solution.stop is not None
-    constraint = constraint_facts(job, both, epsilon, found)
+    constraint = constraint_facts(job, case, before, after, epsilon)
+    facts = _facts(job, network, case, before, after)
     verdict = report.verdict(
         constraint,
-        found.before.forget_probability,
-        found.after.forget_probability,
+        before.limits.before,
+        after.measured.forget_probability,
         published=bool(adapter),
-        earlier=found.parent.forgotten if found.parent else (),
+        likelihood=after.likelihood,
+        disclosures=after.asked.disclosure,
+        answered=after.asked.answered,
+        attacks=after.attacks,
+        language=after.asked.language,
+        conspicuous=after.conspicuous,
+        earlier=facts.parent.forgotten if facts.parent else (),
         gates=job.spec.gates,
-        figures=report.values(found.figures, found.benchmarks, found.audit),
+        figures=report.values(facts.figures, facts.benchmarks, after.attacks),
     )
-    stop = StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps)
     step = solution.best.step if solution.best else solution.steps
-    caveats = report.caveats(found.benchmarks, found.audit, chained=found.parent is not None)
     return _report(
-        job, method, network, both, found, diary, verdict, constraint, stop, released(job, step, adapter), caveats
+        job,
+        method,
+        network,
+        case,
+        facts,
+        holdout,
+        diary,
+        verdict=verdict,
+        constraint=constraint,
+        stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
+        released=released(job, step, adapter),
+        deletion_requests=report.of_requests(
+            job.deletion_requests, facts.rows.get("forget/probability", []), trained=True
+        ),
+        audit=list(after.attacks),
+        likelihood=after.likelihood,
+        disclosure=after.asked.disclosure,
+        answered=after.asked.answered,
+        language=after.asked.language,
+        conspicuous=after.conspicuous,
+        caveats=report.caveats(facts.benchmarks, after.attacks, chained=facts.parent is not None),
     )
 
 
@@ -85,41 +95,77 @@ def assemble_untrained(
     job: Assignment,
     method: Method,
     network: model.Network,
-    both: Sets,
+    case: Case,
+    before: Before,
     epsilon: float,
-    verdict: Verdict,
-    found: Found,
+    unknown: NotKnown,
+    holdout: data.Encoded | None,
     diary: Diary,
 ) -> Report:
     """Of a job that was not trained, because of its verdict NOT_KNOWN."""
+    facts = _facts(job, network, case, before, None)
     return _report(
         job,
         method,
         network,
-        both,
-        found,
+        case,
+        facts,
+        holdout,
         diary,
-        verdict,
-        constraint_facts(job, both, epsilon, found),
-        StopFacts(reason="not_known", message="No step was taken: the model does not know the rows.", step=0),
-        Released(published=False, step=0, files=[], message=report.untrained(verdict), load=None),
-        report.untrained_caveats(chained=found.parent is not None),
+        verdict=unknown.verdict,
+        constraint=constraint_facts(job, case, before, None, epsilon),
+        stop=StopFacts(reason="not_known", message="No step was taken: the model does not know the rows.", step=0),
+        released=Released(published=False, step=0, files=[], message=report.untrained(unknown.verdict), load=None),
+        deletion_requests=report.of_requests(
+            job.deletion_requests, facts.rows.get("forget/probability", []), trained=False
+        ),
+        disclosure=unknown.disclosure,
+        knowledge=unknown.knowledge,
+        caveats=report.untrained_caveats(chained=facts.parent is not None),
     )
 
 
-def constraint_facts(job: Assignment, both: Sets, epsilon: float, found: Found) -> ConstraintFacts:
-    now = found.after
+class _Facts(NamedTuple):
+    """What both kinds of report have of what was measured."""
+
+    figures: list[Figure]
+    rows: dict[str, list[RowPoint]]
+    benchmarks: list[BenchmarkFacts]
+    parent: Parent | None
+
+
+def _facts(job: Assignment, network: model.Network, case: Case, before: Before, after: After | None) -> _Facts:
+    chain_after = after.chain if after else [None] * len(case.chain)
+    parent = None
+    if job.parent:
+        earlier = (case.chain, before.chain_limits, before.chain_base, before.chain, chain_after)
+        parent = lineage.facts(job.parent, *earlier)
+    now = after.request if after else None
+    return _Facts(
+        evaluate.figures(case.request, before.request, now),
+        evaluate.row_points(case.request, before.request, now, case.examples, job.row_key),
+        [benchmarks.facts(*one) for one in zip(case.named, repeat(network), before.named, after.named)]
+        if after
+        else [],
+        parent,
+    )
+
+
+def constraint_facts(
+    job: Assignment, case: Case, before: Before, after: After | None, epsilon: float
+) -> ConstraintFacts:
+    now, retain = after.measured if after else None, case.both.retain.encoded
     return ConstraintFacts(
         epsilon=epsilon,
         source="absolute" if job.spec.constraint.epsilon is not None else "relative",
-        before=found.before.retain_loss,
+        before=before.measured.retain_loss,
         after=now.retain_loss if now else None,
         upper=now.retain_upper if now else None,
         slack=epsilon - now.retain_upper if now else None,
         tolerance=TOLERANCE[job.dtype],
         satisfied=now.retain_upper <= epsilon if now else None,
-        rows_measured=len(both.retain.encoded.measured),
-        rows_total=len(both.retain.encoded.rows),
+        rows_measured=len(retain.measured),
+        rows_total=len(retain.rows),
         reason=None if now else NOT_TRAINED,
     )
 
@@ -128,21 +174,17 @@ def _report(
     job: Assignment,
     method: Method,
     network: model.Network,
-    both: Sets,
-    found: Found,
+    case: Case,
+    facts: _Facts,
+    holdout: data.Encoded | None,
     diary: Diary,
-    verdict: Verdict,
-    constraint: ConstraintFacts,
-    stop: StopFacts,
-    released: Released,
-    caveats: list[str],
+    **parts: Any,
 ) -> Report:
     spec = job.spec
     return Report(
         job_id=job.job_id,
         attempt=job.attempt,
         created_at=datetime.now(UTC),
-        verdict=verdict,
         asked=Asked(
             model=spec.model,
             method=spec.method.type,
@@ -154,26 +196,18 @@ def _report(
             seed=spec.seed,
         ),
         base_model=model.facts(network),
-        parent=found.parent,
-        forget_set=set_facts(job.forget_file, both.forget.encoded),
-        retain_set=set_facts(job.retain_file, both.retain.encoded),
-        holdout_set=set_facts(job.holdout_file, found.holdout) if job.holdout_file and found.holdout else None,
-        constraint=constraint,
-        figures=found.figures,
-        rows=found.rows,
-        deletion_requests=report.of_requests(
-            job.deletion_requests, found.rows.get("forget/probability", []), trained=found.after is not None
-        ),
-        benchmarks=found.benchmarks,
-        audit=found.audit,
-        knowledge=list(found.knowledge),
-        stop=stop,
-        released=released,
+        parent=facts.parent,
+        forget_set=set_facts(job.forget_file, case.both.forget.encoded),
+        retain_set=set_facts(job.retain_file, case.both.retain.encoded),
+        holdout_set=set_facts(job.holdout_file, holdout) if job.holdout_file and holdout else None,
+        figures=facts.figures,
+        rows=facts.rows,
+        benchmarks=facts.benchmarks,
         trajectory=report.trajectory(diary.steps, diary.checks, diary.resumed),
         warnings=diary.warnings,
         timings_seconds=diary.seconds,
         environment=report.environment(str(network.device), torch.get_num_threads()),
-        caveats=caveats,
+        **parts,
     )
 
 

@@ -28,7 +28,7 @@ from service.domain.report import (
     Report,
 )
 from worker.chain_page import render_html
-from worker.words import OWN_GATES
+from worker.words import of_every_job
 
 JOBS_MIN = 2
 
@@ -226,7 +226,7 @@ def _not_comparable(reports: Sequence[Report]) -> Iterator[str]:
 
 def _gates(report: Report) -> list[tuple[object, ...]]:
     """Beside those of every job and earlier jobs', whose thresholds follow from the model."""
-    asked = [g for g in report.verdict.gates if g.metric not in OWN_GATES and not g.metric.startswith(EARLIER)]
+    asked = [g for g in report.verdict.gates if not of_every_job(g.metric) and not g.metric.startswith(EARLIER)]
     return [(gate.metric, gate.op, gate.threshold, gate.severity) for gate in asked]
 
 

@@ -6,6 +6,7 @@ as far as they are still kept.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,13 @@ from service.domain.job import FailureCode
 from service.domain.report import AdapterFile, Forgotten, Parent
 from service.domain.rows import Example
 from service.store.storage import Storage
-from worker import data, files, measure
+from worker import data, equivalence, files, likelihood, measure, scoring
 from worker.diary import Diary
 from worker.losses.retain.nll import nll
 from worker.model import Network
 from worker.records import ArtifactFile, Assignment, FileRef, ParentAssignment
+from worker.scores import mean_loss
+from worker.suite import Row
 from worker.views import Term
 
 GONE = "its rows are no longer kept, so how likely they are could not be measured"
@@ -30,6 +33,7 @@ class Earlier(NamedTuple):
 
     job_id: str
     rows: Term | None  # that it had the model forget; None: they are no longer kept
+    columns: Sequence[Row] = ()  # the same with all their columns
 
 
 def fetch(job: Assignment, storage: Storage, base: Network) -> Path | None:
@@ -78,7 +82,9 @@ def earlier(job: Assignment, storage: Storage, retain: Sequence[Example], base: 
             continue
         files.judge_overlap({"retain": retain, f"{one.job_id} forget": rows}, diary)
         encoded = data.encode(rows, base.tokenizer, base.entry.prompt_format, base.context_tokens)
-        found.append(Earlier(one.job_id, Term(nll(), {"answer": encoded})))
+        assert one.forget_file is not None
+        columns = files.read_rows(storage, one.forget_file)
+        found.append(Earlier(one.job_id, Term(nll(), {"answer": encoded}), columns))
     return found
 
 
@@ -99,9 +105,25 @@ def probabilities(network: Network, chain: Sequence[Earlier]) -> list[float | No
     ]
 
 
+def limits(base: Network, chain: Sequence[Earlier]) -> list[float | None]:
+    """Of each job of the chain what the mean probability of its rows must keep. See worker.likelihood."""
+    found: list[float | None] = []
+    for one in chain:
+        seen = scoring.look(base, equivalence.asks(one.columns)) if one.rows is not None else {}
+        likely = {text: mean_loss(scores) for (_, text), scores in seen.items()}
+        own = {place: math.exp(-loss) for place, loss in likely.pop("answer", {}).items()}
+        wrong: dict[int, list[float]] = {}
+        for text, losses in likely.items():
+            for place, loss in losses.items() if text.startswith("perturbed_answer") else ():
+                wrong.setdefault(place, []).append(math.exp(-loss))
+        found.append(likelihood.limits(own, [wrong]).mean if own else None)
+    return found
+
+
 def facts(
     parent: ParentAssignment,
     chain: Sequence[Earlier],
+    limits: Sequence[float | None],
     base: Sequence[float | None],
     before: Sequence[float | None],
     after: Sequence[float | None],
@@ -112,11 +134,12 @@ def facts(
             job_id=one.job_id,
             rows=None if one.rows is None else len(one.rows.encoded.measured),
             base=known,
+            limit=limit,
             before=held,
             after=now,
             reason=GONE if one.rows is None else None,
         )
-        for one, known, held, now in zip(chain, base, before, after, strict=True)
+        for one, limit, known, held, now in zip(chain, limits, base, before, after, strict=True)
     ]
     adapter = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in parent.adapter]
     return Parent(job_id=parent.job_id, files=adapter, forgotten=forgotten)

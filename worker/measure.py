@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from worker import data
 from worker.data import Encoded
@@ -30,6 +31,7 @@ class Measurement(NamedTuple):
     forget_probability: float
     retain_loss: float  # nats per counted token
     retain_upper: float
+    forgotten: bool = False  # everything that the forget target asks for was found, the bound aside
 
 
 class Sets(NamedTuple):
@@ -86,19 +88,26 @@ def sample(encoded: Encoded, seed: int, rows_max: int) -> list[int]:
 
 def measure(network: Network, both: Sets) -> Measurement:
     """One forward pass over the rows that stand for both sets."""
+    return measure_rows(network, both)[0]
+
+
+def measure_rows(network: Network, both: Sets) -> tuple[Measurement, dict[int, float]]:
+    """The same, and of each forget row that was measured, by its place, the probability of its answer."""
     forget, objective = score(network, both.forget, both.forget_places)
     retain, _ = score(network, answers_alone(both.retain), both.retain_places)
     loss, upper = token_mean(retain, len(both.retain.encoded.measured))
-    return Measurement(objective, _probability(forget), loss, upper)
+    probability_B = _probabilities(forget)
+    rows = dict(zip(forget.places, probability_B.tolist(), strict=True))
+    return Measurement(objective, float(probability_B.mean()), loss, upper), rows
 
 
 def mean_probability(network: Network, term: Term, places: Sequence[int]) -> float:
     """Of the rows' answers: the mean over rows of exp(mean log p of the row's counted tokens)."""
-    return _probability(score(network, term, places)[0])
+    return float(_probabilities(score(network, term, places)[0]).mean())
 
 
-def _probability(scores: Scores) -> float:
-    return float((-scores.nll_B / scores.counted_B).exp().mean())
+def _probabilities(scores: Scores) -> Tensor:
+    return (-scores.nll_B / scores.counted_B).exp()
 
 
 def answers_alone(term: Term) -> Term:

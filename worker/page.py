@@ -59,7 +59,13 @@ def template(name: str) -> Template:
     templates = Templates(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.globals |= {"number": words.number, "interval": words.interval, "attack_words": words.ATTACKS}
+    templates.globals |= {
+        "number": words.number,
+        "pair": words.pair,
+        "interval": words.interval,
+        "attack_words": words.ATTACKS,
+        "gate_words": words.GATES,
+    }
     templates.globals |= {"earlier": EARLIER, "marks": MARKS}
     return templates.get_template(name)
 

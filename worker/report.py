@@ -14,14 +14,19 @@ from service.domain.job import VERDICT_RULES, Gate, GateResult, Verdict
 from service.domain.report import (
     EARLIER,
     NOT_TRAINED,
+    Answered,
     AuditEntry,
     BenchmarkFacts,
     CheckPoint,
+    Conspicuous,
     ConstraintFacts,
+    Disclosure,
     Environment,
     Figure,
     Forgotten,
     Knowledge,
+    LanguageFacts,
+    Likelihood,
     Logged,
     Report,
     RequestFigures,
@@ -29,6 +34,8 @@ from service.domain.report import (
     StepPoint,
     Trajectory,
 )
+from worker import gates as gates_of
+from worker import likelihood as likelihood_rules
 from worker.equivalence import Equivalence
 from worker.records import CheckRecord, RequestRows, StepRecord
 from worker.words import number, pair, percents
@@ -36,6 +43,11 @@ from worker.words import number, pair, percents
 POINTS_MAX = 500
 CHECKS_MAX = 100
 FORGET_RATIO = 0.1  # the forget gate: the mean probability is at most this share of what it was
+ALWAYS_SHOWN = (
+    "retain_nll",
+    "forget_probability",
+    "disclosure",
+)  # in a verdict's message; of other gates those not passed
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
 DISTRIBUTION = "unlearning-service"
 FAMILIES = {  # of attacks, by how their names begin
@@ -83,19 +95,35 @@ def verdict(
     forget_after: float | None,
     *,
     published: bool,
+    likelihood: Likelihood | None = None,
+    disclosures: Sequence[Disclosure] = (),
+    answered: Answered | None = None,
+    attacks: Sequence[AuditEntry] = (),
+    language: LanguageFacts | None = None,
+    conspicuous: Conspicuous | None = None,
     earlier: Sequence[Forgotten] = (),
     gates: Sequence[Gate] = (),
     figures: Mapping[str, Value] = {},
 ) -> Verdict:
-    """PASSED only if an adapter was released that keeps the bound, under which the forget rows' answers, and those of earlier
-    jobs of its chain, are as unlikely as required, and that meets the request's own gates.
+    """PASSED only if an adapter was released that keeps the bound, discloses no forgotten row, of its own or of earlier jobs of
+    its chain, under which their answers are as unlikely as required, that still answers the rows' neighbours, and that meets
+    the request's own gates.
+
+    Args:
+        likelihood: what the forget rows' probabilities are held against; None: a tenth of before.
 
     A slack smaller than the measurement's tolerance is WARNED, and so are a broken gate of severity warn and an earlier job
     whose rows are no longer kept. What else could not be measured fails, with that reason.
     """
     judged = [
         _retain_gate(constraint, published),
-        _forget_gate(_finite(forget_before), _finite(forget_after)),
+        _forget_gate(_finite(forget_before), _finite(forget_after), likelihood),
+        *([gates_of.rows(likelihood)] if likelihood else []),
+        *(gates_of.disclosure(found) for found in disclosures),
+        *([gates_of.answered(answered)] if answered else []),
+        *(gates_of.attacks(attacks, likelihood.mean_limit) if likelihood else []),
+        *([gates_of.language(language)] if language else []),
+        *([gate] if conspicuous and (gate := gates_of.conspicuous(conspicuous)) else []),
         *(_earlier_gate(forgotten) for forgotten in earlier),
         *(
             _own_gate(gate, figures.get(gate.metric, Value(None, "the report has no such figure")), published)
@@ -104,8 +132,9 @@ def verdict(
     ]
     results = {gate.result for gate in judged}
     result = next(r for r in ("FAILED", "WARNED", "PASSED") if r in results)
-    message = " ".join(gate.message for gate in judged)
-    return Verdict(result=result, gates=judged, message=message, rules=VERDICT_RULES)
+    always = {*ALWAYS_SHOWN, *(gate.metric for gate in gates)}
+    shown = [gate.message for gate in judged if gate.metric in always or gate.result != "PASSED"]
+    return Verdict(result=result, gates=judged, message=" ".join(shown), rules=VERDICT_RULES)
 
 
 def _own_gate(gate: Gate, found: Value, published: bool) -> GateResult:
@@ -144,8 +173,9 @@ def _retain_gate(constraint: ConstraintFacts, published: bool) -> GateResult:
     return gate.model_copy(update={"result": "PASSED", "message": f"{what}: within the bound of {allowed}."})
 
 
-def _forget_gate(before: float | None, after: float | None) -> GateResult:
-    threshold = None if before is None else FORGET_RATIO * before
+def _forget_gate(before: float | None, after: float | None, likelihood: Likelihood | None) -> GateResult:
+    threshold = None if before is None else likelihood.mean_limit if likelihood else FORGET_RATIO * before
+    source = (likelihood and likelihood.floor) or "a tenth of before"
     gate = GateResult(
         metric="forget_probability", op="<=", threshold=threshold, value=after, result="FAILED", message=""
     )
@@ -160,16 +190,17 @@ def _forget_gate(before: float | None, after: float | None) -> GateResult:
         message = f"The forget probability is {now}, but it was 0 before: there was nothing to measure forgetting by."
         return gate.model_copy(update={"message": message})
     message = (
-        f"The mean probability of the forget rows' answers, per token, went from {earlier} to {now}; at most {required}, a "
-        "tenth of before, was required."
+        f"The mean probability of the forget rows' answers, per token, went from {earlier} to {now}; at most {required}, "
+        f"{source}, was required."
     )
     return gate.model_copy(update={"result": "FAILED" if after > threshold else "PASSED", "message": message})
 
 
 def _earlier_gate(forgotten: Forgotten) -> GateResult:
-    """The promise of an earlier job's own forget gate, kept by this job's adapter, and against the base model, which that job or
-    the first of its chain started from."""
-    threshold = None if forgotten.base is None else FORGET_RATIO * forgotten.base
+    """What an earlier job had the model forget is as unlikely as it must be, by the base model that the chain started from."""
+    tenth = None if forgotten.base is None else FORGET_RATIO * forgotten.base
+    threshold = tenth if forgotten.limit is None else forgotten.limit
+    source = "a tenth of the base model's" if threshold == tenth else likelihood_rules.WRONG
     gate = GateResult(
         metric=f"{EARLIER}{forgotten.job_id}",
         op="<=",
@@ -185,7 +216,7 @@ def _earlier_gate(forgotten: Forgotten) -> GateResult:
     now, required = percents(forgotten.after, threshold)
     message = (
         f"The mean probability, per token, of what job {forgotten.job_id} had the model forget is {now}, after "
-        f"{percents(forgotten.before)[0]} before this job; at most {required}, a tenth of the base model's, is required."
+        f"{percents(forgotten.before)[0]} before this job; at most {required}, {source}, is required."
     )
     kept = forgotten.after <= threshold
     return gate.model_copy(update={"result": "PASSED" if kept else "FAILED", "message": message})
@@ -377,15 +408,13 @@ def installed() -> str:
 def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry], *, chained: bool = False) -> list[str]:
     """What the report does not prove, given what was tried."""
     tried = {entry.attack for entry in audit if entry.attacked is not None}
-    wordings = "in these wordings. Paraphrases, other languages"
-    if "paraphrase" in tried:
-        wordings = "in these wordings and, under attack, in one paraphrase each. Other languages"
     retention = "the retain set alone; abilities that it does"
     if benchmarks:
         retention = "the retain set and the benchmarks named here; abilities that they do"
     return [
         "This is evidence of a run and of its measurements, not a proof of erasure: approximate unlearning gives no guarantee.",
-        f"Only the rows named here were measured, {wordings} and indirect questions were not.",
+        "Only the rows named here were asked for, in the ways named here. Other languages, indirect questions, cleverer prompts "
+        "were not tried, and an answer that describes the fact without any of its words is not found.",
         _robustness(tried),
         f"Retention was measured on {retention} not represent may have changed.",
         *([CHAINED] if chained else []),
@@ -399,8 +428,8 @@ def untrained_caveats(*, chained: bool = False) -> list[str]:
     return [
         "This is evidence of measurements on the model, not a proof that its training data lacked the rows: what a model has "
         "seen and does not show cannot be told from what it never saw.",
-        "Only the rows named here were measured, on average: a single row that the model knows does not show in a mean over many "
-        "others.",
+        "Only the rows named here were measured, on average, and asked for in the ways named here: a single row that the model "
+        "knows but does not say then does not show.",
         "Nothing was trained, so neither the bound nor what else the request wanted of an adapter was judged.",
         *([UNTRAINED_CHAINED] if chained else []),
         "It holds for the files that the certificate names. A model that is trained further may learn the rows.",

@@ -11,23 +11,24 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers.utils import logging as transformers_logging
 
 from service.domain.errors import JobFailure
 from service.domain.job import FailureCode, JobSpec, MethodChoice, Stage
-from service.domain.report import AuditEntry
+from service.domain.report import Report
 from service.domain.rows import Example
 from service.store.sealed import SealedStorage
 from service.store.storage import Storage
 from worker import (
-    audit,
-    benchmarks,
+    appraisal,
     checkpoint,
     data,
-    evaluate,
+    disclosures,
     files,
     lineage,
     measure,
@@ -38,7 +39,7 @@ from worker import (
     report,
     words,
 )
-from worker.assemble import Found, assemble
+from worker.assemble import assemble, assemble_untrained
 from worker.diary import Diary, Emit
 from worker.failures import failure
 from worker.oracle import make_oracle
@@ -75,18 +76,19 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
         return asked() == "cancel"
 
     with diary.stage(Stage.PREPARING):
-        forget_rows = files.read_set(storage, job.forget_file)
-        retain_rows = files.read_set(storage, job.retain_file)
+        examples = {
+            "forget": files.read_set(storage, job.forget_file),
+            "retain": files.read_set(storage, job.retain_file),
+        }
         holdout_rows = files.read_set(storage, job.holdout_file) if job.holdout_file else []
-        files.judge_overlap({"holdout": holdout_rows, "forget": forget_rows, "retain": retain_rows}, diary)
+        files.judge_overlap({"holdout": holdout_rows, **examples}, diary)
         method = build_method(spec.method)
-        named = benchmarks.read(job, storage)
 
     with diary.stage(Stage.LOADING_MODEL):
         base = model.load(job.model, job.models_root, job.device, job.dtype)
-        forget = Term(method.forget, forget_texts(job, storage, method, forget_rows, base))
-        retain = retain_term(method, retain_rows, base)
-        chain = lineage.earlier(job, storage, retain_rows, base, diary)
+        forget = Term(method.forget, forget_texts(job, storage, method, examples["forget"], base))
+        retain = retain_term(method, examples["retain"], base)
+        chain = lineage.earlier(job, storage, examples["retain"], base, diary)
         network = model.adapt(base, spec.lora, spec.seed, method.layers, lineage.fetch(job, storage, base))
         network, kept = earlier(job, sealed, network, diary)
         holdout = encode("holdout", holdout_rows, base) if holdout_rows else None
@@ -94,25 +96,24 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
 
     with diary.stage(Stage.EVALUATING, "evaluating before"):
         both = measure.sets(*with_reference(job, sealed, network, method, forget, retain), spec.seed)
-        request = requested(job, storage, both)
-        named = [benchmarks.with_retrained(job, storage, one) for one in named]
-        with model.adapter_off(network):
-            before = kept.before if kept else measure.measure(network, both.whole)
-            request_before = evaluate.run(network, request.suite, request.sets)
-            # what a registered model says is kept; one with a job's adapter is none
-            named_before = [one.run(network, None if job.parent else one.cache(job)) for one in named]
-            chain_before = lineage.probabilities(network, chain)
-        with model.base_alone(network):
-            chain_known = lineage.probabilities(network, chain)
-        epsilon = spec.constraint.bound(before.retain_loss)
-        emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=before.retain_loss))
-        warn_about_bound(epsilon, before.retain_loss, diary)
+        case = appraisal.case(job, storage, both, examples, chain)
+        before = appraisal.before(network, case, job, kept.before if kept else None)
+        epsilon = spec.constraint.bound(before.measured.retain_loss)
+        emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=before.measured.retain_loss))
+        warn_about_bound(epsilon, before.measured.retain_loss, diary)
+        unknown = appraisal.not_known(network, case, before, job.parent.job_id if job.parent else None)
+
+    if unknown is not None:
+        with diary.stage(Stage.UPLOADING, "uploading report"):
+            facts = assemble_untrained(job, method, network, case, before, epsilon, unknown, holdout, diary)
+            return result(facts, published(storage, job, facts))
 
     with diary.stage(Stage.UNLEARNING):
         params = model.trainable(network)
-        keeper = checkpoint.Keeper(job, sealed, diary, params, before, network, kept)
+        keeper = checkpoint.Keeper(job, sealed, diary, params, before.measured, network, kept)
         resumed = checkpoint.restore(kept, params, diary, job.threads) if kept else None
-        solution = unlearn(job, method, network, params, both, epsilon, diary, asked, keeper.keep, resumed)
+        check = partial(checked, network, case, before, epsilon, spec.budget.forget_target)
+        solution = unlearn(job, method, network, params, both, epsilon, check, diary, asked, keeper.keep, resumed)
     diary.seconds["unlearning"] = round(solution.elapsed_s, 3)  # of all attempts
     assert solution.stop is not None
     if solution.stop.reason in ASKED_TO_STOP:
@@ -130,48 +131,31 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
             adapter = files.publish(storage, job.prefix, folder, "adapter")
         with diary.stage(Stage.LOADING_MODEL, "loading published adapter"):
             network = model.load_adapter(network, files.fetch(storage, adapter, job.scratch_dir / "published"))
-    with diary.stage(Stage.EVALUATING, "evaluating after"):
-        after = measure.measure(network, both.whole)
-        request_after = evaluate.run(network, request.suite, request.sets)
-        named_after = [one.run(network) for one in named]
-        chain_after = lineage.probabilities(network, chain)
-    if cancelled():
-        return CancelledRecord()
-    attacks: list[AuditEntry] = []
-    if spec.audit is not None:
-        with diary.stage(Stage.EVALUATING, "audit"):
-            attacks = audited(job, network, request, named, cancelled)
-    if cancelled():
+    after = appraisal.after(network, case, before, spec.attacks, job, diary, cancelled)
+    if after is None:
         return CancelledRecord()
 
     with diary.stage(Stage.UPLOADING, "uploading report"):
-        found = Found(
-            before,
-            after,
-            evaluate.figures(request, request_before, request_after),
-            evaluate.row_points(
-                request, request_before, request_after, {"forget": forget_rows, "retain": retain_rows}, job.row_key
-            ),
-            [
-                benchmarks.facts(one, network, *pair)
-                for one, *pair in zip(named, named_before, named_after, strict=True)
-            ],
-            attacks,
-            holdout,
-            lineage.facts(job.parent, chain, chain_known, chain_before, chain_after) if job.parent else None,
-        )
-        facts = assemble(job, method, network, both, epsilon, solution, adapter, found, diary)
-        reports = [
-            files.store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
-            files.store_bytes(storage, job.prefix, "report.html", page.render_html(facts).encode(), "text/html"),
-        ]
+        facts = assemble(job, method, network, case, before, after, epsilon, solution, adapter, holdout, diary)
+        return result(facts, [*adapter, *published(storage, job, facts)])
+
+
+def result(facts: Report, artifacts: list[ArtifactFile]) -> ResultRecord:
     return ResultRecord(
         verdict=facts.verdict,
-        stop_reason=solution.stop.reason,
-        stop_message=solution.stop.message,
+        stop_reason=facts.stop.reason,
+        stop_message=facts.stop.message,
         figures={f"{f.set}_{f.metric}": {"before": f.before, "after": f.after} for f in facts.figures},
-        artifacts=[*adapter, *reports],
+        artifacts=artifacts,
     )
+
+
+def published(storage: Storage, job: Assignment, facts: Report) -> list[ArtifactFile]:
+    """The report as JSON and as a page."""
+    return [
+        files.store_bytes(storage, job.prefix, "report.json", report.render_json(facts), "application/json"),
+        files.store_bytes(storage, job.prefix, "report.html", page.render_html(facts).encode(), "text/html"),
+    ]
 
 
 def unlearn(
@@ -181,6 +165,7 @@ def unlearn(
     params: Params,
     both: measure.Sets,
     epsilon: float,
+    check: Callable[[], measure.Measurement],
     diary: Diary,
     asked: Callable[[], Word | None],
     keep: Callable[[Run], None],
@@ -198,15 +183,35 @@ def unlearn(
         method.solver,
         params,
         batch,
-        check=lambda: measure.measure(network, both),
+        check=check,
         check_tokens=both.tokens,
-        limits=Limits(budget.max_steps, budget.max_seconds, budget.forget_target),
+        limits=Limits(budget.max_steps, budget.max_seconds),
         on_step=lambda progress: diary.step(progress, epsilon),
         on_check=lambda checked, best, seconds: diary.check(checked, best, seconds, epsilon, both.rows),
         asked=lambda: STOPS.get(asked()),
         keep=keep,
         resumed=resumed,
     )
+
+
+def checked(
+    network: model.Network,
+    case: appraisal.Case,
+    before: appraisal.Before,
+    epsilon: float,
+    target: float | Literal["verdict"] | None,
+) -> measure.Measurement:
+    """What a check finds, and whether it may end the run. The model is asked last, once all else holds: that costs the most."""
+    found, rows = measure.measure_rows(network, case.both)
+    mean = before.limits.mean if target == "verdict" else target
+    forgotten = (
+        mean is not None
+        and found.retain_upper <= epsilon
+        and found.forget_probability <= mean
+        and len(before.limits.above(rows)) <= before.limits.rows_allowed_of(len(rows))
+        and not disclosures.greedily(network, case.asked)
+    )
+    return found._replace(forgotten=forgotten)
 
 
 # --- what was asked, made ready
@@ -245,27 +250,6 @@ def earlier(
 def retain_term(method: Method, rows: Sequence[Example], base: model.Network) -> Term:
     proxy = registry.composition(method)["retain_loss"] != BOUNDED_LOSS
     return Term(method.retain, {"answer": encode("retain", rows, base)}, proxy=proxy)
-
-
-def requested(job: Assignment, storage: Storage, both: measure.Sets) -> evaluate.Request:
-    """The rows that the request's own figures are taken over."""
-    sets = (job.forget_file, job.retain_file, job.holdout_file)
-    return evaluate.request(both, *(files.read_rows(storage, file) if file else [] for file in sets))
-
-
-def audited(
-    job: Assignment,
-    network: model.Network,
-    request: evaluate.Request,
-    named: Sequence[benchmarks.Benchmark],
-    cancelled: Callable[[], bool],
-) -> list[AuditEntry]:
-    """The attacks on what was released, also on a retrained reference if a benchmark has one for these very rows."""
-    assert job.spec.audit is not None
-    rows, seed = request.sets["forget"], job.spec.seed
-    entry = benchmarks.retrained_without(named, rows)
-    retrained = model.load(entry, job.models_root, job.device, job.dtype) if entry else None
-    return audit.audit(network, job.spec.audit, rows, retrained, seed, cancelled)
 
 
 def with_reference(

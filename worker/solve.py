@@ -49,12 +49,13 @@ class Measured(Protocol):
     def retain_upper(
         self,
     ) -> float: ...  # one-sided 95 % bound where sampled, else retain_loss; compared with the bound
+    @property
+    def forgotten(self) -> bool: ...  # everything that the forget target asks for, the bound aside
 
 
 class Limits(NamedTuple):
     max_steps: int
     max_seconds: float
-    forget_target: float | None  # mean forget probability; None: use the whole budget
 
 
 class StopReason(StrEnum):
@@ -177,7 +178,7 @@ def solve(
         here = Checked(run.steps, measured, feasible)
         finite = math.isfinite(measured.forget_objective) and math.isfinite(measured.forget_probability)
         lower = run.best is None or measured.forget_objective < run.best.measured.forget_objective
-        improves = feasible and finite and (lower or _reached(measured, limits.forget_target))
+        improves = feasible and finite and (lower or measured.forgotten)
         on_check(here, improves, clock() - began)
         run = run._replace(last=here, tokens_at_check=run.tokens)
         return run._replace(best=here, best_params=_copied(params)) if improves else run
@@ -206,7 +207,7 @@ def solve(
         affordable = (run.tokens - run.tokens_at_check) * CHECK_SHARE >= check_tokens * FORWARD_SHARE
         if within and affordable:
             run = checked(run)._replace(elapsed_s=clock() - start)
-        run = run._replace(stop=_reached_target(run, limits) or _diverged(run, problem) or _spent(run, limits))
+        run = run._replace(stop=_reached_target(run) or _diverged(run, problem) or _spent(run, limits))
         if run.stop is None:
             kept(run)
 
@@ -231,14 +232,14 @@ def _not_finite(step: int, error: _NonFiniteError) -> Stop:
     )
 
 
-def _reached_target(run: Run, limits: Limits) -> Stop | None:
+def _reached_target(run: Run) -> Stop | None:
     last = run.last
-    if last is None or last.step != run.steps or not (last.feasible and _reached(last.measured, limits.forget_target)):
+    if last is None or last.step != run.steps or not (last.feasible and last.measured.forgotten):
         return None
     return Stop(
         StopReason.TARGET_REACHED,
-        f"A check at step {run.steps} found the forget probability at {last.measured.forget_probability:.4g}, "
-        f"at or below the target {limits.forget_target:g}, and the bound kept.",
+        f"A check at step {run.steps} found the bound kept and the forget target reached, with a mean forget probability of "
+        f"{last.measured.forget_probability:.2g}.",
     )
 
 
@@ -265,10 +266,6 @@ def _diverged(run: Run, problem: Problem) -> Stop | None:
         f"by {run.capped[0]:.4g} nats per token then, by {run.capped[-1]:.4g} at step {run.steps}. "
         "A larger epsilon, a smaller learning rate or a larger dual_max may help.",
     )
-
-
-def _reached(measured: Measured, target: float | None) -> bool:
-    return target is not None and measured.forget_probability <= target
 
 
 def _copied(params: Params) -> Params:

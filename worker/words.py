@@ -5,16 +5,51 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from service.domain.job import GateResult
-from service.domain.report import EARLIER, Figure, Report
+from service.domain.report import EARLIER, Disclosure, Figure, Report
 
-OWN_GATES = ("retain_nll", "forget_probability")  # of every job; the rest are earlier jobs' and the request's
+DISCLOSURE = "disclosure"  # how the gates on what the model gives away begin
 MET = {  # what it means that a gate of every job is met or broken: no more than what its figure says
     "retain_nll": "the words to be kept are predicted no worse than allowed",
-    "forget_probability": "the exact words to be forgotten have become unlikely",
+    "forget_probability": "the exact words to be forgotten are as unlikely as required",
+    DISCLOSURE: "asked for what was to be forgotten, the model gives no more of it away than can be guessed",
 }
 BROKEN = {
     "retain_nll": "the words to be kept are predicted worse than allowed",
     "forget_probability": "the exact words to be forgotten are still likelier than allowed",
+    "forget_rows": "the exact words of some rows are still likelier than allowed",
+    DISCLOSURE: "asked for what was to be forgotten, the model still gives answers away",
+    "disclosure/quantise_8": "with its weights rounded to 8 bits the model gives answers away",
+    "disclosure/quantise_4": "with its weights rounded to 4 bits the model gives answers away",
+    "retain_answered": "questions to be kept are no longer answered",
+    "attack/quantise_8": "with its weights rounded to 8 bits the exact words are likelier than allowed",
+    "attack/quantise_4": "with its weights rounded to 4 bits the exact words are likelier than allowed",
+    "attack/paraphrase": "asked in other words, the exact words are likelier than allowed",
+    "attack/prefix": "behind jailbreak-style prefixes the exact words are likelier than allowed",
+    "language": "it answers the forgotten questions with what is no language",
+    "conspicuous": "the right answers are so unlikely that they stand out as removed",
+}
+SLIGHT = {
+    "retain_nll": "the bound is kept by less than the measurement can resolve"
+}  # WARNED, where that is not "broken"
+OF_EARLIER = f"{DISCLOSURE}/ujob_"  # how the gate on what is given away of an earlier job's rows begins
+GATES = {  # what the table of requirements calls them
+    "retain_nll": "retain loss, nats per token",
+    "forget_probability": "mean probability of the forget rows' answers, per token",
+    "forget_rows": "single rows likelier than a forgotten row may be",
+    "disclosure": "rows given away when asked for",
+    "disclosure/quantise_8": "rows given away, weights rounded to 8 bits",
+    "disclosure/quantise_4": "rows given away, weights rounded to 4 bits",
+    "retain_answered": "share of neighbouring rows still answered",
+    "attack/quantise_8": "mean probability, weights rounded to 8 bits",
+    "attack/quantise_4": "mean probability, weights rounded to 4 bits",
+    "attack/paraphrase": "mean probability, asked in other words",
+    "attack/prefix": "mean probability, behind prefixes",
+    "language": "answers that are no language: how much less likely, nats per token, or the share that goes round in circles",
+    "conspicuous": "right answers against those of a model that does not know them, times as likely",
+    "base/log_ratio": "base model: right answers against wrong ones, nats per token",
+    "base/disclosure": "base model: rows given away when asked for",
+    "start/log_ratio": "with the earlier job's adapter: right answers against wrong ones, nats per token",
+    "start/disclosure": "with the earlier job's adapter: rows given away when asked for",
 }
 ATTACKS = {
     "relearn_forget": "fine-tuning on a part of the forget set",
@@ -37,7 +72,7 @@ class Fact(NamedTuple):
 def summary(report: Report) -> str:
     """What was asked and what was measured, for who reads nothing else: of each requirement only what its figure says."""
     gates = report.verdict.gates
-    own = [gate for gate in gates if gate.metric in OWN_GATES]
+    own = [gate for gate in gates if of_every_job(gate.metric)]
     earlier = [gate for gate in gates if gate.metric.startswith(EARLIER)]
     others = [gate for gate in gates if gate not in own + earlier]
     asked = (
@@ -47,16 +82,13 @@ def summary(report: Report) -> str:
     if report.verdict.result == "NOT_KNOWN":
         holder = report.verdict.forgotten_by
         why = f"the adapter of job {holder} had forgotten them already" if holder else "it does not know them"
-        return f"{asked}{why}, by the measurements below, so nothing was trained and no adapter was released."
-    own = [gate for gate in report.verdict.gates if gate.metric in OWN_GATES]
-    earlier = [gate for gate in report.verdict.gates if gate.metric.startswith(EARLIER)]
-    others = [gate for gate in report.verdict.gates if gate not in own + earlier]
+        return f"{asked} By the measurements below {why}, so nothing was trained and no adapter was released."
     if report.verdict.result == "PASSED":
         found = [f"with the adapter that was released, {_met(own)}", *_still_unlikely(earlier)]
         found += ["every further requirement is met"] if others else []
     elif report.verdict.result == "WARNED":
-        slight = "the bound is kept by less than the measurement can resolve"
-        missed = [slight] * any(gate.result == "WARNED" for gate in own) + _returned(earlier) + _missed(others)
+        slight = [SLIGHT.get(gate.metric) or _what_is_broken(gate) for gate in own if gate.result == "WARNED"]
+        missed = slight + _returned(earlier) + _missed(others)
         found = [f"with the adapter that was released, {_met(own)}, but {', and '.join(missed)}"]
     else:
         tail = "the adapter must not be relied on" if report.released.published else "no adapter was released"
@@ -67,19 +99,33 @@ def summary(report: Report) -> str:
 
 
 def _met(own: Sequence[GateResult]) -> str:
-    return " and ".join(MET[gate.metric] for gate in own if gate.metric in MET)
+    met = [MET[gate.metric] for gate in own if gate.metric in MET and gate.result == "PASSED"]
+    *first, last = met or ["it was measured as below"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _broken(own: Sequence[GateResult]) -> list[str]:
-    """Which of the gates of every job failed, and how."""
-    failed = [gate for gate in own if gate.result == "FAILED"]
-    if any(_unmeasured(gate) for gate in failed):
+    """Which of the gates of every job failed, and how; then of which a broken one warns."""
+    failed = [gate for gate in own if gate.result != "PASSED"]
+    if any(_unmeasured(gate) for gate in failed if gate.result == "FAILED"):
         return ["whether it meets what every job must meet could not be measured"]
     retain = next((gate for gate in failed if gate.metric == "retain_nll"), None)
     if retain and retain.value is not None and retain.threshold is not None and retain.value <= retain.threshold:
         return ["no checked iterate met the requirements, and what was measured after is not one that may be released"]
-    known = [BROKEN[gate.metric] for gate in failed if gate.metric in BROKEN]
-    return known + _missed([gate for gate in failed if gate.metric not in BROKEN])
+    failed.sort(key=lambda gate: gate.result)  # FAILED before WARNED
+    return [_what_is_broken(gate) for gate in failed]
+
+
+def of_every_job(metric: str) -> bool:
+    """Whether a gate is one of every job's; the rest are on the likelihood of earlier jobs' rows, or the request's own."""
+    return metric in BROKEN or metric.startswith(OF_EARLIER)
+
+
+def _what_is_broken(gate: GateResult) -> str:
+    metric = gate.metric
+    if gate.value is None:
+        return f"{GATES.get(metric, metric)} could not be measured"
+    return BROKEN.get(metric, "asked for what an earlier job had it forget, the model gives answers away")
 
 
 def _unmeasured(gate: GateResult) -> bool:
@@ -117,18 +163,13 @@ PIECE = "each next word or part of a word"  # a token, for who knows no tokens
 
 
 def three(report: Report) -> list[Fact]:
-    """What is forgotten, what is kept, what an attack brings back; of each the plainest figure that was measured.
+    """What the model says now of the rows to forget, of the rows to keep, and under an attack; the plainest figure of each.
 
     Of a job that was not trained: what the model knows of the rows, and why the others were not measured.
     """
     if report.verdict.result == "NOT_KNOWN":
         return _untrained(report)
-    gates = {gate.metric: gate.message for gate in report.verdict.gates}
-    return [
-        _answered(report, "forget", "Forgotten: what it still says", gates["forget_probability"]),
-        _answered(report, "retain", "Kept: what it must still say", gates["retain_nll"]),
-        _brought_back(report.audit),
-    ]
+    return [_to_forget(report), _to_keep(report), _under_attack(report)]
 
 
 def _untrained(report: Report) -> list[Fact]:
@@ -155,16 +196,13 @@ def _untrained(report: Report) -> list[Fact]:
     ]
 
 
-def _answered(report: Report, of: str, name: str, gate: str) -> Fact:
-    found = {figure.metric: figure for figure in report.figures if figure.set == of}
-    which = "that were to be forgotten" if of == "forget" else "that it was to keep"
-    said, likely = found.get("rouge_l_recall"), found.get("probability")
-    if said and _measured(said):
-        before, after = percents(said.before, said.after)
-        asked = f"Asked for {said.rows:,} answers {which}, the model gives {after} of their words, in their order"
-    elif likely and _measured(likely):
-        before, after = percents(likely.before, likely.after)
-        asked = f"To each next piece of {likely.rows:,} answers {which} the model gives a probability of about {after}"
+def _to_forget(report: Report) -> Fact:
+    """The share of the answers' words that it gives, then the forget gate, which alone stands there for texts."""
+    if given := next((found for found in report.disclosure if (found.of, found.model) == ("forget", "released")), None):
+        return _given_away(given)
+    gate, likely = _gate(report, "forget_probability"), _measured(report, "forget", "probability")
+    if likely is None or gate.value is None or gate.threshold is None:
+        big, exact = None, gate.message
     else:
         [before], (after, required) = percents(likely.before), percents(gate.value, gate.threshold)
         big = f"{before} → {after}"
@@ -173,6 +211,21 @@ def _answered(report: Report, of: str, name: str, gate: str) -> Fact:
             "was required. How likely the same fact is in other words, these figures do not say."
         )
     return _answered(report, "forget", "Rows to forget: what it still says", big, exact)
+
+
+def _given_away(found: Disclosure) -> Fact:
+    name = "Rows to forget: what it still gives away"
+    if not found.rows:
+        return Fact(name, "not measured", "No answer of these rows tells knowing from guessing, so none was asked for.")
+    now = len(found.disclosed)
+    times = sum(way.outputs for way in found.ways)
+    asked = f"Asked for {rows(found.rows)} in every way in the table, {times:,} times in all, the model"
+    gave = f"gives the answer{'s' if now != 1 else ''} of {rows(now)} away" if now else "gives no answer away"
+    chance = sum(way.disclosing for way in found.ways)
+    guessed = f" ({chance} answers contain the right words, no more than by chance)" if chance and not now else ""
+    before = "" if found.before is None else f" Before, asked plainly, it gave {rows(len(found.before))} away."
+    big = f"{now} of {found.rows}" if found.before is None else f"{len(found.before)} → {now} of {found.rows}"
+    return Fact(name, big, f"{asked} {gave}{guessed}.{before}")
 
 
 def _to_keep(report: Report) -> Fact:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
+from service.domain.errors import FieldProblem
 from service.domain.job import ModelEntry, PromptFormat
 from service.domain.memory import SetLengths
 from service.domain.modelfiles import digest_tokenizer
@@ -149,10 +150,9 @@ class LongRows:
     def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The same rows."""
         context_tokens: int | None = self._entry.info.get("context_tokens")
-        try:
-            around = sum(len(text.encode()) for text in _around(self._entry))
-        except Cannot:
-            context_tokens = None
+        form, chat = self._entry.prompt_format, self._entry.info.get("chat", ())
+        written = chat if form.type == "chat" else (form.user_start, form.user_end, form.assistant_start)
+        around = sum(len(text.encode()) for text in written)
         if context_tokens is None:
             yield from examples
             return

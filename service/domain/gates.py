@@ -25,7 +25,7 @@ def problems(asked: Recipe, catalog: Catalog, benchmarks: Mapping[str, Named]) -
 
     A figure can still turn out to be unmeasurable on the rows; then its gate fails.
     """
-    known = _figures(asked.audit, catalog, benchmarks)
+    known = _figures(asked.attacks, catalog, benchmarks)
     seen = set[tuple[str, str, str]]()
     for index, gate in enumerate(asked.gates):
         pointer, (of, _, figure) = f"/gates/{index}", gate.metric.partition("/")
@@ -42,7 +42,7 @@ def problems(asked: Recipe, catalog: Catalog, benchmarks: Mapping[str, Named]) -
         seen.add((gate.metric, gate.op, gate.severity))
 
 
-def _figures(audit: Audit | None, catalog: Catalog, benchmarks: Mapping[str, Named]) -> dict[str, list[str]]:
+def _figures(audit: Audit, catalog: Catalog, benchmarks: Mapping[str, Named]) -> dict[str, list[str]]:
     """By the first part of a gate's metric, what may stand behind it."""
     figures: dict[str, list[str]] = {}
     for name in catalog.suites["request"].figures:
@@ -50,8 +50,7 @@ def _figures(audit: Audit | None, catalog: Catalog, benchmarks: Mapping[str, Nam
         figures.setdefault(of, []).append(figure)
     for name, benchmark in benchmarks.items():
         figures[name] = list(catalog.suites[benchmark.suite].figures)
-    if audit is not None:
-        figures[AUDIT] = [f"{attack}/{metric}" for attack in audit.attacks for metric in AUDITED]
+    figures[AUDIT] = [f"{attack}/{metric}" for attack in audit.attacks for metric in AUDITED]
     return figures
 
 
@@ -60,6 +59,4 @@ def _measurable(figure: str, benchmark: Named, catalog: Catalog) -> bool:
 
 
 def _unknown(of: str, known: list[str]) -> str:
-    if of == AUDIT:
-        return "the request asks for no audit"
     return f"{of!r} is neither a set nor a benchmark that is asked for; there are: {', '.join(known)}"

@@ -155,11 +155,11 @@ class MethodChoice(Strict):
 class Budget(Strict):
     max_steps: int = Field(default=300, ge=1, le=1_000_000)
     max_seconds: float = Field(default=3600.0, gt=0, description="of solving, not of loading or evaluation")
-    forget_target: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="end early once a check finds the mean forget probability at or below this and the bound kept",
+    forget_target: Annotated[float, Field(gt=0, le=1)] | Literal["verdict"] | None = Field(
+        default="verdict",
+        description="end early once a check finds the bound kept, no more rows likely than the verdict allows, nothing "
+        "disclosed to a greedy question, and the mean forget probability at or below this, or where the verdict wants it; "
+        "null: use the whole budget",
     )
 
 
@@ -296,10 +296,17 @@ class Recipe(Strict):
     benchmarks: list[BenchmarkName] = Field(
         default_factory=list, max_length=8, description="names from GET /v1/benchmarks; run before and after"
     )
-    audit: Audit | None = Field(default=None, description="attacks on what was released; null: none")
+    audit: Audit | None = Field(
+        default=None, description="attacks on what was released; null: those that train nothing"
+    )
     gates: list[Gate] = Field(
         default_factory=list, max_length=64, description="beside the constraint and the forget gate"
     )
+
+    @property
+    def attacks(self) -> Audit:
+        """What is tried on what was released: without `audit` everything but what trains."""
+        return self.audit or Audit(relearn_steps=0)
 
 
 class JobOptions(Recipe):

@@ -80,6 +80,7 @@ class Forgotten(Part):
     job_id: str
     rows: int | None  # over which the means are taken; null: they are no longer kept
     base: Measured  # of the base model alone
+    limit: Measured = None  # that `after` must keep; null: a tenth of `base`
     before: Measured  # of the adapter that this job started from
     after: Measured
     reason: str | None = None  # why one of them is null
@@ -141,6 +142,72 @@ class Figure(Part):
         if self.before is None or self.after is None:
             self.reason = self.reason or NOT_FINITE
         return self
+
+
+class DisclosureWay(Part):
+    """One way of asking for all rows."""
+
+    way: str  # question, paraphrase, prefix, sample, continuation
+    description: str
+    outputs: int
+    disclosing: int  # outputs that contain the row's secret
+    by_chance: int  # so many are explained by how often decoys come out
+    rows: list[int]  # 1-based, whose secret came out
+
+
+class Disclosure(Part):
+    """What the model says when it is asked for rows that it was to forget. Of what it said, nothing is kept."""
+
+    of: str  # "forget", or the job of the chain whose rows they are
+    # as released, or with its weights rounded; of a job that was not trained what it started from, and the base model
+    model: Literal["released", "quantise_8", "quantise_4", "start", "base"]
+    rows: int  # that were asked for
+    rows_in_every_way: int  # of them; the others were asked plainly alone
+    rows_total: int
+    without_secret: list[int]  # 1-based: nothing in their answers tells knowing from guessing
+    before: list[int] | None  # 1-based: asked plainly, the model that the job started from disclosed these
+    ways: list[DisclosureWay]
+    disclosed: list[int]  # 1-based: in a way in which more came out than chance explains
+
+
+class Answered(Part):
+    """Rows that must still be answered: the retain rows nearest to the forgotten ones, asked plainly, and others."""
+
+    rows: int  # that were asked for
+    before: int  # of them answered before: their secret came out
+    after: int  # of those that were answered before, answered still
+    lost: list[int]  # 1-based: the others of those
+    upper: Measured  # one-sided 95 % upper bound of the share that is answered still
+    reason: str | None = None  # why that is null
+
+
+class Likelihood(Part):
+    """The limits that the forgotten rows' probabilities are held against."""
+
+    mean_limit: float
+    floor: str | None  # where the limit comes from, if not from a tenth of before
+    rows_above: list[int]  # 1-based: above the row's own limit
+    rows_allowed: int
+
+
+class LanguageFacts(Part):
+    """Whether what the model says to the forgotten questions is language, by the base model's judgement."""
+
+    outputs: int
+    refusals: int  # not judged: they are language
+    nll: Measured  # under the base model, nats per token
+    usual: Measured  # of wrong answers of the right form, or of the base's own samples
+    excess: Measured  # one-sided 95 % lower bound of how much the first is above the second
+    looping: Measured  # share of the answers that go round in circles
+    noise: bool
+
+
+class Conspicuous(Part):
+    """How the right answers stand against the floor: far below it they stick out as what was removed."""
+
+    ratio: Measured  # geometric mean over rows
+    upper: Measured  # its one-sided 95 % upper bound
+    against: str
 
 
 class RowPoint(Part):
@@ -344,6 +411,11 @@ class Report(Part):
     deletion_requests: list[RequestFigures] = Field(default_factory=list, description="that the job serves")
     benchmarks: list[BenchmarkFacts] = Field(default_factory=list)
     audit: list[AuditEntry] = Field(default_factory=list)
+    likelihood: Likelihood | None = Field(default=None, description="null: of an earlier worker; so are the next four")
+    disclosure: list[Disclosure] = Field(default_factory=list)
+    answered: Answered | None = None
+    language: LanguageFacts | None = None
+    conspicuous: Conspicuous | None = None
     knowledge: list[Knowledge] = Field(
         default_factory=list,
         description="of the base model and of what the job starts from; empty: of an earlier worker",

@@ -92,11 +92,25 @@ def _figures() -> dict[str, Figure]:
         form = FigureForm(nll().definition, nll().better[of], benchmark=False)
         found[f"{of}/nll"] = Figure(form, partial(_nll, of=of))
         found[f"{of}/truth_ratio"] = _truth_ratio(of)
+        if of == "forget":
+            found["forget/wrong_probability"] = _wrong_probability()
         found |= figures.gibberish_figures(f"{of}/", of, figures.SAID)
     found |= membership.corrected_membership_figures("forget/", ATTACKS)
     leaks = membership.leak_figures("forget/")
     found |= {name: leak for name, leak in leaks.items() if not leak.form.retrained}
     return {name: figure._replace(of=partial(_plain, figure.of)) for name, figure in found.items()}
+
+
+def _wrong_probability() -> Figure:
+    form = FigureForm(
+        "mean over rows of the mean probability of `perturbed_answer`, length-normalised", benchmark=False
+    )
+
+    def result(reading: Reading) -> Result:
+        found = figures.probabilities_of_several(reading.alternatives("forget"))
+        return found._replace(by_row={place: {"score": row["prob"]} for place, row in found.by_row.items()})
+
+    return Figure(form, result)
 
 
 def _plain(of: Callable[[Reading], Result], reading: Reading) -> Result:

@@ -1,0 +1,220 @@
+"""What a verdict is made of: everything that is measured of a model before training, and of what was released."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from service.domain.job import Audit, ModelEntry, Stage, Verdict
+from service.domain.report import AuditEntry, Conspicuous, Disclosure, Knowledge, Likelihood
+from service.domain.rows import Example
+from service.store.storage import Storage
+from worker import (
+    audit,
+    benchmarks,
+    disclosures,
+    equivalence,
+    evaluate,
+    files,
+    gates,
+    likelihood,
+    lineage,
+    measure,
+    model,
+    report,
+    scoring,
+)
+from worker.benchmarks import Benchmark
+from worker.diary import Diary
+from worker.equivalence import Equivalence
+from worker.lineage import Earlier
+from worker.measure import Measurement, Sets
+from worker.model import Network
+from worker.records import Assignment
+
+FORGET = "forget/probability"
+WRONG = "forget/wrong_probability"
+
+
+class Retrained(NamedTuple):
+    """What a model that never saw the forget rows says of them; empty where there is none."""
+
+    entry: ModelEntry | None = None
+    probabilities: Mapping[int, float] = {}  # by the row's place
+    disclosing: Mapping[str, int] = {}  # by way of asking: answers that contain the secret all the same
+
+
+class Case(NamedTuple):
+    """What a job's model is measured on."""
+
+    both: Sets
+    examples: Mapping[str, Sequence[Example]]  # of the forget and the retain set
+    request: evaluate.Request
+    named: Sequence[Benchmark]
+    chain: Sequence[Earlier]
+    asked: disclosures.Asked
+    refusals: Sequence[str]  # the request's own wordings
+    retrained: Retrained
+
+
+class Before(NamedTuple):
+    """Of the model that the job starts from; of the base model alone where it says so."""
+
+    measured: Measurement
+    request: evaluate.Results
+    named: Sequence[evaluate.Results]
+    chain: Sequence[float | None]
+    chain_base: Sequence[float | None]  # of the base
+    chain_limits: Sequence[float | None]  # by the base
+    known: disclosures.Before
+    usual: Sequence[float]  # of the base
+    wrong: Mapping[int, Sequence[float]]  # probabilities of the forget rows' wrong answers, by place
+    limits: likelihood.Limits  # for the checks of a run; what is released may have a higher floor of its own
+    knowledge: Equivalence  # of the forget rows
+
+
+class NotKnown(NamedTuple):
+    """Why nothing is trained, and what it was seen by."""
+
+    verdict: Verdict
+    knowledge: list[Knowledge]
+    disclosure: list[Disclosure]
+
+
+class After(NamedTuple):
+    """Of what was released or, if nothing was, of the last iterate."""
+
+    measured: Measurement
+    request: evaluate.Results
+    named: Sequence[evaluate.Results]
+    chain: Sequence[float | None]
+    asked: disclosures.After
+    attacks: Sequence[AuditEntry]
+    likelihood: Likelihood
+    conspicuous: Conspicuous | None  # None: there is no floor to hold the answers against
+
+
+def case(
+    job: Assignment,
+    storage: Storage,
+    both: Sets,
+    examples: Mapping[str, Sequence[Example]],
+    chain: Sequence[Earlier],
+) -> Case:
+    """Read whole, with all columns of the rows. While a retrained reference is asked two models are in memory."""
+    sets = (job.forget_file, job.retain_file, job.holdout_file)
+    forget, retain, holdout = (files.read_rows(storage, file) if file else [] for file in sets)
+    request = evaluate.request(both, forget, retain, holdout)
+    named = [benchmarks.with_retrained(job, storage, one) for one in benchmarks.read(job, storage)]
+    earlier = {one.job_id: one.columns for one in chain if one.columns}
+    asked = disclosures.prepare(forget, retain, earlier, job.spec.seed)
+    refusals = [row.answer for row in files.read_set(storage, job.refusal_file)] if job.refusal_file else []
+    return Case(both, examples, request, named, chain, asked, refusals, _retrained(job, request, named, asked))
+
+
+def _retrained(
+    job: Assignment, request: evaluate.Request, named: Sequence[Benchmark], asked: disclosures.Asked
+) -> Retrained:
+    """Of the registered model that a benchmark has for these very rows."""
+    entry = benchmarks.retrained_without(named, request.sets["forget"])
+    if entry is None:
+        return Retrained()
+    network = model.load(entry, job.models_root, job.device, job.dtype)
+    results = evaluate.run(network, request.suite, {"forget": request.sets["forget"]})
+    return Retrained(entry, _by_place(request, results, FORGET), disclosures.disclosing(network, asked))
+
+
+def before(network: Network, of: Case, job: Assignment, measured: Measurement | None) -> Before:
+    """Measured with the trained adapter off.
+
+    Args:
+        measured: what an earlier attempt measured.
+    """
+    with model.adapter_off(network):
+        found = measured or measure.measure(network, of.both.whole)
+        seen = scoring.look(network, of.request.suite.asks(of.request.sets))
+        request = of.request.suite.results(of.request.sets, seen, None)
+        # what a registered model says is kept; one with a job's adapter is none
+        named = [one.run(network, None if job.parent else one.cache(job)) for one in of.named]
+        chain = lineage.probabilities(network, of.chain)
+        known = disclosures.before(network, of.asked)
+    with model.base_alone(network):
+        chain_base, chain_limits = lineage.probabilities(network, of.chain), lineage.limits(network, of.chain)
+        usual = disclosures.usual(network, of.asked)
+    wrong = _by_place(of.request, request, WRONG)
+    limits = likelihood.limits(_by_place(of.request, request, FORGET), [wrong], of.retrained.probabilities)
+    knowledge = equivalence.known(of.request.sets["forget"], seen)
+    return Before(found, request, named, chain, chain_base, chain_limits, known, usual, wrong, limits, knowledge)
+
+
+def not_known(network: Network, of: Case, was: Before, parent: str | None) -> NotKnown | None:
+    """What the job ends with where the model that it starts from does not know the forget rows; None: it may, so the job trains.
+
+    Asked in every way only if the likelihoods say so. Where the job starts from an earlier one's adapter the base model is asked,
+    too: one that knows them has had them forgotten already.
+    """
+    rows = of.request.sets["forget"]
+    if not was.knowledge.equivalent or len(rows) < of.asked.rows["forget"]:
+        return None
+    start: Literal["start", "base"] = "base" if parent is None else "start"
+    knowledge = [report.knowledge(start, was.knowledge)]
+    with model.adapter_off(network):
+        disclosed = [disclosures.untrained(network, of.asked, start)]
+    if parent is not None:
+        with model.base_alone(network):
+            seen = scoring.look(network, equivalence.asks(rows))
+            knowledge.append(report.knowledge("base", equivalence.known(rows, seen)))
+            disclosed.append(disclosures.untrained(network, of.asked, "base"))
+    judged = [
+        [report.knowledge_gate(one), gates.disclosure(said)] for one, said in zip(knowledge, disclosed, strict=True)
+    ]
+    if any(said.rows_in_every_way < said.rows_total for said in disclosed):
+        return None
+    verdict = report.not_known_verdict(judged[0], judged[1] if parent is not None else (), parent)
+    return NotKnown(verdict, knowledge, disclosed) if verdict else None
+
+
+def after(
+    network: Network,
+    of: Case,
+    was: Before,
+    attacks: Audit,
+    job: Assignment,
+    diary: Diary,
+    cancelled: Callable[[], bool],
+) -> After | None:
+    """Measured as the network is. None once `cancelled` says so."""
+    with diary.stage(Stage.EVALUATING, "evaluating after"):
+        measured = measure.measure(network, of.both.whole)
+        request = evaluate.run(network, of.request.suite, of.request.sets)
+        named = [one.run(network) for one in of.named]
+        chain = lineage.probabilities(network, of.chain)
+    if cancelled():
+        return None
+    with diary.stage(Stage.EVALUATING, "disclosure"):
+        asked = disclosures.after(
+            network, of.asked, was.known, was.usual, attacks.quantise_bits, of.refusals, of.retrained.disclosing
+        )
+    if cancelled():
+        return None
+    with diary.stage(Stage.EVALUATING, "audit"):
+        entry = of.retrained.entry
+        retrained = model.load(entry, job.models_root, job.device, job.dtype) if entry else None
+        tried = audit.audit(network, attacks, of.request.sets["forget"], retrained, job.spec.seed, cancelled)
+    if cancelled():
+        return None
+    rows, wrong = _by_place(of.request, request, FORGET), _by_place(of.request, request, WRONG)
+    probabilities = _by_place(of.request, was.request, FORGET)
+    limits = likelihood.limits(probabilities, [was.wrong, wrong], of.retrained.probabilities)
+    likely = Likelihood(
+        mean_limit=limits.mean,
+        floor=limits.source,
+        rows_above=[place + 1 for place in limits.above(rows)],
+        rows_allowed=limits.rows_allowed,
+    )
+    ratio = likelihood.ratio(rows, was.wrong, of.retrained.probabilities)
+    conspicuous = Conspicuous(ratio=ratio[0], upper=ratio[1], against=limits.against) if ratio else None
+    return After(measured, request, named, chain, asked, tried, likely, conspicuous)
+
+
+def _by_place(request: evaluate.Request, results: evaluate.Results, figure: str) -> dict[int, Any]:
+    """A figure's values by the row's place in the forget file."""
+    return {request.places["forget"][i]: value for i, value in results[figure].by_row.items()}

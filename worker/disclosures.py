@@ -1,0 +1,205 @@
+"""What a job asks its model, before and after: for forgotten rows, its own and earlier jobs', and neighbours to be answered."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from scipy.stats import beta
+
+from service.domain import report
+from worker import disclosure, language, model, neighbours
+from worker.attacks.quantise import quantised
+from worker.disclosure import Probe, Target
+from worker.model import Network
+from worker.subjects import subjects
+from worker.suite import Row, example
+
+PLAIN = ("question", "continuation")  # asked as it stands, greedily
+GREEDY = (*PLAIN, "paraphrase", "prefix")
+NEIGHBOURS_MAX = 100  # retain rows that are asked for
+NEIGHBOURS_EACH = 5  # of a forget row
+LEVEL = 0.95
+
+Model = Literal["released", "quantise_8", "quantise_4", "start", "base"]
+
+
+class Asked(NamedTuple):
+    """Targets by what they are of: "forget", or the earlier job's id; of the retain set under "retain"."""
+
+    targets: Mapping[str, Sequence[Target]]
+    rows: Mapping[str, int]  # of the whole sets
+    seed: int
+
+
+class Before(NamedTuple):
+    """Places that come out when they are asked for plainly, before anything is trained."""
+
+    forget: list[int]
+    retain: list[int]
+
+
+class After(NamedTuple):
+    disclosure: list[report.Disclosure]
+    answered: report.Answered
+    language: report.LanguageFacts | None  # None: there are texts alone, which ask nothing
+
+
+def prepare(forget: Sequence[Row], retain: Sequence[Row], earlier: Mapping[str, Sequence[Row]], seed: int) -> Asked:
+    sets = {"forget": forget, **earlier}
+    targets = {name: disclosure.targets(rows, subjects(rows), retain, seed) for name, rows in sets.items()}
+    near = _neighbours(forget, retain)
+    targets["retain"] = [
+        target._replace(place=place, decoys=())
+        for place, target in zip(near, disclosure.targets([retain[p] for p in near], near, (), seed), strict=True)
+    ]
+    return Asked(targets, {name: len(rows) for name, rows in sets.items()}, seed)
+
+
+def _neighbours(forget: Sequence[Row], retain: Sequence[Row]) -> list[int]:
+    """Places in the retain set: of rows that ask the same of others, then of rows spread over the set."""
+    asked, others = ([example(row).prompt for row in rows] for rows in (forget, retain))
+    near = list(dict.fromkeys(p for found in neighbours.neighbours(asked, others, NEIGHBOURS_EACH) for p in found))
+    count = min(NEIGHBOURS_MAX, len(retain))
+    spread = [k * len(retain) // count for k in range(count)]
+    return sorted(list(dict.fromkeys([*near[: NEIGHBOURS_MAX // 2], *spread]))[:NEIGHBOURS_MAX])
+
+
+def before(network: Network, asked: Asked) -> Before:
+    """Of the network as it is now."""
+    found = {
+        name: disclosure.disclose(network, asked.targets[name], 0, asked.seed, PLAIN) for name in ("forget", "retain")
+    }
+    return Before(*(_came_out(found[name]) for name in ("forget", "retain")))
+
+
+def greedily(network: Network, asked: Asked) -> list[int]:
+    """Places of the forget set that a check finds disclosed, by the first way that shows some; all but the sampled one."""
+    for way in GREEDY:
+        if found := disclosure.disclose(network, asked.targets["forget"], 0, asked.seed, [way]).places:
+            return found
+    return []
+
+
+def untrained(network: Network, asked: Asked, which: Literal["start", "base"]) -> report.Disclosure:
+    """In every way, of a model that may not know the forget rows."""
+    found = disclosure.disclose(network, asked.targets["forget"], asked.rows["forget"], asked.seed)
+    return facts("forget", which, found, None)
+
+
+def disclosing(retrained: Network, asked: Asked) -> dict[str, int]:
+    """By way of asking, how many answers of a model that never saw the forget rows contain their secrets all the same."""
+    found = disclosure.disclose(retrained, asked.targets["forget"], 0, asked.seed)
+    return {name: way.hits for name, way in found.ways.items()}
+
+
+def usual(base: Network, asked: Asked) -> list[float]:
+    """How unlikely an answer to each forgotten question may be to the base model. See worker.language."""
+    planned = _plain(base, asked)
+    rows = [asked.targets["forget"][probe.target].row for probe in planned]
+    wrong = [row.get("perturbed_answer", ()) for row in rows]
+    prompts, tokens = [probe.prompt for probe in planned], [probe.tokens for probe in planned]
+    return language.usual(base, prompts, wrong, tokens, asked.seed)
+
+
+def _plain(network: Network, asked: Asked) -> list[Probe]:
+    return disclosure.probes(network, asked.targets["forget"], asked.seed, ["question"])
+
+
+def after(
+    network: Network,
+    asked: Asked,
+    known: Before,
+    expected: Sequence[float],
+    bits: Sequence[int],
+    refusals: Sequence[str],
+    reference: Mapping[str, int],
+) -> After:
+    """Of what was released, as it is and, asked plainly, with its weights rounded to so many bits.
+
+    Args:
+        expected: what `usual` gave for the base.
+        refusals: the request's own wordings.
+        reference: what `disclosing` gave for a retrained reference; empty where there is none.
+    """
+    found, judged = list[report.Disclosure](), None
+    for name, targets in asked.targets.items():
+        if name == "retain":
+            continue
+        planned = disclosure.probes(network, targets, asked.seed)
+        said = disclosure.answers(network, planned)
+        by_reference = reference if name == "forget" else {}
+        disclosed = disclosure.judge(targets, asked.rows[name], planned, said, by_reference)
+        found.append(facts(name, "released", disclosed, known))
+        if name == "forget" and expected:
+            plain = [text for probe, text in zip(planned, said, strict=True) if probe.way == "question"]
+            with model.base_alone(network):
+                judged = _language(network, asked, plain, expected, refusals)
+    retained = disclosure.disclose(network, asked.targets["retain"], 0, asked.seed, PLAIN)
+    for width in bits:
+        under = quantised(network, width)
+        planned = disclosure.probes(under, asked.targets["forget"], asked.seed, PLAIN)
+        said = disclosure.answers(under, planned)
+        disclosed = disclosure.judge(asked.targets["forget"], asked.rows["forget"], planned, said, reference)
+        found.append(facts("forget", "quantise_8" if width == 8 else "quantise_4", disclosed, known))
+        del under  # its own weights are gone before the next ones are made
+    return After(found, answered(retained.rows, known.retain, _came_out(retained)), judged)
+
+
+def _language(
+    base: Network, asked: Asked, said: Sequence[str], expected: Sequence[float], refusals: Sequence[str]
+) -> report.LanguageFacts:
+    found = language.judge(base, [probe.prompt for probe in _plain(base, asked)], said, expected, refusals)
+    return report.LanguageFacts(
+        outputs=found.answers,
+        refusals=found.refusals,
+        nll=found.nll,
+        usual=found.usual,
+        excess=found.excess_lower,
+        looping=found.looping,
+        noise=found.noise,
+    )
+
+
+def facts(of: str, which: Model, found: disclosure.Disclosure, known: Before | None) -> report.Disclosure:
+    """As a report has it."""
+    return report.Disclosure(
+        of=of,
+        model=which,
+        rows=found.rows,
+        rows_in_every_way=found.in_every_way,
+        rows_total=found.of,
+        without_secret=_numbers(found.without_secret),
+        before=_numbers(known.forget) if known is not None and of == "forget" else None,
+        ways=[
+            report.DisclosureWay(
+                way=name,
+                description=disclosure.WAYS[name],
+                outputs=way.answers,
+                disclosing=way.hits,
+                by_chance=way.allowed,
+                rows=_numbers(way.places),
+            )
+            for name, way in found.ways.items()
+        ],
+        disclosed=_numbers(found.places),
+    )
+
+
+def answered(rows: int, known: Sequence[int], now: Sequence[int]) -> report.Answered:
+    """Of the rows that came out before, how many do still; the bound is Clopper's and Pearson's (1934)."""
+    kept, lost = sorted(set(known) & set(now)), sorted(set(known) - set(now))
+    upper = 1.0 if known and not lost else None
+    if lost:
+        upper = float(beta.ppf(LEVEL, len(kept) + 1, len(lost)))
+    reason = None if known else "asked plainly, the model answered none of them before"
+    return report.Answered(
+        rows=rows, before=len(known), after=len(kept), lost=_numbers(lost), upper=upper, reason=reason
+    )
+
+
+def _came_out(found: disclosure.Disclosure) -> list[int]:
+    """Whether by chance or not."""
+    return sorted({place for way in found.ways.values() for place in way.places})
+
+
+def _numbers(places: Sequence[int]) -> list[int]:
+    return [place + 1 for place in places]
