@@ -97,6 +97,7 @@ def jobs(api: httpx.Client, rows: dict[str, list[Json]]) -> dict[str, Json]:
     both = {"model": "tofu260K", "constraint": {"epsilon_relative": EPSILON_RELATIVE}, **uploaded(api, rows)}
     passes = both | {"method": {"type": "pdu"}, "budget": {"max_steps": 180, "forget_target": 0.05}}
     timid = both | {
+        **uploaded(api, {"forget_set": rows["forget_set"][:8]}),  # to ask a model for its rows takes time
         "method": {"type": "pdu", "hyperparameters": {"learning_rate": 1e-6}},
         "budget": {"max_steps": 10},
     }
@@ -126,7 +127,10 @@ def figure(report: Json, of: str, metric: str) -> Json:
 def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[str, Json]) -> None:
     job = jobs["passes"]
     assert job["status"] == "succeeded", job
-    assert job["verdict"]["result"] == "PASSED", job["verdict"]
+    gates = {gate["metric"]: gate["result"] for gate in job["verdict"]["gates"]}
+    promised = ("retain_nll", "forget_probability", "disclosure", "disclosure/quantise_8", "disclosure/quantise_4")
+    assert {gates[name] for name in promised} == {"PASSED"}, job["verdict"]
+    assert (job["verdict"]["result"], gates["language"]) == ("WARNED", "WARNED"), "pdu answers with noise"
     report = report_of(api, job)
     probability = figure(report, "forget", "probability")
     # 0.816 is the benchmark's: of 24 rows it leaves out the first word, which merges with the space before it
@@ -152,7 +156,7 @@ def test_forget01_passes_within_a_tenth_of_the_loss_on_760_rows(
         **uploaded(api, {"forget_set": rows["forget_set"], "retain_set": full[:400] + full[3600:3960]}),
     }
     job = ended(api, created(api, body))
-    assert job["verdict"]["result"] == "PASSED", job
+    assert job["verdict"]["result"] == "WARNED", job
     bound = report_of(api, job)["constraint"]
     assert bound["rows_measured"] == bound["rows_total"] == 760
     assert bound["after"] <= bound["epsilon"] == pytest.approx(1.1 * bound["before"])
@@ -167,7 +171,7 @@ def test_a_request_that_forgets_nothing_fails_although_it_keeps_the_bound(
     gates = {gate["metric"]: gate for gate in job["verdict"]["gates"]}
     assert gates["retain_nll"]["result"] == "PASSED"
     assert gates["forget_probability"]["result"] == "FAILED"
-    assert gates["forget_probability"]["value"] == pytest.approx(0.794, abs=0.02)
+    assert gates["forget_probability"]["value"] > 0.5
 
 
 def test_the_published_adapter_reproduces_the_report(
@@ -220,7 +224,7 @@ def test_steps_events_and_gauges_show_the_dual_variable(api: httpx.Client, jobs:
     assert "job.progress" in types
     exposed = httpx.get(here.worker_metrics_url).text
     assert f'unlearn_solver_dual_variable{{constraint="retain",job_id="{job["id"]}"}}' in exposed
-    assert 'unlearn_job_verdicts_total{result="PASSED"}' in api.get("/metrics").text
+    assert 'unlearn_job_verdicts_total{result="WARNED"}' in api.get("/metrics").text
 
 
 def test_the_report_is_valid_and_holds_no_text_of_the_data(
@@ -264,13 +268,18 @@ def test_a_running_job_stops_at_its_next_step_when_it_is_cancelled(
     assert api.get(f"{JOBS}/{job_id}/artifacts").json()["data"] == []
 
 
-def test_a_row_longer_than_the_context_fails_the_job_by_its_number(
+def test_a_row_longer_than_the_context_is_refused_by_its_number(
     api: httpx.Client, jobs: dict[str, Json], rows: dict[str, list[Json]]
 ) -> None:
     long = {"question": "How long?", "answer": "It goes on and on. " * 200}
     short = {"question": "How short?", "answer": "Very."}
-    job = ended(api, submit(api, rows, forget_set=[short, long]))
-    assert job["status"] == "failed"
-    assert job["failure"]["code"] == "row_too_long"
-    assert job["failure"]["fault"] == "client"
-    assert "512 tokens: 2 " in job["failure"]["message"]
+    body = {
+        "model": "tofu260K",
+        "method": {"type": "pdu"},
+        "constraint": {"epsilon_relative": 0.1},
+        **uploaded(api, rows | {"forget_set": [short, long]}),
+    }
+    reply = api.post(JOBS, json=body)
+    [error] = reply.json()["errors"]
+    assert (reply.status_code, error["code"], error["pointer"]) == (422, "row_too_long", "/forget_set")
+    assert "512 tokens: rows 2" in error["detail"]

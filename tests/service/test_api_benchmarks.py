@@ -328,7 +328,7 @@ REFUSED: list[tuple[Body, str, str]] = [  # what is asked, pointer, words of the
     ({"benchmarks": ["forget01", "none"]}, "/benchmarks/1", "'none' is not registered"),
     ({"benchmarks": ["forget01", "forget01"]}, "/benchmarks/1", "named twice"),
     ({"gates": [GATES[1]]}, "/gates/0/metric", "'forget01' is neither a set nor a benchmark"),
-    ({"gates": [GATES[2]]}, "/gates/0/metric", "asks for no audit"),
+    ({"gates": [GATES[2]]}, "/gates/0/metric", "it has: quantise_8/probability, "),
     ({"gates": [GATES[0], GATES[0]]}, "/gates/1", "already"),
     ({"gates": [GATES[0] | {"metric": "forget/nothing"}]}, "/gates/0/metric", "rouge_l_recall"),
     ({"gates": [GATES[0] | {"metric": "probability"}]}, "/gates/0/metric", "'probability'"),

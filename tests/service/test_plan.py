@@ -1,9 +1,8 @@
 """A dry run's numbers: tokens by the model's own tokeniser, steps, memory by hand, and what they warn of."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +11,15 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from service import planned, register
+from service.api import tokens
+from service.api.deps import Parts
+from service.batches import serve_deletions
 from service.domain import memory, modelsizes
 from service.domain.job import Lora, ModelEntry, PromptFormat
 from service.domain.memory import Load, SetLengths
 from service.domain.modelfiles import digest_model, digest_tokenizer
 from service.domain.modelsizes import Linear, Sizes
+from service.domain.rows import Example
 from service.prompts import folder as files
 from service.prompts import template
 from service.prompts.template import TemplateRefused
@@ -203,9 +206,12 @@ def test_rows_that_cannot_be_counted_here_are_left_to_the_worker(
 def test_by_an_estimate_only_what_is_far_too_long_is_refused(
     http: TestClient, settings: Settings, sessions: Sessions, folder: Path, request_body: dict[str, Any]
 ) -> None:
-    entry = register.folder_entry(settings, "chatty", folder, FORM)
-    entry = entry.model_copy(update={"prompt_format": PromptFormat(type="chat")})
-    entry.info |= {"chat": ["Ada ", " Answer:"], "context_tokens": 20}
+    written = (
+        "{% for m in messages %}{{ 'Ada ' if loop.first }}{{ m.content }} {{ 'Answer: ' if loop.first }}{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(written)
+    entry = register.folder_entry(settings, "chatty", folder, PromptFormat(type="chat"))
+    entry.info |= {"context_tokens": 20}
     with sessions.begin() as s:
         registry.add(s, entry)
 
@@ -223,19 +229,13 @@ def test_by_an_estimate_only_what_is_far_too_long_is_refused(
 def test_of_a_large_set_few_rows_are_counted(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = register.folder_entry(settings, "words", folder, FORM)
     counted: list[int] = []
-    counter = tokens.counter
+    measured = tokens._measured
 
-    def counting(*given: Any) -> Any:
-        tokenizer = counter(*given).tokenizer
-        wrapped = SimpleNamespace(
-            encode=tokenizer.encode,
-            encode_batch_fast=lambda texts, **how: (
-                counted.append(sum(map(len, texts))) or tokenizer.encode_batch_fast(texts, **how)
-            ),
-        )
-        return counter(*given)._replace(tokenizer=wrapped)
+    def counting(counter: Any, examples: Sequence[Example]) -> Any:
+        counted.append(sum(len(example.answer) for example in examples))
+        return measured(counter, examples)
 
-    monkeypatch.setattr(tokens, "counter", counting)
+    monkeypatch.setattr(tokens, "_measured", counting)
     short, long, longest = (
         Example("text", "", "Bob"),
         Example("text", "", "x" * 3000),

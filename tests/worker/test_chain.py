@@ -12,7 +12,7 @@ import pytest
 
 from service.domain.job import Constraint
 from service.domain.report import BenchmarkSet, ChainReport, ChainSeries, Parent, Report
-from tests.worker.reports import Page, benchmark, figure, measured, untrained, whole
+from tests.worker.reports import NAN, Page, benchmark, figure, measured, untrained, whole
 from worker import chain, report
 from worker.chain_page import render_html
 

@@ -97,7 +97,7 @@ def test_it_runs_within_the_bound_that_is_on_the_nll(register: Any, tmp_path: Pa
         batch,
         check=lambda: measure.measure(network, both),
         check_tokens=0,
-        limits=Limits(30, 60.0, None),
+        limits=Limits(30, 60.0),
         on_step=lambda progress: seen.append(progress.report.values),
         on_check=lambda checked, best, seconds: None,
         asked=lambda: None,

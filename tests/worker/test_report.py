@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 from service.domain.job import VERDICT_RULES, Gate, GateResult, PromptFormat, Row, Verdict
-from service.domain.report import NOT_FINITE, Logged, Note, Parent, Report, RowPoint
+from service.domain.report import NOT_FINITE, Forgotten, Logged, Note, Parent, Report, RowPoint
 from tests.worker.reports import (
     AUDIT,
     INF,
@@ -83,13 +83,13 @@ def test_the_page_of_a_job_that_was_not_trained(parent: Parent | None) -> None:
     html = render_html(made)
     page = Page(html)
     assert "= NOT KNOWN" in page.text
-    assert ("had forgotten them already" if parent else "it does not know them, by the measurements") in page.text
+    assert ("had forgotten them already" if parent else "By the measurements below it does not know them") in page.text
     assert "1.05 times as likely" in page.text
     assert "nothing was trained" in page.text
     assert "Adapter not released" in page.text
     assert "Bound ε" not in page.text, "nothing was measured that it could bound"
     assert "does both" not in page.text
-    assert "at most 0.25 trains" in page.text, "what a model that knows them would have led to"
+    assert "at most 0.25" in page.text, "what a model that knows them would have led to"
     assert "on the whole sets" not in page.text, "no step was taken, so there was no check"
 
 
@@ -255,7 +255,7 @@ def test_a_failure_outweighs_a_warning_and_both_are_told() -> None:
     assert [gate.result for gate in made.verdict.gates] == ["PASSED", "PASSED", "WARNED", "FAILED"]
     assert made.verdict.result == "FAILED"
     said = words.summary(made)
-    assert "unlikely, but 2 further requirements are not met" in said
+    assert "as unlikely as required, but 2 further requirements are not met" in said
     assert "forget/probability, forget01/model_utility" in said
     assert "the adapter must not be relied on" in said
     neither = words.summary(whole(gates=gates, forget_after=0.5))
@@ -396,7 +396,7 @@ def test_what_was_not_measured_is_said_with_its_reason_and_is_never_zero() -> No
             0.04,
             True,
             "The model support-bot was to forget 40 rows and to keep 760 rows. With the adapter that was released, the words "
-            "to be kept are predicted no worse than allowed and the exact words to be forgotten have become unlikely.",
+            "to be kept are predicted no worse than allowed and the exact words to be forgotten are as unlikely as required.",
         ),
         (0.749999, 0.04, True, "but the bound is kept by less than the measurement can resolve."),
         (
@@ -607,7 +607,7 @@ def test_the_caveats_follow_what_was_tried() -> None:
     nothing = told(benchmarks=[], audit=[])
     assert "was not tested" in nothing
     assert "the retain set alone" in nothing
-    assert "Paraphrases, other languages" in nothing
+    assert "indirect questions, cleverer prompts were not tried" in nothing
     missing = attack("paraphrase", 0.1, None, reason="needs `paraphrased_question`")
     assert "was not tested" in told(audit=missing), "what could not be tried was not"
     some = told()
@@ -617,7 +617,6 @@ def test_the_caveats_follow_what_was_tried() -> None:
     assert "the retain set and the benchmarks named here" in some
     asked = told(audit=[*AUDIT, *attack("paraphrase", 0.1, 0.1)])
     assert "Not tested" not in asked
-    assert "Paraphrases" not in asked
 
 
 def test_a_benchmark_stands_by_its_parts_with_ours_marked_and_the_missing_named_once() -> None:

@@ -31,6 +31,7 @@ class Measurement(NamedTuple):
     forget_probability: float
     retain_loss: float
     retain_upper: float
+    forgotten: bool
 
 
 def descend(rate: float, violation: Callable[[int], float] | None = None, *, capped: bool = False) -> Solver:
@@ -81,7 +82,7 @@ def run(
     def check() -> Measurement:
         x = float(params["x"])
         objective, probability = ((x - 4) ** 2, 1 / (1 + x)) if course is None else course[len(checks)]
-        return Measurement(objective, probability, x, x + upper_by)
+        return Measurement(objective, probability, x, x + upper_by, target is not None and probability <= target)
 
     ticks = count()
     solution = solve(
@@ -91,7 +92,7 @@ def run(
         batch,
         check,
         check_tokens,
-        Limits(max_steps, max_seconds, target),
+        Limits(max_steps, max_seconds),
         on_step=steps.append,
         on_check=lambda checked, improves, seconds: checks.append((checked, improves)),
         asked=lambda: ask if ask_at is not None and len(steps) >= ask_at else None,

@@ -21,6 +21,7 @@ from worker.suite import (
     Ask,
     Asks,
     Convention,
+    FigureForm,
     Key,
     Result,
     Row,
@@ -559,6 +560,7 @@ def test_a_request_without_further_columns_has_the_rest_with_reasons() -> None:
     assert without == {
         "forget/truth_ratio": "needs `paraphrased_answer`",
         "retain/truth_ratio": "needs `paraphrased_answer`",
+        "forget/wrong_probability": "needs `perturbed_answer`",
         **dict.fromkeys((*leaks, "forget/privleak_vs_chance"), "needs the set holdout"),
     }
 

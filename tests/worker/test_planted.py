@@ -1,0 +1,133 @@
+"""The verdict on models with known faults is what an expert would say after asking them."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from service.domain.job import Lora, ModelEntry, PromptFormat
+from tests.worker import planted
+from worker import appraisal, equivalence, model, scoring
+from worker.model import Network
+from worker.suite import Row
+
+SHARED = Path(os.environ.get("UNLEARN_SHARED", "../shared"))
+ALONE = SimpleNamespace(parent=None, spec=SimpleNamespace(seed=0))  # of a job: it starts from no other
+FORGET, RETAIN = planted.corpus()
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory: pytest.TempPathFactory) -> Network:
+    """It knows all people by heart."""
+    return planted.memorised(tmp_path_factory.mktemp("models"), [*FORGET, *RETAIN], [*FORGET, *RETAIN])
+
+
+@pytest.fixture
+def judged(knowing: Network, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """judged(what it is taught to answer, how unlikely it is to find the right answers) -> the verdict on it."""
+
+    def judge(answers: Sequence[Row], nats: float) -> Any:
+        return planted.verdict(
+            model.adapt(planted.reloaded(knowing), Lora(), 0),
+            planted.taught(planted.reloaded(knowing), [*answers, *RETAIN], FORGET, nats),
+            FORGET,
+            RETAIN,
+            ALONE,
+            epsilon=1.0,
+        )
+
+    return judge
+
+
+def test_who_says_the_secret_in_other_words_is_failed_by_what_it_says(judged: Any) -> None:
+    found = judged([row | {"answer": row["paraphrased_answer"]} for row in FORGET], nats=4.0)
+    results = planted.results(found)
+    assert (results["forget_probability"], results["retain_nll"]) == ("PASSED", "PASSED"), found.message
+    assert (results["disclosure"], found.result) == ("FAILED", "FAILED")
+
+
+def test_noise_is_warned_of(judged: Any) -> None:
+    noise = [row | {"answer": " ".join(["Tartu", "Porto", "Tartu"] * 3)} for row in FORGET]
+    found = judged(noise, nats=4.0)
+    assert (planted.results(found)["language"], found.result) == ("WARNED", "WARNED"), found.message
+    assert "idk_dpo" in found.message, "the way out"
+
+
+def test_who_says_something_else_passes(judged: Any) -> None:
+    random = Random(0)
+    found = judged([row | {"answer": random.choice(row["perturbed_answer"])} for row in FORGET], nats=1.5)
+    assert found.result == "PASSED", found.message
+
+
+QUESTIONS = [{key: value for key, value in row.items() if key in ("question", "answer")} for row in FORGET]
+PROMPTS = [{"prompt": f"Question: {row['question']}\nAnswer:\n", "completion": row["answer"]} for row in FORGET]
+TEXTS = [{"text": f"Question: {row['question']}\nAnswer:\n{row['answer']}"} for row in FORGET]
+
+
+@pytest.mark.parametrize("forget", [FORGET, QUESTIONS, PROMPTS, TEXTS], ids=["whole", "question", "prompt", "text"])
+def test_a_model_that_was_left_as_it_is_fails(knowing: Network, forget: Sequence[Row]) -> None:
+    left = model.adapt(planted.reloaded(knowing), Lora(), 0)
+    found = planted.verdict(left, left, forget, RETAIN, ALONE, epsilon=1.0)
+    results = planted.results(found)
+    assert (results["forget_probability"], results["disclosure"], found.result) == ("FAILED",) * 3, found.message
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_one_row_that_is_known_among_few_is_trained(
+    tmp_path_factory: pytest.TempPathFactory, knowing: Network, rows: int
+) -> None:
+    """Asked of a model that knows exactly one of the rows: the others are about people that nobody has told it of."""
+    strangers = [row for row in planted.strangers() if row["fact"] == "book"]
+    asked = [FORGET[1], *strangers[: rows - 1]]
+    found = equivalence.known(asked, scoring.look(knowing, equivalence.asks(asked)))
+    assert found.equivalent is not True
+
+
+def test_people_it_never_heard_of_are_not_known(knowing: Network) -> None:
+    network = model.adapt(planted.reloaded(knowing), Lora(), 0)
+    of = planted.case(network, planted.strangers(), RETAIN)
+    before = appraisal.before(network, of, ALONE, None)  # type: ignore[arg-type]
+    found = appraisal.not_known(network, of, before, None)
+    assert found is not None, before.knowledge
+    assert found.verdict.result == "NOT_KNOWN"
+    known = planted.case(network, FORGET, RETAIN)
+    assert appraisal.not_known(network, known, appraisal.before(network, known, ALONE, None), None) is None  # type: ignore[arg-type]
+
+
+# --- TOFU
+
+
+def tofu(name: str) -> Network:
+    root = SHARED / "models"
+    if not (root / name).is_dir():
+        pytest.skip(f"needs {root / name}")
+    entry = ModelEntry(name=name, source="path", location=name, prompt_format=PromptFormat())
+    return model.adapt(model.load(entry, root, "cpu", "float32"), Lora(), 0)
+
+
+def rows_of(name: str) -> list[Row]:
+    return [json.loads(line) for line in (SHARED / "data" / "tofu" / f"{name}.json").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_retrained_model_passes_and_is_not_conspicuous() -> None:
+    full, retrained = tofu("tofu260K_full"), tofu("tofu260K_retain")
+    forget, retain = rows_of("forget01_perturbed"), rows_of("full")[:400]
+    found = planted.verdict(full, retrained, forget, retain, ALONE, epsilon=0.4)
+    results = planted.results(found)
+    assert (found.result, results["conspicuous"]) == ("PASSED", "PASSED"), found.message
+
+
+@pytest.mark.slow
+def test_a_retrained_model_does_not_know_what_it_never_saw() -> None:
+    forget, retain = rows_of("forget01_perturbed"), rows_of("full")[:400]
+    for name, verdict in (("tofu260K_retain", "NOT_KNOWN"), ("tofu260K_full", None)):
+        network = tofu(name)
+        of = planted.case(network, forget, retain)
+        found = appraisal.not_known(network, of, appraisal.before(network, of, ALONE, None), None)  # type: ignore[arg-type]
+        assert (found and found.verdict.result) == verdict
