@@ -24,7 +24,7 @@ from rich.table import Table
 
 from service import register
 from service.client import Client, Job, Step
-from service.domain.job import PromptFormat
+from service.domain.job import RELEASED, PromptFormat
 from service.local import Stack, stack
 from service.processes import free_port, interruptible, running, tail
 from service.settings import Settings
@@ -40,7 +40,15 @@ RECORDS = 10  # lines of the solve that stay on the screen
 OURS = ".demo"  # marks a folder that a later demo may remove
 REQUEST: Json = {
     "model": MODEL,
-    "method": {"type": "pdu", "hyperparameters": {}},
+    # Towards a distribution without the answer, by primal-dual steps: of what is here it keeps so small a model in its language.
+    "method": {
+        "type": "custom",
+        "hyperparameters": {
+            "forget": {"type": "undial"},
+            "retain": {"type": "nll"},
+            "solver": {"type": "primal_dual"},
+        },
+    },
     "constraint": {"epsilon_relative": 0.25},
     "budget": {"max_steps": 200, "max_seconds": 90},
     "audit": {"relearn_steps": 10},
@@ -49,7 +57,7 @@ REQUEST: Json = {
 
 
 def demo(folder: Path, seed: int = 0) -> int:
-    """Exit status: 0 only if the verdict is PASSED. Raises RuntimeError if a process that is needed does not run."""
+    """Exit status: 0 only if the verdict is PASSED or WARNED. Raises RuntimeError if a process that is needed does not run."""
     console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
     with (
         interruptible(),
@@ -73,7 +81,7 @@ def demo(folder: Path, seed: int = 0) -> int:
     report = json.loads((folder / "report.json").read_text())
     _tell(report, folder, console)
     console.print(f"\n{time.monotonic() - began:.0f} s in all; every process that was started has ended.")
-    return 0 if report["verdict"]["result"] == "PASSED" else 1
+    return 0 if report["verdict"]["result"] in RELEASED else 1
 
 
 @contextmanager
@@ -184,6 +192,7 @@ def _tell(report: Json, folder: Path, console: Console) -> None:
         table.add_row(figure["set"], figure["metric"], *numbers, figure["better"] or "")
     console.print(table)
     _tell_audit(report["audit"], console)
+    _tell_disclosure(report["disclosure"], console)
     verdict = report["verdict"]
     colour = {"PASSED": "green", "WARNED": "yellow"}.get(verdict["result"], "red")
     console.print(f"[bold {colour}]{verdict['result']}[/]  {verdict['message']}")
@@ -204,6 +213,18 @@ def _tell_audit(audit: list[Json], console: Console) -> None:
         if entry["metric"] == "probability":
             numbers = ["-" if entry[who] is None else f"{entry[who]:.3g}" for who in ("base", "released", "attacked")]
             table.add_row(entry["attack"], *numbers)
+    console.print(table)
+
+
+def _tell_disclosure(disclosure: list[Json], console: Console) -> None:
+    """How often the model gave a row away, by way of asking."""
+    table = Table(
+        "weights", "asked by", "answers", "give a row away", "by chance", title="asked for the forgotten rows"
+    )
+    for found in disclosure:
+        for way in found["ways"]:
+            numbers = (way["outputs"], way["disclosing"], f"up to {way['by_chance']}")
+            table.add_row(found["model"], way["description"], *map(str, numbers))
     console.print(table)
 
 
