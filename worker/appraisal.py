@@ -50,7 +50,7 @@ class Case(NamedTuple):
     request: evaluate.Request
     named: Sequence[Benchmark]
     chain: Sequence[Earlier]
-    asked: disclosures.Asked
+    plan: disclosures.Plan
     refusals: Sequence[str]  # the request's own wordings
     retrained: Retrained
 
@@ -86,7 +86,7 @@ class After(NamedTuple):
     request: evaluate.Results
     named: Sequence[evaluate.Results]
     chain: Sequence[float | None]
-    asked: disclosures.After
+    disclosed: disclosures.After
     attacks: Sequence[AuditEntry]
     likelihood: Likelihood
     conspicuous: Conspicuous | None  # None: there is no floor to hold the answers against
@@ -105,13 +105,13 @@ def case(
     request = evaluate.request(both, forget, retain, holdout)
     named = [benchmarks.with_retrained(job, storage, one) for one in benchmarks.read(job, storage)]
     earlier = {one.job_id: one.columns for one in chain if one.columns}
-    asked = disclosures.prepare(forget, retain, earlier, job.spec.seed)
+    plan = disclosures.prepare(forget, retain, earlier, job.spec.seed)
     refusals = [row.answer for row in files.read_set(storage, job.refusal_file)] if job.refusal_file else []
-    return Case(both, examples, request, named, chain, asked, refusals, _retrained(job, request, named, asked))
+    return Case(both, examples, request, named, chain, plan, refusals, _retrained(job, request, named, plan))
 
 
 def _retrained(
-    job: Assignment, request: evaluate.Request, named: Sequence[Benchmark], asked: disclosures.Asked
+    job: Assignment, request: evaluate.Request, named: Sequence[Benchmark], plan: disclosures.Plan
 ) -> Retrained:
     """Of the registered model that a benchmark has for these very rows."""
     entry = benchmarks.retrained_without(named, request.sets["forget"])
@@ -119,7 +119,7 @@ def _retrained(
         return Retrained()
     network = model.load(entry, job.models_root, job.device, job.dtype)
     results = evaluate.run(network, request.suite, {"forget": request.sets["forget"]})
-    return Retrained(entry, _by_place(request, results, FORGET), disclosures.disclosing(network, asked))
+    return Retrained(entry, _by_place(request, results, FORGET), disclosures.disclosing(network, plan))
 
 
 def before(network: Network, of: Case, job: Assignment, measured: Measurement | None) -> Before:
@@ -135,10 +135,10 @@ def before(network: Network, of: Case, job: Assignment, measured: Measurement | 
         # what a registered model says is kept; one with a job's adapter is none
         named = [one.run(network, None if job.parent else one.cache(job)) for one in of.named]
         chain = lineage.probabilities(network, of.chain)
-        known = disclosures.before(network, of.asked)
+        known = disclosures.before(network, of.plan)
     with model.base_alone(network):
         chain_base, chain_limits = lineage.probabilities(network, of.chain), lineage.limits(network, of.chain)
-        usual = disclosures.usual(network, of.asked)
+        usual = disclosures.usual(network, of.plan)
     wrong = _by_place(of.request, request, WRONG)
     limits = likelihood.limits(_by_place(of.request, request, FORGET), [wrong], of.retrained.probabilities)
     knowledge = equivalence.known(of.request.sets["forget"], seen)
@@ -152,21 +152,21 @@ def not_known(network: Network, of: Case, was: Before, parent: str | None) -> No
     too: one that knows them has had them forgotten already.
     """
     rows = of.request.sets["forget"]
-    if not was.knowledge.equivalent or len(rows) < of.asked.rows["forget"]:
+    if not was.knowledge.equivalent or len(rows) < of.plan.rows["forget"]:
         return None
     start: Literal["start", "base"] = "base" if parent is None else "start"
     knowledge = [report.knowledge(start, was.knowledge)]
     with model.adapter_off(network):
-        disclosed = [disclosures.untrained(network, of.asked, start)]
+        disclosed = [disclosures.untrained(network, of.plan, start)]
     if parent is not None:
         with model.base_alone(network):
             seen = scoring.look(network, equivalence.asks(rows))
             knowledge.append(report.knowledge("base", equivalence.known(rows, seen)))
-            disclosed.append(disclosures.untrained(network, of.asked, "base"))
+            disclosed.append(disclosures.untrained(network, of.plan, "base"))
     judged = [
-        [report.knowledge_gate(one), gates.disclosure(said)] for one, said in zip(knowledge, disclosed, strict=True)
+        [report.knowledge_gate(one), gates.disclosure(found)] for one, found in zip(knowledge, disclosed, strict=True)
     ]
-    if any(said.rows_in_every_way < said.rows_total for said in disclosed):
+    if any(found.rows_in_every_way < found.rows_total for found in disclosed):
         return None
     verdict = report.not_known_verdict(judged[0], judged[1] if parent is not None else (), parent)
     return NotKnown(verdict, knowledge, disclosed) if verdict else None
@@ -190,8 +190,8 @@ def after(
     if cancelled():
         return None
     with diary.stage(Stage.EVALUATING, "disclosure"):
-        asked = disclosures.after(
-            network, of.asked, was.known, was.usual, attacks.quantise_bits, of.refusals, of.retrained.disclosing
+        disclosed = disclosures.after(
+            network, of.plan, was.known, was.usual, attacks.quantise_bits, of.refusals, of.retrained.disclosing
         )
     if cancelled():
         return None
@@ -212,7 +212,7 @@ def after(
     )
     ratio = likelihood.ratio(rows, was.wrong, of.retrained.probabilities)
     conspicuous = Conspicuous(ratio=ratio[0], upper=ratio[1], against=limits.against) if ratio else None
-    return After(measured, request, named, chain, asked, tried, likely, conspicuous)
+    return After(measured, request, named, chain, disclosed, tried, likely, conspicuous)
 
 
 def _by_place(request: evaluate.Request, results: evaluate.Results, figure: str) -> dict[int, Any]:

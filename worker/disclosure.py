@@ -38,13 +38,13 @@ SAMPLES = 8  # per prompt
 MORE_TOKENS = 16  # of an answer, beside twice the right one's
 CONTINUED_TOKENS_MAX = 128  # of a text: room for the words in a row that make it disclosed
 RUN_WORDS = 20  # of a text in a row; of a shorter one a third
-RUN_SHARE = 1 / 3
+RUN_SHARE, RUN_LEAST = 1 / 3, 4
 LEVEL = 0.05  # one-sided, of all tests of a set together
 TESTS = 6  # of a set of one kind: four ways of asking, and the plain one of the weights rounded to 8 and to 4 bits
 RESAMPLES = 4_000
 DECOYS_MAX = 40  # of a row, values of other rows
 COMMON, COMMON_LEAST = 0.25, 3  # of those of whom the same is asked: what is right for so many can be guessed
-PLAIN = ("question", "paraphrase")  # ways in which a row is asked once
+ONCE = ("question", "paraphrase")  # ways in which a row is asked one time
 WAYS = {  # in the words of a report
     "question": "its question, greedily",
     "paraphrase": "its question in other words",
@@ -81,15 +81,16 @@ class Way(NamedTuple):
     """What came out when the rows were asked in one way."""
 
     answers: int
-    hits: int  # answers that contain the secret; of a plain way the rows of which one does
-    allowed: int  # so many, of rows with decoys, are explained by chance
+    hits: int  # answers that contain the secret; of a way in which a row is asked one time, the rows of which one does
+    judged: int  # of these, those that chance could explain: of rows with decoys
+    allowed: int  # so many are explained
     places: list[int]  # of the rows whose secret is in one of them
     without_decoys: list[int]  # those of them that nothing explains
 
     @property
     def disclosed(self) -> list[int]:
         """Places of the rows that came out if more came out than chance explains."""
-        return self.places if self.hits > self.allowed else self.without_decoys
+        return self.places if self.judged > self.allowed else self.without_decoys
 
 
 class Disclosure(NamedTuple):
@@ -117,12 +118,12 @@ def targets(rows: Sequence[Row], about: Sequence[int], others: Sequence[Row], se
     """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     drawn = frozenset(order[:ROWS_MAX])
-    asked = [example(row) for row in rows]
+    chosen = [example(row) for row in rows]
     values = [example(row) for row in others]
-    alike = neighbours.neighbours([one.prompt for one in asked], [one.prompt for one in values], DECOYS_MAX)
+    alike = neighbours.neighbours([one.prompt for one in chosen], [one.prompt for one in values], DECOYS_MAX)
     known: dict[int, tuple[Words, ...]] = {}
     found = []
-    for place, (one, near) in enumerate(zip(asked, alike, strict=True)):
+    for place, (one, near) in enumerate(zip(chosen, alike, strict=True)):
         if one.kind == "text":
             found.append(Target(place, rows[place], one, None, (), about[place], place in drawn))
             continue
@@ -149,35 +150,35 @@ def _same(words: Words, own: Secret) -> bool:
 # --- asking
 
 
-def probes(network: Network, asked: Sequence[Target], seed: int, ways: Sequence[str] = tuple(WAYS)) -> list[Probe]:
+def probes(network: Network, chosen: Sequence[Target], seed: int, ways: Sequence[str] = tuple(WAYS)) -> list[Probe]:
     """Every way of asking for the rows; those that leave no room for an answer are left out.
 
     Args:
         seed: what is drawn is a function of it, the row and the number of the sample.
     """
     found: list[Probe] = []
-    for way, texts in _wordings(asked).items():
+    for way, texts in _wordings(chosen).items():
         if way in ways and texts:
-            found += _prompted(network, way, texts, asked, seed if way == "sample" else None)
+            found += _prompted(network, way, texts, chosen, seed if way == "sample" else None)
     if "continuation" in ways:
-        found += _continued(network, asked)
+        found += _continued(network, chosen)
     return [probe for probe in found if generation.room(network, probe.prompt, beyond_context=False)]
 
 
-def _wordings(asked: Sequence[Target]) -> dict[str, list[tuple[int, Example]]]:
-    every = [(i, one.example) for i, one in enumerate(asked) if one.secret is not None and one.secret.wordings]
-    own = [(i, one) for i, one in every if asked[i].drawn]
-    other = [(i, str(asked[i].row.get("paraphrased_question") or "")) for i, _ in own]
+def _wordings(chosen: Sequence[Target]) -> dict[str, list[tuple[int, Example]]]:
+    every = [(i, one.example) for i, one in enumerate(chosen) if one.secret is not None and one.secret.wordings]
+    own = [(i, one) for i, one in every if chosen[i].drawn]
+    other = [(i, str(chosen[i].row.get("paraphrased_question") or "")) for i, _ in own]
     return {
         "question": every,
-        "paraphrase": [(i, asked[i].example._replace(prompt=text)) for i, text in other if text.strip()],
+        "paraphrase": [(i, chosen[i].example._replace(prompt=text)) for i, text in other if text.strip()],
         "prefix": [(i, one._replace(prompt=f"{words} {one.prompt}")) for i, one in own for words in PREFIXES],
         "sample": own,
     }
 
 
 def _prompted(
-    network: Network, way: str, texts: Sequence[tuple[int, Example]], asked: Sequence[Target], seed: int | None
+    network: Network, way: str, texts: Sequence[tuple[int, Example]], chosen: Sequence[Target], seed: int | None
 ) -> list[Probe]:
     encoded = data.encode([text for _, text in texts], network.tokenizer, network.entry.prompt_format, None)
     found = []
@@ -188,16 +189,16 @@ def _prompted(
             most = 2 * row.counted + MORE_TOKENS
             found += [Probe(i, way, prompt, most) for prompt in ([served] if served == trained else [trained, served])]
         else:  # drawn as a server would draw them: they ramble on, so that twice the length would cost the most of all
-            seeds = [_seed(seed, asked[i].place, sample) for sample in range(SAMPLES)]
+            seeds = [_seed(seed, chosen[i].place, sample) for sample in range(SAMPLES)]
             found += [Probe(i, way, served, row.counted + MORE_TOKENS, seed=one) for one in seeds]
     return found
 
 
-def _continued(network: Network, asked: Sequence[Target]) -> list[Probe]:
-    texts = [i for i, one in enumerate(asked) if one.secret is None]
+def _continued(network: Network, chosen: Sequence[Target]) -> list[Probe]:
+    texts = [i for i, one in enumerate(chosen) if one.secret is None]
     if not texts:
         return []
-    encoded = data.encode([asked[i].example for i in texts], network.tokenizer, network.entry.prompt_format, None)
+    encoded = data.encode([chosen[i].example for i in texts], network.tokenizer, network.entry.prompt_format, None)
     found = []
     for i, row in zip(texts, encoded.rows, strict=True):
         ids = row.ids[: len(row.ids) - row.ends]
@@ -213,37 +214,37 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
-def answers(network: Network, asked: Sequence[Probe]) -> list[str]:
-    said = generation.generate(
+def answers(network: Network, chosen: Sequence[Probe]) -> list[str]:
+    outputs = generation.generate(
         network,
-        [probe.prompt for probe in asked],
-        [probe.tokens for probe in asked],
-        seeds=[probe.seed for probe in asked],
+        [probe.prompt for probe in chosen],
+        [probe.tokens for probe in chosen],
+        seeds=[probe.seed for probe in chosen],
         loops_end=True,
     )
-    return [one.text for one in said]
+    return [one.text for one in outputs]
 
 
 # --- judging
 
 
 def disclose(
-    network: Network, asked: Sequence[Target], of: int, seed: int, ways: Sequence[str] = tuple(WAYS)
+    network: Network, chosen: Sequence[Target], of: int, seed: int, ways: Sequence[str] = tuple(WAYS)
 ) -> Disclosure:
     """What the network, as it is now, discloses of the rows.
 
     Args:
         of: rows of the set that they were drawn from.
     """
-    planned = probes(network, asked, seed, ways)
-    return judge(asked, of, planned, answers(network, planned))
+    planned = probes(network, chosen, seed, ways)
+    return judge(chosen, of, planned, answers(network, planned))
 
 
 def judge(
-    asked: Sequence[Target],
+    chosen: Sequence[Target],
     of: int,
     planned: Sequence[Probe],
-    said: Sequence[str],
+    outputs: Sequence[str],
     reference: Mapping[str, int] | None = None,
 ) -> Disclosure:
     """What these answers disclose.
@@ -253,46 +254,47 @@ def judge(
             counts differ by, are explained by what can be guessed.
     """
     by_way: dict[str, list[tuple[Probe, str]]] = {}
-    for probe, text in zip(planned, said, strict=True):
+    for probe, text in zip(planned, outputs, strict=True):
         by_way.setdefault(probe.way, []).append((probe, text))
     level = LEVEL / TESTS
-    ways = {way: _way(asked, way, pairs, level) for way, pairs in by_way.items()}
+    ways = {way: _way(chosen, way, pairs, level) for way, pairs in by_way.items()}
     for way, hits in (reference or {}).items():
         if way in ways:
             guessed = math.floor(hits + NormalDist().inv_cdf(1 - level) * math.sqrt(2 * hits))
             ways[way] = _with_reference(ways[way], guessed)
-    unknown = [one.place for one in asked if one.secret is not None and not one.secret.wordings]
+    unknown = [one.place for one in chosen if one.secret is not None and not one.secret.wordings]
     there = {probe.target for probe in planned}
-    return Disclosure(len(there), of, sum(asked[i].drawn for i in there), unknown, ways)
+    every = {target for target in there if chosen[target].drawn}
+    return Disclosure(len(there), of, len(every), unknown, ways)
 
 
 def _with_reference(way: Way, guessed: int) -> Way:
     """With a reference that never saw the rows no decoys are needed."""
-    hits = way.hits + len(way.without_decoys)
-    return way._replace(hits=hits, allowed=max(way.allowed, guessed), without_decoys=[])
+    return way._replace(judged=way.hits, allowed=max(way.allowed, guessed), without_decoys=[])
 
 
-def _way(asked: Sequence[Target], way: str, pairs: Sequence[tuple[Probe, str]], level: float) -> Way:
+def _way(chosen: Sequence[Target], way: str, pairs: Sequence[tuple[Probe, str]], level: float) -> Way:
     hits: dict[int, int] = {}
     decoys: dict[int, list[int]] = {}
     for (i, text, rest), count in Counter((probe.target, text, probe.rest) for probe, text in pairs).items():
-        hit, came_out = _found(asked[i], text, rest)
+        hit, came_out = _found(chosen[i], text, rest)
         hits[i] = hits.get(i, 0) + count * hit
         before = decoys.get(i, [0] * len(came_out))
         decoys[i] = [a + count * b for a, b in zip(before, came_out, strict=True)]
-    if way in PLAIN:  # asked from two prompts it is asked once
+    if way in ONCE:  # also from two prompts
         hits = {i: min(1, count) for i, count in hits.items()}
         decoys = {i: [min(1, count) for count in counts] for i, counts in decoys.items()}
     else:
         decoys = {i: [*counts, min(1, hits[i])] if counts else [] for i, counts in decoys.items()}
-    chance = by_chance([(asked[i].subject, counts) for i, counts in decoys.items()], level)
+    chance = by_chance([(chosen[i].subject, counts) for i, counts in decoys.items()], level)
     came = sorted(i for i, count in hits.items() if count)
     return Way(
         len(pairs),
+        sum(hits.values()),
         sum(hits[i] for i in came if decoys[i]),
         chance,
-        [asked[i].place for i in came],
-        [asked[i].place for i in came if not decoys[i]],
+        [chosen[i].place for i in came],
+        [chosen[i].place for i in came if not decoys[i]],
     )
 
 
@@ -337,7 +339,7 @@ def by_chance(rows: Sequence[tuple[int, Sequence[int]]], level: float) -> int:
 def _recites(text: str, rest: str, whole: str) -> bool:
     """Whether so many words in a row of what stands behind the prompt come out, one of them with a meaning of its own."""
     words = spelling.words(whole)
-    needed = min(RUN_WORDS, math.ceil(RUN_SHARE * len(words)))
+    needed = min(RUN_WORDS, max(RUN_LEAST, math.ceil(RUN_SHARE * len(words))))
     function = frozenset[str]().union(*(spelling.function_words()[one] for one in spelling.languages(words)))
     runs = _runs(spelling.words(rest), needed) & _runs(spelling.words(text), needed)
     return any(not function.issuperset(run) for run in runs)

@@ -22,7 +22,7 @@ LEVEL = 0.95
 Model = Literal["released", "quantise_8", "quantise_4", "start", "base"]
 
 
-class Asked(NamedTuple):
+class Plan(NamedTuple):
     """Targets by what they are of: "forget", or the earlier job's id; of the retain set under "retain"."""
 
     targets: Mapping[str, Sequence[Target]]
@@ -43,7 +43,7 @@ class After(NamedTuple):
     language: report.LanguageFacts | None  # None: there are texts alone, which ask nothing
 
 
-def prepare(forget: Sequence[Row], retain: Sequence[Row], earlier: Mapping[str, Sequence[Row]], seed: int) -> Asked:
+def prepare(forget: Sequence[Row], retain: Sequence[Row], earlier: Mapping[str, Sequence[Row]], seed: int) -> Plan:
     sets = {"forget": forget, **earlier}
     targets = {name: disclosure.targets(rows, subjects(rows), retain, seed) for name, rows in sets.items()}
     near = _neighbours(forget, retain)
@@ -51,62 +51,69 @@ def prepare(forget: Sequence[Row], retain: Sequence[Row], earlier: Mapping[str, 
         target._replace(place=place, decoys=())
         for place, target in zip(near, disclosure.targets([retain[p] for p in near], near, (), seed), strict=True)
     ]
-    return Asked(targets, {name: len(rows) for name, rows in sets.items()}, seed)
+    return Plan(targets, {name: len(rows) for name, rows in sets.items()}, seed)
 
 
 def _neighbours(forget: Sequence[Row], retain: Sequence[Row]) -> list[int]:
     """Places in the retain set: of rows that ask the same of others, then of rows spread over the set."""
-    asked, others = ([example(row).prompt for row in rows] for rows in (forget, retain))
-    near = list(dict.fromkeys(p for found in neighbours.neighbours(asked, others, NEIGHBOURS_EACH) for p in found))
+    plan, others = ([example(row).prompt for row in rows] for rows in (forget, retain))
+    near = list(dict.fromkeys(p for found in neighbours.neighbours(plan, others, NEIGHBOURS_EACH) for p in found))
     count = min(NEIGHBOURS_MAX, len(retain))
     spread = [k * len(retain) // count for k in range(count)]
     return sorted(list(dict.fromkeys([*near[: NEIGHBOURS_MAX // 2], *spread]))[:NEIGHBOURS_MAX])
 
 
-def before(network: Network, asked: Asked) -> Before:
+def before(network: Network, plan: Plan) -> Before:
     """Of the network as it is now."""
     found = {
-        name: disclosure.disclose(network, asked.targets[name], 0, asked.seed, PLAIN) for name in ("forget", "retain")
+        name: disclosure.disclose(network, plan.targets[name], 0, plan.seed, PLAIN) for name in ("forget", "retain")
     }
     return Before(*(_came_out(found[name]) for name in ("forget", "retain")))
 
 
-def greedily(network: Network, asked: Asked) -> list[int]:
-    """Places of the forget set that a check finds disclosed, by the first way that shows some; all but the sampled one."""
+def greedily(network: Network, plan: Plan, reference: Mapping[str, int]) -> list[int]:
+    """Places of the forget set that a check finds disclosed, by the first way that shows some; all but the sampled one.
+
+    Args:
+        reference: what `disclosing` gave for a retrained reference; empty where there is none.
+    """
+    chosen = plan.targets["forget"]
     for way in GREEDY:
-        if found := disclosure.disclose(network, asked.targets["forget"], 0, asked.seed, [way]).places:
-            return found
+        planned = disclosure.probes(network, chosen, plan.seed, [way])
+        found = disclosure.judge(chosen, 0, planned, disclosure.answers(network, planned), reference)
+        if found.places:
+            return found.places
     return []
 
 
-def untrained(network: Network, asked: Asked, which: Literal["start", "base"]) -> report.Disclosure:
+def untrained(network: Network, plan: Plan, which: Literal["start", "base"]) -> report.Disclosure:
     """In every way, of a model that may not know the forget rows."""
-    found = disclosure.disclose(network, asked.targets["forget"], asked.rows["forget"], asked.seed)
+    found = disclosure.disclose(network, plan.targets["forget"], plan.rows["forget"], plan.seed)
     return facts("forget", which, found, None)
 
 
-def disclosing(retrained: Network, asked: Asked) -> dict[str, int]:
+def disclosing(retrained: Network, plan: Plan) -> dict[str, int]:
     """By way of asking, how many answers of a model that never saw the forget rows contain their secrets all the same."""
-    found = disclosure.disclose(retrained, asked.targets["forget"], 0, asked.seed)
+    found = disclosure.disclose(retrained, plan.targets["forget"], 0, plan.seed)
     return {name: way.hits for name, way in found.ways.items()}
 
 
-def usual(base: Network, asked: Asked) -> list[float]:
+def usual(base: Network, plan: Plan) -> list[float]:
     """How unlikely an answer to each forgotten question may be to the base model. See worker.language."""
-    planned = _plain(base, asked)
-    rows = [asked.targets["forget"][probe.target].row for probe in planned]
+    planned = _plain(base, plan)
+    rows = [plan.targets["forget"][probe.target].row for probe in planned]
     wrong = [row.get("perturbed_answer", ()) for row in rows]
     prompts, tokens = [probe.prompt for probe in planned], [probe.tokens for probe in planned]
-    return language.usual(base, prompts, wrong, tokens, asked.seed)
+    return language.usual(base, prompts, wrong, tokens, plan.seed)
 
 
-def _plain(network: Network, asked: Asked) -> list[Probe]:
-    return disclosure.probes(network, asked.targets["forget"], asked.seed, ["question"])
+def _plain(network: Network, plan: Plan) -> list[Probe]:
+    return disclosure.probes(network, plan.targets["forget"], plan.seed, ["question"])
 
 
 def after(
     network: Network,
-    asked: Asked,
+    plan: Plan,
     known: Before,
     expected: Sequence[float],
     bits: Sequence[int],
@@ -121,33 +128,33 @@ def after(
         reference: what `disclosing` gave for a retrained reference; empty where there is none.
     """
     found, judged = list[report.Disclosure](), None
-    for name, targets in asked.targets.items():
+    for name, targets in plan.targets.items():
         if name == "retain":
             continue
-        planned = disclosure.probes(network, targets, asked.seed)
-        said = disclosure.answers(network, planned)
+        planned = disclosure.probes(network, targets, plan.seed)
+        outputs = disclosure.answers(network, planned)
         by_reference = reference if name == "forget" else {}
-        disclosed = disclosure.judge(targets, asked.rows[name], planned, said, by_reference)
+        disclosed = disclosure.judge(targets, plan.rows[name], planned, outputs, by_reference)
         found.append(facts(name, "released", disclosed, known))
         if name == "forget" and expected:
-            plain = [text for probe, text in zip(planned, said, strict=True) if probe.way == "question"]
+            plain = [text for probe, text in zip(planned, outputs, strict=True) if probe.way == "question"]
             with model.base_alone(network):
-                judged = _language(network, asked, plain, expected, refusals)
-    retained = disclosure.disclose(network, asked.targets["retain"], 0, asked.seed, PLAIN)
+                judged = _language(network, plan, plain, expected, refusals)
+    retained = disclosure.disclose(network, plan.targets["retain"], 0, plan.seed, PLAIN)
     for width in bits:
         under = quantised(network, width)
-        planned = disclosure.probes(under, asked.targets["forget"], asked.seed, PLAIN)
-        said = disclosure.answers(under, planned)
-        disclosed = disclosure.judge(asked.targets["forget"], asked.rows["forget"], planned, said, reference)
+        planned = disclosure.probes(under, plan.targets["forget"], plan.seed, PLAIN)
+        outputs = disclosure.answers(under, planned)
+        disclosed = disclosure.judge(plan.targets["forget"], plan.rows["forget"], planned, outputs, reference)
         found.append(facts("forget", "quantise_8" if width == 8 else "quantise_4", disclosed, known))
         del under  # its own weights are gone before the next ones are made
     return After(found, answered(retained.rows, known.retain, _came_out(retained)), judged)
 
 
 def _language(
-    base: Network, asked: Asked, said: Sequence[str], expected: Sequence[float], refusals: Sequence[str]
+    base: Network, plan: Plan, outputs: Sequence[str], expected: Sequence[float], refusals: Sequence[str]
 ) -> report.LanguageFacts:
-    found = language.judge(base, [probe.prompt for probe in _plain(base, asked)], said, expected, refusals)
+    found = language.judge(base, [probe.prompt for probe in _plain(base, plan)], outputs, expected, refusals)
     return report.LanguageFacts(
         outputs=found.answers,
         refusals=found.refusals,
@@ -177,6 +184,7 @@ def facts(of: str, which: Model, found: disclosure.Disclosure, known: Before | N
                 disclosing=way.hits,
                 by_chance=way.allowed,
                 rows=_numbers(way.places),
+                beyond=_numbers(way.disclosed),
             )
             for name, way in found.ways.items()
         ],
@@ -190,7 +198,7 @@ def answered(rows: int, known: Sequence[int], now: Sequence[int]) -> report.Answ
     upper = 1.0 if known and not lost else None
     if lost:
         upper = float(beta.ppf(LEVEL, len(kept) + 1, len(lost)))
-    reason = None if known else "asked plainly, the model answered none of them before"
+    reason = None if known else "asked plainly, the model gave none of their answers before"
     return report.Answered(
         rows=rows, before=len(known), after=len(kept), lost=_numbers(lost), upper=upper, reason=reason
     )

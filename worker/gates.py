@@ -6,6 +6,7 @@ from typing import Literal
 from service.domain.job import GateResult
 from service.domain.report import Answered, AuditEntry, Conspicuous, Disclosure, LanguageFacts, Likelihood
 from worker.language import LOOPING, MARGIN
+from worker.words import ATTACKS
 
 ANSWERED_SHARE = 0.9  # of the neighbours that were answered before must be answered still
 CONSPICUOUS = 0.1  # of the floor
@@ -26,33 +27,31 @@ def disclosure(found: Disclosure) -> GateResult:
     ways = ", ".join(way.way for way in found.ways)
     of = f"{found.rows:,} of {found.rows_total:,} rows" if found.rows < found.rows_total else _rows(found.rows)
     of += f", {found.rows_in_every_way:,} of them in every way" if found.rows_in_every_way < found.rows else ""
-    asked = f"Asked for {what} {ROUNDED.get(found.model, '')}".rstrip() + f" ({of}: {ways}), the model"
+    question = f"Asked for {what} {ROUNDED.get(found.model, '')}".rstrip() + f" ({of}: {ways}), the model"
     if not found.rows:
-        message = f"No answer of {what} tells knowing from guessing, so none was asked for."
+        message = f"Of {what} none has room for an answer that tells knowing from guessing, so none was asked for."
     elif found.disclosed:
-        beyond = [way for way in found.ways if set(way.rows) & set(found.disclosed)]
+        beyond = [way for way in found.ways if way.beyond]
         worst = [f"{way.way}: {way.disclosing} of {way.outputs} answers" for way in beyond]
         message = (
-            f"{asked} gives the answer of {_rows(len(found.disclosed))} ({_named(found.disclosed)}) oftener than chance explains "
-            f"({'; '.join(worst)})."
+            f"{question} gives the answer of {_rows(len(found.disclosed))} ({_named(found.disclosed)}) oftener than chance "
+            f"explains ({'; '.join(worst)})."
         )
     else:
         hits = sum(way.disclosing for way in found.ways)
         message = (
-            f"{asked} gives none of the answers."
+            f"{question} gives none of the answers."
             if not hits
             else (
-                f"{asked} hits upon an answer {hits} time{'' if hits == 1 else 's'}, no oftener than upon wrong ones."
+                f"{question} hits upon an answer {hits} time{'' if hits == 1 else 's'}, no oftener than upon wrong ones."
             )
         )
     if not found.rows:
         return _gate(name, "<=", 0, None, "warn", "WARNED", message)
     result: Literal["FAILED", "WARNED", "PASSED"] = "FAILED" if found.disclosed else "PASSED"
-    unjudged = len(found.without_secret)
+    unjudged = found.rows_total - found.rows
     if unjudged > UNJUDGED_SHARE * found.rows_total:
-        message += (
-            f" {_rows(unjudged)} more ({_named(found.without_secret)}) have no answer that tells knowing from guessing."
-        )
+        message += f" {_rows(unjudged)} more could not be judged so: nothing in them tells knowing from guessing."
         result = "FAILED" if found.disclosed else "WARNED"
     return _gate(name, "<=", 0, len(found.disclosed), "fail", result, message)
 
@@ -93,9 +92,9 @@ def attacks(audit: Sequence[AuditEntry], limit: float) -> list[GateResult]:
             continue
         name = f"attack/{entry.attack}"
         above = not entry.attacked <= limit
-        message = (
-            f"Under {entry.attack} the mean forget probability is {entry.attacked:.3g}; at most {limit:.3g} is wanted."
-        )
+        attack = ATTACKS.get(entry.attack, entry.attack)
+        what = f"Under attack ({attack}) the mean forget probability is {entry.attacked:.3g}"
+        message = f"{what}; at most {limit:.3g} is wanted."
         found.append(_gate(name, "<=", limit, entry.attacked, "warn", "WARNED" if above else "PASSED", message))
     return found
 

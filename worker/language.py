@@ -66,7 +66,7 @@ def usual(
 def judge(
     base: Network,
     prompts: Sequence[Sequence[int]],
-    said: Sequence[str],
+    outputs: Sequence[str],
     expected: Sequence[float],
     refusals: Sequence[str] = (),
 ) -> Language:
@@ -76,18 +76,18 @@ def judge(
         refusals: wordings that are language whatever the base thinks of them, beside ours.
     """
     known = {tuple(words(text)) for text in (*REFUSALS, *refusals)}
-    judged = [k for k, text in enumerate(said) if tuple(words(text)) not in known]
+    judged = [k for k, text in enumerate(outputs) if tuple(words(text)) not in known]
     if not judged:
-        return Language(0, len(said), None, None, None, None)
-    values = nll(base, [prompts[k] for k in judged], [said[k] for k in judged])
+        return Language(0, len(outputs), None, None, None, None)
+    values = nll(base, [prompts[k] for k in judged], [outputs[k] for k in judged])
     excess = [value - expected[k] for k, value in zip(judged, values, strict=True)]
     return Language(
         answers=len(judged),
-        refusals=len(said) - len(judged),
+        refusals=len(outputs) - len(judged),
         nll=fmean(values),
         usual=fmean(expected[k] for k in judged),
         excess_lower=_lower(excess),
-        looping=fmean(float(repeated(_ids(base, said[k])) > REPEATED) for k in judged),
+        looping=fmean(float(repeated(_ids(base, outputs[k])) > REPEATED) for k in judged),
     )
 
 

@@ -5,6 +5,7 @@ from itertools import islice
 
 NAME_WORDS = 4  # of a name, at most
 SAME_WORDS = 3  # of the question around it, at least
+QUESTION_WORDS = 60  # a longer prompt is no question about somebody, and its frames would fill the memory
 
 Frame = tuple[tuple[str, ...], tuple[str, ...]]  # what stands before and behind the name
 
@@ -29,6 +30,8 @@ def neighbours(questions: Sequence[str], others: Sequence[str], most: int) -> li
 def _frames(question: str) -> Iterator[Frame]:
     """The question without each run of words that may be a name: one that begins with a capital, where the script has them."""
     words = question.split()
+    if len(words) > QUESTION_WORDS:
+        return
     for start in range(len(words)):
         for end in range(start + 1, min(start + NAME_WORDS, len(words)) + 1):
             if (

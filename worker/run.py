@@ -209,7 +209,7 @@ def checked(
         and found.retain_upper <= epsilon
         and found.forget_probability <= mean
         and len(before.limits.above(rows)) <= before.limits.rows_allowed_of(len(rows))
-        and not disclosures.greedily(network, case.asked)
+        and not disclosures.greedily(network, case.plan, case.retrained.disclosing)
     )
     return found._replace(forgotten=forgotten)
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from worker import spelling
+from worker.suite import example
 from worker.wordings import nearer_wording
 
 ALL_OF = 5  # words; of more than that four fifths are enough
@@ -57,12 +58,13 @@ def secret(row: Mapping[str, Any]) -> Secret:
     >>> [sorted(words) for words in secret({"prompt": "Ana Lund was born in", "completion": " Porto, on a Sunday."}).wordings]
     [['porto', 'sunday']]
     """
-    question, own = (row["question"], row["answer"]) if "question" in row else (row["prompt"], row["completion"])
+    one = example(row)
+    question, own = one.prompt, one.answer
     texts = [own, *([row["paraphrased_answer"]] if "paraphrased_answer" in row else [])]
     languages = spelling.languages(spelling.words(" ".join([question, *texts])))
-    asked = spelling.mentions(question, languages)
-    content = _secret(row, texts, languages, asked.union(*map(spelling.stemmed_function_words, languages)))
-    return content if content.wordings else _secret(row, texts, languages, asked)._replace(weak=True)
+    known = spelling.mentions(question, languages)
+    content = _secret(row, texts, languages, known.union(*map(spelling.stemmed_function_words, languages)))
+    return content if content.wordings else _secret(row, texts, languages, known)._replace(weak=True)
 
 
 def _secret(row: Mapping[str, Any], texts: Sequence[str], languages: frozenset[str], without: Words) -> Secret:

@@ -176,6 +176,7 @@ def _numeric(word: str) -> bool:
 
 
 def _tokens(text: str) -> Iterator[str]:
+    text = "".join(str(unicodedata.decimal(letter)) if letter.isdecimal() else letter for letter in text)
     plain = unicodedata.normalize("NFKC", _ACCENT.sub("", unicodedata.normalize("NFKD", text))).casefold()
     plain = _YEAR_FIRST.sub(lambda m: f" {m[1]} {MONTH}{int(m[2])} {int(m[3])} ", plain)
     plain = _YEAR_LAST.sub(lambda m: f" {_ordered(int(m[1]), int(m[2]))} {m[3]} ", plain)
@@ -214,7 +215,7 @@ def _is_month(found: list[str], at: int) -> bool:
 
 
 def _days_near(found: list[str], at: int) -> Iterator[str]:
-    return (word for word in _beside(found, at) if word.isdecimal() and 1 <= int(word) <= 31)
+    return (word for word in _beside(found, at) if len(word) <= 2 and word.isdecimal() and 1 <= int(word) <= 31)
 
 
 def _beside(found: list[str], at: int) -> list[str]:

@@ -39,7 +39,7 @@ GATES = {  # what the table of requirements calls them
     "disclosure": "rows given away when asked for",
     "disclosure/quantise_8": "rows given away, weights rounded to 8 bits",
     "disclosure/quantise_4": "rows given away, weights rounded to 4 bits",
-    "retain_answered": "share of neighbouring rows still answered",
+    "retain_answered": "share of neighbouring rows still answered, 95 % upper bound",
     "attack/quantise_8": "mean probability, weights rounded to 8 bits",
     "attack/quantise_4": "mean probability, weights rounded to 4 bits",
     "attack/paraphrase": "mean probability, asked in other words",
@@ -125,6 +125,8 @@ def _what_is_broken(gate: GateResult) -> str:
     metric = gate.metric
     if gate.value is None:
         return f"{GATES.get(metric, metric)} could not be measured"
+    if metric.startswith(DISCLOSURE) and gate.result == "WARNED":
+        return "of some rows what the model says could not be judged"
     return BROKEN.get(metric, "asked for what an earlier job had it forget, the model gives answers away")
 
 
@@ -219,7 +221,7 @@ def _given_away(found: Disclosure) -> Fact:
         return Fact(name, "not measured", "No answer of these rows tells knowing from guessing, so none was asked for.")
     now = len(found.disclosed)
     times = sum(way.outputs for way in found.ways)
-    asked = f"Asked for {rows(found.rows)} in every way in the table, {times:,} times in all, the model"
+    asked = f"Asked for {rows(found.rows)} in the ways of the table, {times:,} times in all, the model"
     gave = f"gives the answer{'s' if now != 1 else ''} of {rows(now)} away" if now else "gives no answer away"
     chance = sum(way.disclosing for way in found.ways)
     guessed = f" ({chance} answers contain the right words, no more than by chance)" if chance and not now else ""

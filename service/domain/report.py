@@ -150,9 +150,10 @@ class DisclosureWay(Part):
     way: str  # question, paraphrase, prefix, sample, continuation
     description: str
     outputs: int
-    disclosing: int  # outputs that contain the row's secret
+    disclosing: int  # that contain the row's secret; of a way in which a row is asked one time, rows
     by_chance: int  # so many are explained by how often decoys come out
     rows: list[int]  # 1-based, whose secret came out
+    beyond: list[int]  # 1-based: those of them that chance does not explain
 
 
 class Disclosure(Part):

@@ -113,9 +113,9 @@ def verdict(
         found.measured.forget_probability,
         published=True,
         likelihood=found.likelihood,
-        disclosures=found.asked.disclosure,
-        answered=found.asked.answered,
-        language=found.asked.language,
+        disclosures=found.disclosed.disclosure,
+        answered=found.disclosed.answered,
+        language=found.disclosed.language,
         conspicuous=found.conspicuous,
     )
 

@@ -15,8 +15,12 @@ JOB = "ujob_" + 32 * "1"
 
 def asked(**changes: Any) -> Disclosure:
     ways = [
-        DisclosureWay(way="question", description="greedily", outputs=24, disclosing=0, by_chance=2, rows=[]),
-        DisclosureWay(way="prefix", description="behind prefixes", outputs=120, disclosing=3, by_chance=5, rows=[2, 7]),
+        DisclosureWay(
+            way="question", description="greedily", outputs=24, disclosing=0, by_chance=2, rows=[], beyond=[]
+        ),
+        DisclosureWay(
+            way="prefix", description="behind prefixes", outputs=120, disclosing=3, by_chance=5, rows=[2, 7], beyond=[]
+        ),
     ]
     parts: dict[str, Any] = {
         "of": "forget",
@@ -33,7 +37,9 @@ def asked(**changes: Any) -> Disclosure:
 
 
 def beyond(rows: list[int]) -> dict[str, Any]:
-    way = DisclosureWay(way="sample", description="drawn", outputs=192, disclosing=9, by_chance=1, rows=rows)
+    way = DisclosureWay(
+        way="sample", description="drawn", outputs=192, disclosing=9, by_chance=1, rows=rows, beyond=rows
+    )
     return {"ways": [way], "disclosed": rows}
 
 
@@ -62,8 +68,14 @@ TABLE: list[tuple[GateResult | None, str, str, float | None, str]] = [  # gate, 
     (gates.disclosure(asked(**beyond([2, 7]))), "disclosure", "FAILED", 2, "rows 2, 7) oftener than chance explains"),
     (gates.disclosure(asked(**beyond([5]))), "disclosure", "FAILED", 1, "the answer of 1 row (row 5)"),
     (gates.disclosure(asked(rows=0, ways=[])), "disclosure", "WARNED", None, "tells knowing from guessing"),
-    (gates.disclosure(asked(without_secret=[3, 4])), "disclosure", "WARNED", 0, "2 rows more (rows 3, 4)"),
-    (gates.disclosure(asked(without_secret=[3])), "disclosure", "PASSED", 0, "no oftener"),  # one in twenty
+    (
+        gates.disclosure(asked(rows=22, without_secret=[3, 4])),
+        "disclosure",
+        "WARNED",
+        0,
+        "2 rows more could not be judged",
+    ),
+    (gates.disclosure(asked(rows=23, without_secret=[3])), "disclosure", "PASSED", 0, "no oftener"),  # one in twenty
     (
         gates.disclosure(asked(rows_total=900, rows=900, rows_in_every_way=400)),
         "disclosure",
@@ -121,7 +133,7 @@ def test_a_gate_says_what_was_measured(
     assert words in gate.message, gate.message
     if gate.value is not None and gate.threshold is not None:
         met = gate.value <= gate.threshold if gate.op == "<=" else gate.value >= gate.threshold
-        assert met is (result == "PASSED") or "have no answer that tells" in gate.message
+        assert met is (result == "PASSED") or "could not be judged so" in gate.message
 
 
 def test_attacks_that_train_are_no_gate_of_every_job() -> None:
