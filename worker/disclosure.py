@@ -214,12 +214,12 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
-def answers(network: Network, chosen: Sequence[Probe]) -> list[str]:
+def answers(network: Network, planned: Sequence[Probe]) -> list[str]:
     outputs = generation.generate(
         network,
-        [probe.prompt for probe in chosen],
-        [probe.tokens for probe in chosen],
-        seeds=[probe.seed for probe in chosen],
+        [probe.prompt for probe in planned],
+        [probe.tokens for probe in planned],
+        seeds=[probe.seed for probe in planned],
         loops_end=True,
     )
     return [one.text for one in outputs]

@@ -56,8 +56,8 @@ def prepare(forget: Sequence[Row], retain: Sequence[Row], earlier: Mapping[str, 
 
 def _neighbours(forget: Sequence[Row], retain: Sequence[Row]) -> list[int]:
     """Places in the retain set: of rows that ask the same of others, then of rows spread over the set."""
-    plan, others = ([example(row).prompt for row in rows] for rows in (forget, retain))
-    near = list(dict.fromkeys(p for found in neighbours.neighbours(plan, others, NEIGHBOURS_EACH) for p in found))
+    questions, others = ([example(row).prompt for row in rows] for rows in (forget, retain))
+    near = list(dict.fromkeys(p for found in neighbours.neighbours(questions, others, NEIGHBOURS_EACH) for p in found))
     count = min(NEIGHBOURS_MAX, len(retain))
     spread = [k * len(retain) // count for k in range(count)]
     return sorted(list(dict.fromkeys([*near[: NEIGHBOURS_MAX // 2], *spread]))[:NEIGHBOURS_MAX])
