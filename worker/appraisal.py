@@ -163,11 +163,11 @@ def not_known(network: Network, of: Case, was: Before, parent: str | None) -> No
             seen = scoring.look(network, equivalence.asks(rows))
             knowledge.append(report.knowledge("base", equivalence.known(rows, seen)))
             disclosed.append(disclosures.untrained(network, of.plan, "base"))
+    if any(found.rows_in_every_way < found.rows_total for found in disclosed):
+        return None
     judged = [
         [report.knowledge_gate(one), gates.disclosure(found)] for one, found in zip(knowledge, disclosed, strict=True)
     ]
-    if any(found.rows_in_every_way < found.rows_total for found in disclosed):
-        return None
     verdict = report.not_known_verdict(judged[0], judged[1] if parent is not None else (), parent)
     return NotKnown(verdict, knowledge, disclosed) if verdict else None
 
