@@ -96,6 +96,16 @@ def encode(
     return _checked(examples, rows, prompt_ids, context_tokens)
 
 
+def end_of_turn(tokenizer: Any, prompt_format: PromptFormat) -> int | None:
+    """The token that ends an answer of a model as it is served: the chat template's end of turn, else the end of sequence.
+
+    Of an end of turn in ordinary tokens it is the end of sequence, as it is in the rows that are trained on. None: the tokeniser
+    has none. Raises JobFailure as `encode`.
+    """
+    (row,) = encode([Example("question", template.QUESTION, template.ANSWER)], tokenizer, prompt_format, None).rows
+    return row.ids[-1] if row.ends else None
+
+
 def encode_as_benchmark(
     examples: Sequence[Example], tokenizer: Any, prompt_format: PromptFormat, convention: Convention
 ) -> Encoded:

@@ -221,6 +221,7 @@ def answers(network: Network, planned: Sequence[Probe]) -> list[str]:
         [probe.tokens for probe in planned],
         seeds=[probe.seed for probe in planned],
         loops_end=True,
+        end_of_turn=data.end_of_turn(network.tokenizer, network.entry.prompt_format),
     )
     return [one.text for one in outputs]
 

@@ -5,7 +5,7 @@ last said what it says now. Of these guesses stand those that the model, having 
 token is the model's own (Leviathan et al. 2023, arXiv 2211.17192; guesses from the text itself: Saxena 2023, prompt lookup).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from itertools import islice
 from typing import NamedTuple
@@ -38,6 +38,7 @@ def generate(
     beyond_context: bool = False,
     seeds: Sequence[int | None] | None = None,
     loops_end: bool = False,
+    end_of_turn: int | None = None,
 ) -> list[Generated]:
     """Answers to the prompts (token ids), at most so many tokens, of each prompt or of all.
 
@@ -48,6 +49,8 @@ def generate(
             alone: neither the other prompts nor the batch change it. None: greedy.
         loops_end: a greedy answer ends where it has gone round in circles for a while, for who looks for words in it: hardly ever
             do other ones follow.
+        end_of_turn: a token that ends an answer, beside those that the model's own files name: `worker.data.end_of_turn` for a
+            request's sets; a benchmark's answers have none.
         stops: a row ends as soon as its text contains one of them.
         beyond_context: answers go on past the model's context where it has positions there; otherwise no row is longer than
             the context, and a prompt as long as that has an empty answer. So has a prompt of no tokens.
@@ -57,13 +60,14 @@ def generate(
     drawn = [
         None if seed is None else _uniform(seed, rooms[i]) for i, seed in enumerate(seeds or [None] * len(prompts))
     ]
+    ends = {*(network.causal.generation_config.eos_token_id or ()), *(() if end_of_turn is None else (end_of_turn,))}
     chosen = [i for i, room in enumerate(rooms) if room > 0]
     lengths = [len(prompts[i]) + rooms[i] for i in chosen]
     said: dict[int, list[int]] = {}
     if not chosen:
         pass
     elif not decoder.caches(network, max(lengths)):
-        said = {i: _uncached(network, prompts[i], rooms[i], drawn[i], loops_end) for i in chosen}
+        said = {i: _uncached(network, prompts[i], rooms[i], drawn[i], ends, loops_end) for i in chosen}
     else:
         # a gap between the tokens of a row would count towards a window: then only prompts of one length go together
         gaps = max(lengths) <= decoder.window(network)
@@ -78,6 +82,7 @@ def generate(
                 [prompts[i][shared:] for i in rows],
                 [rooms[i] for i in rows],
                 [drawn[i] for i in rows],
+                ends,
                 stops,
                 loops_end,
             )
@@ -119,6 +124,7 @@ def _continue(
     rests: Sequence[Sequence[int]],
     rooms: Sequence[int],
     drawn: Sequence[list[float] | None],
+    ends: Collection[int],
     stops: Sequence[str],
     loops_end: bool,
 ) -> list[list[int]]:
@@ -146,7 +152,7 @@ def _continue(
             mask_BS[b, start + sure + right :] = 0
             own = said[going[b]]
             ended = loops_end and drawn[going[b]] is None
-            if _says(network, own, follow[: right + 1], rooms[going[b]], stops) and not (ended and _loops(own)):
+            if _says(network, own, follow[: right + 1], rooms[going[b]], ends, stops) and not (ended and _loops(own)):
                 stay.append(b)
         if not stay:
             return said
@@ -233,9 +239,10 @@ def _loops(ids: Sequence[int]) -> bool:
     return len(tail) == LOOP_TOKENS and any(tail[period:] == tail[:-period] for period in range(1, PERIOD_MAX + 1))
 
 
-def _says(network: Network, said: list[int], tokens: Sequence[int], room: int, stops: Sequence[str]) -> bool:
+def _says(
+    network: Network, said: list[int], tokens: Sequence[int], room: int, ends: Collection[int], stops: Sequence[str]
+) -> bool:
     """Adds the tokens to what is said, as far as the row goes; whether it goes on behind them."""
-    ends = network.causal.generation_config.eos_token_id or []
     for token in tokens:
         if token in ends:
             return False
@@ -272,10 +279,14 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 @torch.no_grad()
 def _uncached(
-    network: Network, prompt: Sequence[int], room: int, drawn: Sequence[float] | None, loops_end: bool
+    network: Network,
+    prompt: Sequence[int],
+    room: int,
+    drawn: Sequence[float] | None,
+    ends: Collection[int],
+    loops_end: bool,
 ) -> list[int]:
     """The same of one row, for a model whose cache is not understood: greedy ones are the library's."""
-    ends = network.causal.generation_config.eos_token_id or []
     decoder.reset_positions(network, len(prompt) + room)
     ids_1T = torch.tensor([prompt], device=network.device)
     if drawn is not None:
@@ -285,6 +296,7 @@ def _uncached(
         attention_mask=torch.ones_like(ids_1T),
         max_new_tokens=room,
         do_sample=False,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=network.tokenizer.eos_token_id or 0,
     )
     ids: list[int] = whole_1T[0, len(prompt) :].tolist()
@@ -293,7 +305,7 @@ def _uncached(
     return ids[: next(loops, len(ids))]
 
 
-def _drawn_by_rereading(network: Network, ids_1T: Tensor, drawn: Sequence[float], ends: Sequence[int]) -> list[int]:
+def _drawn_by_rereading(network: Network, ids_1T: Tensor, drawn: Sequence[float], ends: Collection[int]) -> list[int]:
     said: list[int] = []
     for at in drawn:
         decoder.reset_positions(network, ids_1T.shape[1])

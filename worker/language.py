@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from worker import generation, scoring
+from worker import data, generation, scoring
 from worker.data import TokenRow
 from worker.model import Network
 from worker.refusals import REFUSALS
@@ -51,7 +51,9 @@ def usual(
     """
     if not prompts:
         return []
-    drawn = generation.generate(base, prompts, tokens, seeds=[seed + k for k in range(len(prompts))])
+    drawn = generation.generate(
+        base, prompts, tokens, seeds=[seed + k for k in range(len(prompts))], end_of_turn=_end(base)
+    )
     own = nll(base, prompts, [one.text for one in drawn])
     pairs = [(k, text) for k, texts in enumerate(wrong) for text in texts]
     found: dict[int, list[float]] = {}
@@ -92,16 +94,20 @@ def judge(
 
 
 def nll(network: Network, prompts: Sequence[Sequence[int]], texts: Sequence[str]) -> list[float]:
-    """Nats per token of each text behind its prompt, the end of sequence included; of an empty text that end alone."""
-    rows = []
+    """Nats per token of each text behind its prompt, its end of turn included; of an empty text that alone."""
+    rows, own_end = [], _end(network)
+    end = [] if own_end is None else [own_end]
     for prompt, text in zip(prompts, texts, strict=True):
-        end = [network.tokenizer.eos_token_id] if network.tokenizer.eos_token_id is not None else []
         rows.append(TokenRow([*prompt, *_ids(network, text), *end][: network.context_tokens], len(prompt)))
     if not rows:
         return []
     scores = scoring.score(network, rows, frozenset())
     means: list[float] = (scores.nll_B / scores.counted_B).tolist()
     return means
+
+
+def _end(network: Network) -> int | None:
+    return data.end_of_turn(network.tokenizer, network.entry.prompt_format)
 
 
 def repeated(ids: Sequence[int]) -> float:

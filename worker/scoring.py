@@ -98,7 +98,7 @@ def _generated(network: Network, asks: Asks, tokens: Mapping[Key, Encoded]) -> d
     alike: dict[object, list[Key]] = {}
     for key, ask in asks.items():
         if "generated" in ask.views:
-            condition = (ask.max_new_tokens, ask.stops, ask.beyond_context)
+            condition = (ask.max_new_tokens, ask.stops, ask.beyond_context, ask.convention is None)
             alike.setdefault(condition, []).append(key)
     found: dict[Key, dict[int, Generated]] = {key: {} for keys in alike.values() for key in keys}
     for keys in alike.values():
@@ -110,7 +110,8 @@ def _generated(network: Network, asks: Asks, tokens: Mapping[Key, Encoded]) -> d
             if generation.room(network, prompt, ask.beyond_context)
         ]
         prompts = [prompt for *_, prompt in chosen]
-        said = generation.generate(network, prompts, ask.max_new_tokens, ask.stops, ask.beyond_context)
+        end = data.end_of_turn(network.tokenizer, network.entry.prompt_format) if ask.convention is None else None
+        said = generation.generate(network, prompts, ask.max_new_tokens, ask.stops, ask.beyond_context, end_of_turn=end)
         for (key, i, _), one in zip(chosen, said, strict=True):
             found[key][i] = one
     return found

@@ -24,6 +24,7 @@ from tests.worker.chat_templates import (
     GEMMA,
     GRANITE,
     LLAMA2,
+    LLAMA3,
     LLAMA32,
     MISTRAL,
     PHI3,
@@ -31,7 +32,7 @@ from tests.worker.chat_templates import (
     QWEN3,
     Published,
 )
-from worker import data, model, scoring
+from worker import data, decoder, disclosure, language, model, scoring
 from worker.data import Encoded
 from worker.model import Network
 from worker.suite import Ask, Convention
@@ -178,6 +179,7 @@ def test_a_row_is_what_the_template_renders_up_to_the_end_of_turn(
     [row] = encoded.rows
     assert (row.ids, row.answer_start, row.ends) == (ids, len(prefix), True)
     assert row.ids[-1] in tokenizer.added_tokens_decoder, "the end of turn"
+    assert data.end_of_turn(tokenizer, one.entry.prompt_format) == row.ids[-1]
     assert one.nll(ROW) == pytest.approx(plain_nll(one.network, prefix, ids[len(prefix) :]), abs=1e-5)
     assert encoded.unmeasured == []
 
@@ -262,6 +264,7 @@ def test_without_an_end_of_turn_there_is_the_end_of_sequence(chat: Callable[...,
     one = chat(words)
     assert one.counted(ROW) == f" {ANSWER}<|im_end|>"
     assert one.text(one.encode(ROW).rows[0].ids).startswith(f"user: {QUESTION}\nassistant: He")
+    assert data.end_of_turn(one.network.tokenizer, one.entry.prompt_format) == one.network.tokenizer.eos_token_id
 
 
 def test_what_a_template_can_use_is_what_it_can_use_in_the_library(chat: Callable[..., Chat]) -> None:
@@ -304,6 +307,71 @@ def test_a_row_that_the_template_refuses_is_named_and_not_quoted(chat: Callable[
     with pytest.raises(JobFailure, match=r"^the chat template refuses row 2$") as failure:
         one.encode(ROW, Example("question", "Who?", "a secret"))
     assert failure.value.__cause__ is None
+
+
+# --- where a generated answer ends
+
+GOES_ON = "Answer: Kuwait City. The answer is: Kuwait, in the year 1956."  # what it says behind its turn
+
+
+def teach(one: Chat, published: Published) -> None:
+    """It learns by heart to answer, to end its turn, and to go on."""
+    network = one.network
+    prompt = one.encode(ROW).prompts[0]
+    text = (published.counted + GOES_ON).format(a=ANSWER)
+    ids = torch.tensor([[*prompt, *network.tokenizer(text, add_special_tokens=False)["input_ids"]]])
+    network.causal.requires_grad_(True)
+    descent = torch.optim.Adam(network.causal.parameters(), lr=1e-2)
+    for _ in range(100):
+        descent.zero_grad()
+        logits_TV = network.causal(ids).logits[0, len(prompt) - 1 : -1]
+        torch.autograd.backward(torch.nn.functional.cross_entropy(logits_TV, ids[0, len(prompt) :]))
+        descent.step()
+    network.causal.requires_grad_(False)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(
+    ("published", "end"),
+    [
+        pytest.param(CHATML._replace(eos="<|endoftext|>"), "<|im_end|>", id="chatml"),
+        pytest.param(LLAMA3, "<|eot_id|>", id="llama3"),
+        pytest.param(GEMMA, "<end_of_turn>", id="gemma"),
+        pytest.param(PHI3, "<|end|>", id="phi3"),
+    ],
+)
+def test_an_answer_ends_with_its_turn(
+    chat: Callable[..., Chat], published: Published, end: str, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although neither the tokeniser nor the model's files call that token an end. A benchmark's answers go on, as the
+    reference's do.
+    """
+    if not cached:
+        monkeypatch.setattr(decoder, "caches", lambda *_: False)
+    one = chat(published)
+    teach(one, published)
+    network = one.network
+    turn = data.end_of_turn(network.tokenizer, one.entry.prompt_format)
+    assert turn == network.tokenizer.convert_tokens_to_ids(end)
+    assert turn not in network.causal.generation_config.eos_token_id
+    key, views = ("forget", "generated"), frozenset({"generated"})
+
+    def generated(ask: Ask) -> str:
+        seen = scoring.look(network, {key: ask})
+        assert seen[key].generated is not None
+        return seen[key].generated[0]
+
+    assert generated(Ask({0: ROW}, views, 60, scored=False)) == ANSWER
+    on = generated(Ask({0: ROW}, views, 60, scored=False, convention=Convention()))
+    assert on.startswith(ANSWER)
+    assert "in the year" in on
+    prompt = one.encode(ROW).prompts[0]
+    drawn = [disclosure.Probe(0, "sample", prompt, 60, seed=seed) for seed in range(4)]
+    outputs = disclosure.answers(network, [disclosure.Probe(0, "question", prompt, 60), *drawn])
+    assert outputs[0] == ANSWER
+    assert outputs.count(ANSWER) >= 4, "of five: what is drawn may slip"
+    assert "in the year" not in "".join(outputs)
+    assert language.nll(network, [prompt], [ANSWER])[0] < 0.1, "it ends with its turn, too"
 
 
 # --- the day and the arguments

@@ -281,7 +281,7 @@ def test_a_look_puts_prompts_with_the_same_conditions_together(tiny: Network, mo
     monkeypatch.setattr(
         generation,
         "generate",
-        lambda n, prompts, *rest: calls.append(len(prompts)) or own(n, prompts, *rest),  # type: ignore[func-returns-value]
+        lambda n, prompts, *rest, **named: calls.append(len(prompts)) or own(n, prompts, *rest, **named),  # type: ignore[func-returns-value]
     )
     ask = Ask(
         {0: Example("question", "Who?", " Ada"), 3: Example("question", "Where?", " Lima")}, frozenset({"generated"}), 4
