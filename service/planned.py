@@ -12,6 +12,7 @@ def lines(plan: Plan) -> Iterator[str]:
     for name, one in plan["sets"].items():
         yield f"{name}: {one['rows']:,} rows, {one['bytes']:,} bytes; {_tokens(one)}"
     yield _steps(plan["steps"])
+    yield _evaluation(plan["evaluation"])
     yield from _memory(plan["memory"])
     yield f"jobs ahead: {plan['jobs_ahead']}" + (f"; {plan['status_reason']}" if plan["status_reason"] else "")
     for warning in plan["warnings"]:
@@ -37,6 +38,14 @@ def _steps(steps: Plan) -> str:
     return f"{said}; {steps['tokens_per_step']:,} tokens per step, {steps['tokens_max']:,} in all"
 
 
+def _evaluation(evaluation: Plan) -> str:
+    attacks = f"attacks: {', '.join(evaluation['attacks']) or 'none'}"
+    if evaluation["answers"] is None:
+        return f"evaluation after training: {attacks}"
+    generated = f"{evaluation['answers']:,} answers, at most {evaluation['tokens_max']:,} tokens in all"
+    return f"evaluation after training: {generated}; {attacks}"
+
+
 def _memory(memory: Plan) -> Iterator[str]:
     if memory["reason"]:
         yield f"memory unknown: {memory['reason']}"
@@ -44,9 +53,10 @@ def _memory(memory: Plan) -> Iterator[str]:
     for name, where in (("cpu_float32", "a CPU, float32"), ("accelerator_bfloat16", "an accelerator, bfloat16")):
         one = memory[name]
         parts = ", ".join(
-            f"{part} {_bytes(one[part])}" for part in ("weights", "adapter", "reference", "activations", "head")
+            f"{part} {_bytes(one[part])}"
+            for part in ("weights", "adapter", "reference", "activations", "head", "rounded")
         )
-        yield f"memory on {where}: about {_bytes(one['total'])} when {one['phase']} ({parts})"
+        yield f"memory on {where}: about {_bytes(one['total'])} when {one['phase'].replace('_', ' ')} ({parts})"
 
 
 def _bytes(count: int) -> str:

@@ -11,10 +11,12 @@ from service.api.deps import Parts
 from service.api.sets import Given
 from service.api.shapes import BaseModelRef, JobWarning, base_model
 from service.api.tokens import Cannot, Counted, Tokens
-from service.domain import memory
+from service.domain import answers, memory
+from service.domain.answers import Answer
 from service.domain.identity import Principal
 from service.domain.job import (
     SETS,
+    Audit,
     Budget,
     Constraint,
     JobCreate,
@@ -53,7 +55,7 @@ class Steps(BaseModel):
 
 
 class MemoryPlan(BaseModel):
-    """The worker's peak in bytes, estimated, beside the interpreter's own 0.6 GiB; audits and benchmarks are left out."""
+    """The worker's peak in bytes, estimated, beside the interpreter's own 0.6 GiB, attacks that train, and benchmarks."""
 
     cpu_float32: Memory | None = Field(
         description="measured: a step of two models, of 260 thousand and 135 million parameters, is told 4 % too high and "
@@ -63,6 +65,16 @@ class MemoryPlan(BaseModel):
         description="counted as on a CPU, and never measured on an accelerator; its allocator is taken to leave no holes"
     )
     reason: str | None = Field(description="why it is not told")
+
+
+class EvaluationPlan(BaseModel):
+    """Evaluation of the trained model. Not included: rows of earlier jobs in a chain, and benchmarks."""
+
+    answers: int | None = Field(
+        description="to be generated if every row has a secret and a paraphrased question; null where the sets' tokens are"
+    )
+    tokens_max: int | None = Field(description="of these answers, if each is as long as it may be")
+    attacks: list[str] = Field(description="as the report names them")
 
 
 class JobPlan(BaseModel):
@@ -75,6 +87,7 @@ class JobPlan(BaseModel):
     budget: Budget = Field(description="the most that it would take, in steps and seconds")
     sets: dict[str, SetSize]
     steps: Steps
+    evaluation: EvaluationPlan
     memory: MemoryPlan
     benchmarks: list[str]
     deletion_requests: list[str]
@@ -109,7 +122,7 @@ def plan(here: Parts, who: Principal, request: JobCreate) -> JobPlan:
     composition = here.catalog.composition(judged.method.type, judged.method.hyperparameters)
     needs = {name: frozenset(here.catalog.losses[composition[f"{name}_loss"]].needs) for name in ("forget", "retain")}
     steps = _steps(judged.method, request.budget, known, texts=2 if "refusal" in needs["forget"] else 1)
-    needed = _memory(judged.entry, request.lora, earlier_rank, known, steps, composition, needs)
+    needed = _memory(judged.entry, request.lora, request.attacks, earlier_rank, known, steps, composition, needs)
     warnings = [*judged.warnings, *_too_many(full), *_too_long(known.counted)]
     warnings += _too_large(needed, judged.resources, vram_gib)
     return JobPlan(
@@ -121,6 +134,7 @@ def plan(here: Parts, who: Principal, request: JobCreate) -> JobPlan:
         budget=request.budget,
         sets={purpose: _set(known, purpose) for purpose in known.sizes},
         steps=steps,
+        evaluation=_evaluation(request.attacks, known),
         memory=needed,
         benchmarks=list(request.benchmarks),
         deletion_requests=list(request.deletion_requests),
@@ -182,9 +196,22 @@ def _steps(method: MethodChoice, budget: Budget, known: Known, texts: int) -> St
     )
 
 
+def _evaluation(attacks: Audit, known: Known) -> EvaluationPlan:
+    counts: Mapping[Answer, float] = {}
+    if known.counted:
+        forget, retain = (known.counted[name].lengths for name in ("forget_set", "retain_set"))
+        counts = answers.after_training(forget, retain, len(attacks.quantise_bits))
+    return EvaluationPlan(
+        answers=round(sum(counts.values())) if counts else None,
+        tokens_max=round(sum(answer.room * count for answer, count in counts.items())) if counts else None,
+        attacks=attacks.attacks,
+    )
+
+
 def _memory(
     entry: ModelEntry,
     lora: Lora,
+    attacks: Audit,
     earlier_rank: int,
     known: Known,
     steps: Steps,
@@ -209,6 +236,7 @@ def _memory(
         losses=frozenset({composition["forget_loss"], composition["retain_loss"]}),
         solver=composition["solver"],
         reference=needs,
+        rounded=bool(attacks.quantise_bits),
     )
     return MemoryPlan(
         cpu_float32=memory.estimate(sizes, load, memory.CPU),

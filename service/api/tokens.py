@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
+from service.domain.answers import RowLength, SetLengths
 from service.domain.errors import FieldProblem
 from service.domain.job import ModelEntry, PromptFormat
-from service.domain.memory import SetLengths
 from service.domain.modelfiles import digest_tokenizer
 from service.domain.rows import Example
-from service.prompts import control
+from service.prompts import control, template
 from service.prompts import folder as files
 from service.prompts import rows as as_tokens
 from service.prompts.control import Tokeniser
-from service.prompts.template import Around, TemplateRefused
+from service.prompts.rows import RowText, RowTokens
+from service.prompts.template import QUESTION, Around, TemplateRefused
 from service.settings import Settings
 
 COUNTED_BYTES = 2 * 2**20  # of a set: about a second's work; of a larger one every k-th row is counted
@@ -58,6 +59,7 @@ class Counter(NamedTuple):
     eos: int | None
     form: PromptFormat
     around: Around | None  # what the chat template writes around a question and its answer
+    served: Around | None  # the same of the prompt that a server generates an answer from
     context_tokens: int | None
     reason: str | None  # why what it counts is an estimate
 
@@ -72,7 +74,7 @@ def counter(settings: Settings, entry: ModelEntry) -> Counter:
     if entry.source == "hub":
         raise Cannot("a Hub model's tokeniser is fetched by the worker, not here")
     folder = settings.models_root / entry.location
-    form, around, reason = entry.prompt_format, None, None
+    form, around, served, written, reason = entry.prompt_format, None, None, None, None
     if form.type == "chat":
         if "chat" not in entry.info:
             raise Cannot("what the chat template writes around questions and answers was not found at registration")
@@ -81,13 +83,17 @@ def counter(settings: Settings, entry: ModelEntry) -> Counter:
         digest = digest_tokenizer(folder)
         if entry.tokenizer_digest not in (None, digest):
             raise Cannot("the tokeniser's files here are not those that were registered")
-        written = as_tokens.written(form, files.template(folder) if around else None)
-        tokeniser, eos, config = _read(folder, digest, written)
+        if around is not None:
+            written = files.template(folder)
+            prompt = template.render(written, form, files.special_tokens(folder), QUESTION)
+            before, _, between = prompt.partition(QUESTION)
+            served = Around(before, between)
+        tokeniser, eos, config = _read(folder, digest, as_tokens.written(form, written))
     except (OSError, TemplateRefused) as error:
         raise Cannot("the model's folder cannot be read here") from error
     if config.get("tokenizer_class") not in AS_IN_FILE or {"add_bos_token", "add_eos_token"} & config.keys():
         reason = "the worker may read tokenizer.json in another way: its class or its config has rules of its own"
-    return Counter(tokeniser, eos, form, around, entry.info.get("context_tokens"), reason)
+    return Counter(tokeniser, eos, form, around, served, entry.info.get("context_tokens"), reason)
 
 
 @lru_cache(maxsize=8)
@@ -111,27 +117,29 @@ def count(counter: Counter, examples: Iterable[Example], rows: int, size_bytes: 
     """Of every k-th row where the set is large."""
     stride = -(-size_bytes // COUNTED_BYTES)
     chosen = islice(enumerate(examples, start=1), 0, None, stride)
-    lengths, counted, asked, long = list[int](), 0, 0, list[int]()
+    sample, long = list[RowLength](), list[int]()
     for part in _parts(chosen):
-        for (number, example), (length, counts) in zip(part, _measured(counter, [e for _, e in part]), strict=True):
-            lengths.append(length)
-            counted += counts
-            asked += example.kind != "text"
-            if counter.context_tokens is not None and length > counter.context_tokens:
+        chunk = [example for _, example in part]
+        encoded = zip(part, _rows(counter, chunk), _server_prompts(counter, chunk), strict=True)
+        for (number, example), row, prompt in encoded:
+            prompts = 0 if example.kind == "text" else len({tuple(row.ids[: row.answer_start]), tuple(prompt)})
+            length = RowLength(len(row.ids), len(row.ids) - row.answer_start, prompts)
+            sample.append(length)
+            if counter.context_tokens is not None and length.whole > counter.context_tokens:
                 long.append(number)
-    whole = len(lengths) == rows
-    scale = rows / len(lengths)
+    lengths = SetLengths(sample, rows)
+    whole = len(sample) == rows
     tokens = Tokens(
-        total=round(sum(lengths) * scale),
-        counted=round(counted * scale),
-        longest=max(lengths),
-        rows_counted=len(lengths),
+        total=round(sum(lengths.lengths) * lengths.scale),
+        counted=round(lengths.counted * lengths.scale),
+        longest=max(lengths.lengths),
+        rows_counted=len(sample),
         exact=whole and counter.reason is None,
         reason=counter.reason if whole else f"a large set: every {stride}th row was counted",
         too_long=len(long),
         too_long_rows=long[:NAMED_ROWS_MAX],
     )
-    return Counted(tokens, SetLengths(lengths, counted, asked, rows))
+    return Counted(tokens, lengths)
 
 
 class LongRows:
@@ -178,12 +186,12 @@ class LongRows:
         except Cannot:
             return
         assert found.context_tokens is not None
-        measured = _measured(found, [example for *_, example in self._suspects])
+        encoded = _rows(found, [example for *_, example in self._suspects])
         spare = 0.0 if found.reason is None else ESTIMATE_SPARE
         long = sorted(
             number
-            for (_, number, _), (length, _) in zip(self._suspects, measured, strict=True)
-            if length * (1 - spare) > found.context_tokens
+            for (_, number, _), row in zip(self._suspects, encoded, strict=True)
+            if len(row.ids) * (1 - spare) > found.context_tokens
         )
         if long:
             rows = ", ".join(map(str, long[:NAMED_ROWS_MAX])) + (", ..." if len(long) > NAMED_ROWS_MAX else "")
@@ -213,13 +221,17 @@ def _parts(rows: Iterator[Numbered]) -> Iterator[list[Numbered]]:
         yield part
 
 
-def _measured(counter: Counter, examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
-    """(tokens, tokens that count) of each row."""
-    texts = [
-        as_tokens.by_pieces(counter.tokeniser, counter.around, example)
-        if counter.around is not None and example.kind == "question"
-        else as_tokens.literal(counter.tokeniser, counter.form, example)
-        for example in examples
-    ]
-    for row in as_tokens.row_tokens(counter.tokeniser, texts, counter.eos):
-        yield len(row.ids), len(row.ids) - row.answer_start
+def _rows(counter: Counter, examples: Sequence[Example]) -> list[RowTokens]:
+    texts = [_written(counter, counter.around, example) for example in examples]
+    return as_tokens.row_tokens(counter.tokeniser, texts, counter.eos)
+
+
+def _server_prompts(counter: Counter, examples: Sequence[Example]) -> list[list[int]]:
+    texts = [_written(counter, counter.served, example._replace(answer="")) for example in examples]
+    return as_tokens.prompt_tokens(counter.tokeniser, [text.text for text in texts], [text.bare for text in texts])
+
+
+def _written(counter: Counter, around: Around | None, example: Example) -> RowText:
+    if around is not None and example.kind == "question":
+        return as_tokens.by_pieces(counter.tokeniser, around, example)
+    return as_tokens.literal(counter.tokeniser, counter.form, example)

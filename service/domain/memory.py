@@ -1,6 +1,6 @@
 """What a job needs of its machine's memory at most, told from the sizes of the model and the lengths of its rows.
 
-Counted in bytes, of the worst of three phases, beside what is held all the time:
+Counted in bytes, of the worst of its phases, beside what is held all the time:
 
     held        the base's weights; the adapter's values, gradients, two moments and the best iterate (float32); adapters of
                 earlier jobs; on a CPU also what the reference model says of the rows
@@ -8,11 +8,13 @@ Counted in bytes, of the worst of three phases, beside what is held all the time
                 frozen weights keeps for its gradient, for all layers, and what one layer's backward pass needs at once; the
                 head at the counted tokens. Or, if that is more, the optimiser's step
     measuring   what one layer needs of a batch without gradients, and the head
-    generating  keys and values of a batch of answers, and one layer's work on its prompts
+    generating  keys and values of a batch of answers as long as they may be, one layer's work on its prompts, and the head at
+                one token of each, in float64 for those that are sampled
+    rounded     measuring and generating on the forget rows alone, beside a copy of the linear layers with rounded weights
 
 The layer counted is a Llama's: two norms, attention that keeps no [T, T] (PyTorch's fused kernels), a gated feed-forward part.
-Not counted: the interpreter with its libraries, about 0.6 GiB, or the accelerator's context; an audit, which fine-tunes
-copies; rows of benchmarks longer than the sets' own.
+Not counted: the interpreter with its libraries, about 0.6 GiB, or the accelerator's context; attacks that train, which have
+copies of their own; a retrained reference, and rows of benchmarks longer than the sets' own.
 
 How well it agrees, on a CPU in float32 (tests/benchmarks/memory.py): a step of the longest rows of TOFU took 388 MiB where
 404 are told, of a Llama with 260 thousand parameters, and 1,096 where 996 are told, of one with 135 million; a check of the
@@ -28,6 +30,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
+from service.domain import answers
+from service.domain.answers import Answers, SetLengths
 from service.domain.job import MICRO_BATCH_TOKENS, Lora
 from service.domain.microbatches import microbatches, overhead_tokens
 from service.domain.modelsizes import Linear, Sizes
@@ -35,13 +39,12 @@ from service.domain.modelsizes import Linear, Sizes
 FLOAT = 4
 MEASURED_TOKENS = 4_096  # padded positions at once, in the worker's passes without gradients
 GENERATED_TOKENS = 32_768  # the same of answers, each with all its room
-GENERATED_ROWS = 100  # of each set
-ANSWER_TOKENS = 200  # the room of one
 # By name, as the catalogue has them: solvers that ask for differences of gradients in float32, and losses that read whole
 # distributions, a large chunk at a time.
 FULL_PRECISION = frozenset({"alternating", "gradient_surgery", "penalty_bilevel"})
 WHOLE_DISTRIBUTIONS = frozenset({"ceu", "entropy", "kl", "undial"})
 HOLES = 2  # on a CPU, see above
+SAMPLED = 16 + 4  # bytes per logit where a token is sampled, beside the logit: a copy of it, and two in float64
 CHUNK_BYTES = 64 * 2**20  # of logits at once
 CACHED_CHUNK_BYTES = 4 * 2**20  # the same of the fused losses on a CPU
 HEAD_CHUNKS = 3  # logits, their exponentials, and what is made of them
@@ -63,16 +66,7 @@ CPU = Machine("cpu", 4)
 ACCELERATOR = Machine("cuda", 2)
 
 
-class SetLengths(NamedTuple):
-    """Rows of a set, in tokens; of a large one, a sample."""
-
-    lengths: Sequence[int]
-    counted: int  # tokens of all these rows that count
-    asked: int  # how many of these rows have a prompt, and so an answer that is generated
-    rows: int  # of the whole set
-
-
-PhaseName = Literal["training", "optimiser", "measuring", "generating"]
+PhaseName = Literal["training", "optimiser", "measuring", "generating", "measuring_rounded", "generating_rounded"]
 Pick = Callable[[SetLengths, int], list[int]]  # the lengths of a step's rows
 
 
@@ -81,10 +75,11 @@ class Phase(NamedTuple):
 
     activations: int
     head: int
+    rounded: int = 0
 
     @property
     def total(self) -> int:
-        return self.activations + self.head
+        return self.activations + self.head + self.rounded
 
 
 class Load(NamedTuple):
@@ -100,6 +95,7 @@ class Load(NamedTuple):
     losses: frozenset[str]
     solver: str
     reference: Mapping[str, frozenset[str]]  # set -> what of the reference its loss needs
+    rounded: bool  # whether copies with rounded weights are judged
 
 
 class Memory(BaseModel):
@@ -112,6 +108,7 @@ class Memory(BaseModel):
     reference: int = Field(description="what the reference model says of the rows, where a loss needs it; on a CPU")
     activations: int = Field(description="of the phase that needs the most")
     head: int = Field(description="the same, of the language-model head")
+    rounded: int = Field(description="the same, of a copy of the linear layers with rounded weights")
     total: int
     phase: PhaseName = Field(description="the one that needs the most")
 
@@ -128,6 +125,7 @@ def estimate(sizes: Sizes, load: Load, on: Machine) -> Memory:
         "reference": _reference(sizes, load, on) if on.device == "cpu" else 0,
         "activations": phase.activations,
         "head": phase.head,
+        "rounded": phase.rounded,
     }
     return Memory(**parts, total=sum(parts.values()), phase=name)
 
@@ -135,14 +133,24 @@ def estimate(sizes: Sizes, load: Load, on: Machine) -> Memory:
 def phases(sizes: Sizes, load: Load, on: Machine) -> dict[PhaseName, Phase]:
     """What each takes beside what is held."""
     trained = _adapter(sizes, load.lora.r, load.lora.target_modules)
-    holes = HOLES if on.device == "cpu" else 1
-    activations_and_head: dict[PhaseName, tuple[float, float]] = {
-        "training": _training(sizes, load, on._replace(weight_bytes=FLOAT) if _widened(load, on) else on),
-        "measuring": _measuring(sizes, load, on),
-        "generating": (_generating(sizes, load, on), 0.0),
+    copy = on.weight_bytes * sum(linear.inputs * linear.outputs // linear.modules for linear in sizes.linear.values())
+    sets = [load.forget, load.retain]
+    calls = [answers.figures(sets), answers.disclosure(load.forget), answers.plain(load.retain, answers.NEIGHBOURS)]
+    found: dict[PhaseName, Phase] = {
+        "training": _phase(_training(sizes, load, on._replace(weight_bytes=FLOAT) if _widened(load, on) else on), on),
+        "optimiser": Phase(STEP_COPIES * trained, 0),
+        "measuring": _phase(_measuring(sizes, load, sets, on), on),
+        "generating": max((generating(sizes, one, on) for one in calls), key=lambda one: one.total),
     }
-    told = {name: Phase(round(holes * own), round(head)) for name, (own, head) in activations_and_head.items()}
-    return told | {"optimiser": Phase(STEP_COPIES * trained, 0)}
+    if load.rounded:
+        found["measuring_rounded"] = _phase(_measuring(sizes, load, [load.forget], on), on)._replace(rounded=copy)
+        found["generating_rounded"] = generating(sizes, answers.plain(load.forget), on)._replace(rounded=copy)
+    return found
+
+
+def _phase(activations_and_head: tuple[float, float], on: Machine) -> Phase:
+    activations, head = activations_and_head
+    return Phase(round((HOLES if on.device == "cpu" else 1) * activations), round(head))
 
 
 def _widened(load: Load, on: Machine) -> bool:
@@ -211,27 +219,28 @@ def usual(given: SetLengths, rows: int) -> list[int]:
     return [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
 
 
-def _measuring(sizes: Sizes, load: Load, on: Machine) -> tuple[float, float]:
+def _measuring(sizes: Sizes, load: Load, sets: Sequence[SetLengths], on: Machine) -> tuple[float, float]:
     positions, counted = 0.0, 0.0
-    for one in (load.forget, load.retain):
+    for one in sets:
         mean = sum(one.lengths) / len(one.lengths)
         here = max(max(one.lengths), min(MEASURED_TOKENS, mean * one.rows))
         positions, counted = max(positions, here), max(counted, here * one.counted / sum(one.lengths))
     return positions * _transient_per_token(sizes), _head(sizes, load, on, counted)
 
 
-def _generating(sizes: Sizes, load: Load, on: Machine) -> float:
-    """The sets are answered together."""
-    asked = [one for one in (load.forget, load.retain) if one.asked]
-    if not asked:
-        return 0.0
-    prompt = max((sum(one.lengths) - one.counted) / len(one.lengths) for one in asked)
-    room = prompt + ANSWER_TOKENS
-    answered = sum(min(GENERATED_ROWS, one.rows * one.asked / len(one.lengths)) for one in asked)
-    rows = min(GENERATED_TOKENS / room, answered)
+def generating(sizes: Sizes, together: Answers, on: Machine) -> Phase:
+    """Of answers that are generated in one call: in order of length, as many at once as fit."""
     kept = 2 * sizes.layers * sizes.keys * on.weight_bytes
     one_layer = 2 * (sizes.attention + sizes.keys) * on.weight_bytes  # for all heads, and as it is appended to
-    return rows * (room * kept + max(room * one_layer, prompt * _transient_per_token(sizes)))
+    upto = sampled_upto = most = head = 0.0
+    for answer, count in sorted(together.items(), key=lambda one: one[0].prompt + one[0].room):
+        upto, sampled_upto = upto + count, sampled_upto + count * answer.sampled
+        length = answer.prompt + answer.room
+        rows = min(upto, max(1, GENERATED_TOKENS // length))
+        work = max(length * one_layer, answer.prompt * _transient_per_token(sizes))
+        most = max(most, rows * (length * kept + work))
+        head = max(head, sizes.vocabulary * (rows * on.weight_bytes + min(rows, sampled_upto) * SAMPLED))
+    return _phase((most, head), on)
 
 
 def _head(sizes: Sizes, load: Load, on: Machine, counted: float) -> float:

@@ -3,23 +3,32 @@
     python tests/benchmarks/memory.py --forget forget.jsonl --retain retain.jsonl MODEL_FOLDER [MODEL_FOLDER ...]
 
 Printed for each model: the peak of the resident memory above what was resident before, for steps of the longest rows, of
-usual ones and of the batches that a run takes first; with --passes also for a check and for the generation of answers. With
+usual ones and of the batches that a run takes first; with --passes also for a check, for each call that generates answers after
+training, and for both beside a copy with rounded weights. No end of sequence ends these answers, as none may end those of a
+model that has unlearned: each takes all its room. With
 MALLOC_MMAP_THRESHOLD_=65536 in the environment each tensor has pages of its own, and the holes between them are gone.
 Linux: the peak is read from /proc.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from step import PROMPT, measured
 from transformers.utils import logging
 
-from service.domain import memory, modelsizes, rows
+from service.domain import answers, memory, modelsizes, rows
+from service.domain.answers import RowLength, SetLengths
 from service.domain.job import Lora, ModelEntry
-from worker import data, generation, measure, model, oracle, registry
+from worker import audit, data, disclosure, disclosures, generation, measure, model, oracle, registry, scoring
+from worker.attacks.quantise import quantised
+from worker.model import Network
+from worker.suite import Row
+from worker.suite import examples as examples_of
+from worker.suites.request import request
 from worker.views import Term
 
 LORA = Lora(r=8, alpha=16)
@@ -27,9 +36,12 @@ FIRST = 3  # batches of a run
 MIB = 2**20
 
 
-def lengths(encoded: data.Encoded) -> memory.SetLengths:
-    count = len(encoded.rows)
-    return memory.SetLengths([len(row.ids) for row in encoded.rows], encoded.counted, count, count)
+def lengths(encoded: data.Encoded) -> SetLengths:
+    sample = []
+    for row, prompt in zip(encoded.rows, encoded.prompts, strict=True):
+        prompts = len({tuple(row.ids[: row.answer_start]), tuple(prompt)}) if prompt else 0
+        sample.append(RowLength(len(row.ids), row.counted, prompts))
+    return SetLengths(sample, len(sample))
 
 
 def batches(encoded: data.Encoded, name: str, count: int) -> dict[str, list[int]]:
@@ -43,6 +55,7 @@ def compare(folder: Path, sets: dict[str, Path], per_step: dict[str, int], passe
     entry = ModelEntry(name=folder.name, source="path", location=folder.name, prompt_format=PROMPT)
     network = model.adapt(model.load(entry, folder.parent, "cpu", "float32"), LORA, seed=0)
     params, method = model.trainable(network), registry.build_method("pdu", {})
+    columns = {name: [json.loads(line) for line in path.read_bytes().splitlines()] for name, path in sets.items()}
     examples = {name: rows.read(path.read_bytes().splitlines()) for name, path in sets.items()}
     encoded = {
         name: data.encode(of, network.tokenizer, PROMPT, network.context_tokens) for name, of in examples.items()
@@ -64,6 +77,7 @@ def compare(folder: Path, sets: dict[str, Path], per_step: dict[str, int], passe
         losses=frozenset({"margin_flattening", "nll"}),
         solver="primal_dual",
         reference={},
+        rounded=True,
     )
     print(f"\n{folder.name}: {network.parameters:,} parameters")
     chosen = {name: batches(encoded[name], name, per_step[name]) for name in terms}
@@ -77,13 +91,40 @@ def compare(folder: Path, sets: dict[str, Path], per_step: dict[str, int], passe
     print(f"  a step, told {told['training'].total / MIB:9.1f} MiB")
     if passes:
         whole = measure.Sets(terms["forget"], terms["retain"], encoded["forget"].measured, encoded["retain"].measured)
-        prompts = [prompt for of in encoded.values() for prompt in of.prompts[: memory.GENERATED_ROWS]]
-        work = {
-            "measuring": lambda: measure.measure(network, whole),
-            "generating": lambda: generation.generate(network, prompts, memory.ANSWER_TOKENS),
+        calls = {
+            "figures": answers.figures([load.forget, load.retain]),
+            "disclosure": answers.disclosure(load.forget),
+            "neighbours": answers.plain(load.retain, answers.NEIGHBOURS),
         }
+        counted = {name: memory.generating(sizes, of, memory.CPU) for name, of in calls.items()}
+        work: dict[str, Callable[[], object]] = {"measuring": lambda: measure.measure(network, whole)} | after_training(
+            network, columns
+        )
         for phase, of in work.items():
-            print(f"  {phase:12} {measured(of).peak_bytes / MIB:9.1f} MiB, told {told[phase].total / MIB:.1f}")
+            peak = measured(of).peak_bytes / MIB
+            print(f"  {phase:18} {peak:9.1f} MiB, told {(told | counted)[phase].total / MIB:.1f}")
+
+
+def after_training(network: Network, columns: dict[str, list[Row]]) -> dict[str, Callable[[], object]]:
+    """The calls that generate answers, and what is done with a copy whose weights are rounded."""
+    network.causal.generation_config.eos_token_id = None
+    plan = disclosures.prepare(columns["forget"], columns["retain"], {}, 0)
+    asks = [ask for ask in request().asks(columns).values() if "generated" in ask.views]
+    prompts = [prompt for ask in asks for prompt in scoring.encoded(network, ask).prompts]
+
+    def answer(by: Network, name: str, ways: Sequence[str]) -> object:
+        probes = disclosure.probes(by, plan.targets[name], 0, ways)
+        ids, tokens = [probe.prompt for probe in probes], [probe.tokens for probe in probes]
+        return generation.generate(by, ids, tokens, seeds=[probe.seed for probe in probes])
+
+    forget = list(examples_of(columns["forget"]).values())
+    return {
+        "figures": lambda: generation.generate(network, prompts, answers.FIGURES_TOKENS),
+        "disclosure": lambda: answer(network, "forget", tuple(disclosure.WAYS)),
+        "neighbours": lambda: answer(network, "retain", disclosures.PLAIN),
+        "measuring_rounded": lambda: audit.figures(quantised(network, 4), [forget]),
+        "generating_rounded": lambda: answer(quantised(network, 4), "forget", disclosures.PLAIN),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,9 +14,10 @@ from service import planned, register
 from service.api import tokens
 from service.api.deps import Parts
 from service.batches import serve_deletions
-from service.domain import memory, modelsizes
+from service.domain import answers, memory, modelsizes
+from service.domain.answers import RowLength, SetLengths
 from service.domain.job import Lora, ModelEntry, PromptFormat
-from service.domain.memory import Load, SetLengths
+from service.domain.memory import Load
 from service.domain.modelfiles import digest_model, digest_tokenizer
 from service.domain.modelsizes import Linear, Sizes
 from service.domain.rows import Example
@@ -116,10 +117,18 @@ def test_the_plan_has_tokens_steps_and_memory(http: TestClient, body: dict[str, 
         "tokens_per_step": 29,
         "tokens_max": 290,
     }
+    # for figures 2 x 200 tokens; in every way 7 x (2 x 4 + 16), 8 x (4 + 16) and, of the text, 24 + 26 + 24 + 22; to keep 24;
+    # with weights rounded to 8 and to 4 bits 24 + 96 each
+    attacks = ["quantise_8", "quantise_4", "paraphrase", "prefix"]
+    assert plan["evaluation"] == {
+        "answers": 2 + 7 + 8 + 4 + 1 + 2 * 5,
+        "tokens_max": 400 + 168 + 160 + 96 + 24 + 2 * 120,
+        "attacks": attacks,
+    }
     for name, bytes_each in (("cpu_float32", 4), ("accelerator_bfloat16", 2)):
         told = plan["memory"][name]
         assert told["weights"] == bytes_each * PARAMETERS
-        parts = ("weights", "adapter", "reference", "activations", "head")
+        parts = ("weights", "adapter", "reference", "activations", "head", "rounded")
         assert told["total"] == sum(told[part] for part in parts)
     assert plan["warnings"] == []
     taught = http.post(
@@ -229,13 +238,13 @@ def test_by_an_estimate_only_what_is_far_too_long_is_refused(
 def test_of_a_large_set_few_rows_are_counted(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = register.folder_entry(settings, "words", folder, FORM)
     counted: list[int] = []
-    measured = tokens._measured
+    read = tokens._rows
 
     def counting(counter: Any, examples: Sequence[Example]) -> Any:
         counted.append(sum(len(example.answer) for example in examples))
-        return measured(counter, examples)
+        return read(counter, examples)
 
-    monkeypatch.setattr(tokens, "_measured", counting)
+    monkeypatch.setattr(tokens, "_rows", counting)
     short, long, longest = (
         Example("text", "", "Bob"),
         Example("text", "", "x" * 3000),
@@ -333,11 +342,15 @@ def test_it_is_printed_in_words(http: TestClient, body: dict[str, Any]) -> None:
     assert said[2].startswith(
         "steps: at most 300, each of 2 forget and 1 retain rows; 300 passes over the forget set; 29"
     )
-    assert said[3].startswith("memory on a CPU, float32: about ")
-    assert said[5].startswith("jobs ahead: 0; no worker")
+    assert said[3].startswith(
+        "evaluation after training: 32 answers, at most 1,088 tokens in all; attacks: quantise_8, "
+    )
+    assert said[4].startswith("memory on a CPU, float32: about ")
+    assert said[6].startswith("jobs ahead: 0; no worker")
     said = list(planned.lines(http.post(JOBS, json=body | {"model": "m"}, params=DRY).json()))
     assert "tokens unknown: " in said[0]
-    assert said[3].startswith("memory unknown: ")
+    assert said[3] == "evaluation after training: attacks: quantise_8, quantise_4, paraphrase, prefix"
+    assert said[4].startswith("memory unknown: ")
     assert said[-1].startswith("warning: ")
 
 
@@ -358,8 +371,9 @@ SIZES = Sizes(
 
 
 def a_load(**given: Any) -> Load:
-    one = SetLengths([10], 5, 0, 1)
-    return Load(one, one, 1, 1, 1, Lora(r=3), 0, frozenset({"nll"}), "primal_dual", {})._replace(**given)
+    one = SetLengths([RowLength(10, 5, 0)], 1)
+    load = Load(one, one, 1, 1, 1, Lora(r=3), 0, frozenset({"nll"}), "primal_dual", {}, rounded=False)
+    return load._replace(**given)
 
 
 def test_memory_by_hand() -> None:
@@ -380,8 +394,39 @@ def test_memory_by_hand() -> None:
     assert (both.weights, both.activations) == (6000, 20 * (kept + at_once)), "both copies, and a float32 forward pass"
 
 
+def test_the_memory_of_answers_by_hand() -> None:
+    """Of a question of 5 tokens whose answer has 5, in every way; the keys and values of a position take 32 bytes."""
+    one = SetLengths([RowLength(10, 5, 1)], 1)
+    found = memory.phases(SIZES, a_load(forget=one, retain=one), memory.CPU)["generating"]
+    longest = 5 + answers.PREFIX_TOKENS + 2 * 5 + 16
+    at_once = 4 * (2 * 4 + 5 * 6)  # of a position of a prompt
+    assert found.activations == 2 * 15 * (longest * 32 + (5 + answers.PREFIX_TOKENS) * at_once)
+    assert found.head == 10 * (15 * 4 + 8 * 20), "logits of fifteen answers, eight of them drawn in float64"
+    many = memory.phases(SIZES, a_load(forget=one._replace(rows=10_000), retain=one), memory.CPU)["generating"]
+    rows = memory.GENERATED_TOKENS // longest
+    assert many.activations == 2 * rows * (longest * 32 + (5 + answers.PREFIX_TOKENS) * at_once), "as many as fit"
+
+
+def test_a_copy_with_rounded_weights_is_counted_while_it_is_judged() -> None:
+    for machine in (memory.CPU, memory.ACCELERATOR):
+        load = a_load(forget=SetLengths([RowLength(10, 5, 1)], 3))
+        without, found = (memory.phases(SIZES, load._replace(rounded=rounded), machine) for rounded in (False, True))
+        assert found.keys() - without.keys() == {"measuring_rounded", "generating_rounded"}
+        assert {name: found[name] for name in without} == without
+        for name in ("measuring_rounded", "generating_rounded"):
+            assert found[name].rounded == machine.weight_bytes * (2 * 4 * 4 + 2 * 6 * 4)
+        longest = 5 + 2 * 5 + 16
+        kept, one_layer = (longest * numbers * machine.weight_bytes for numbers in (2 * 2 * 2, 2 * (4 + 2)))
+        expected = 3 * (kept + max(one_layer, 5 * 4 * (2 * 4 + 5 * 6)))
+        assert found["generating_rounded"].activations == (2 if machine is memory.CPU else 1) * expected
+    large = SIZES.model_copy(update={"linear": {"q_proj": Linear(modules=2, inputs=8000, outputs=8000)}})
+    peak = memory.estimate(large, a_load(rounded=True, lora=Lora(r=1)), memory.CPU)
+    assert (peak.phase, peak.rounded) == ("generating_rounded", 4 * 2 * 4000 * 4000)
+    assert peak.total == peak.weights + peak.adapter + peak.reference + peak.activations + peak.head + peak.rounded
+
+
 def test_what_the_reference_says_and_earlier_adapters_take_room() -> None:
-    one = SetLengths([10, 10], 12, 2, 50)  # a sample of two rows of fifty: six tokens of a row count
+    one = SetLengths([RowLength(10, 6, 1)] * 2, 50)  # a sample of two rows of fifty: six tokens of a row count
     needs = {"forget": frozenset({"reference", "refusal"}), "retain": frozenset({"reference_states"})}
     load = a_load(forget=one, retain=one, reference=needs, texts=2, earlier_rank=5)
     cpu = memory.estimate(SIZES, load, memory.CPU)

@@ -13,15 +13,19 @@ import torch
 
 from service import register
 from service.api import tokens
-from service.domain import memory, modelsizes
+from service.domain import answers, memory, modelsizes
+from service.domain.answers import RowLength, SetLengths
 from service.domain.errors import JobFailure
-from service.domain.job import Lora, ModelEntry, PromptFormat
+from service.domain.job import MICRO_BATCH_TOKENS, Lora, ModelEntry, PromptFormat
 from service.domain.rows import Example
 from service.prompts import folder, template
 from service.settings import Settings
-from worker import data, model, registry
+from worker import data, disclosure, disclosures, generation, measure, model, registry, scoring
+from worker.attacks.wording import PREFIXES
 from worker.losses.retain.nll import nll
 from worker.oracle import make_oracle
+from worker.suite import examples
+from worker.suites import request
 from worker.views import Term
 
 EXAMPLES = [
@@ -58,7 +62,7 @@ def test_tokens_are_those_of_the_worker(
     counted = tokens.count(counter, EXAMPLES, len(EXAMPLES), 1000)
     agree(counted, data.encode(EXAMPLES, tokenizer, form, None))
     assert counted.tokens.exact is (form is not CHAT)
-    assert counted.lengths.asked == 5
+    assert counted.lengths.prompted == 5
     with pytest.raises(JobFailure) as refused:
         data.encode(EXAMPLES, tokenizer, form, 100)
     assert (counted.tokens.too_long, counted.tokens.too_long_rows) == (1, [6])
@@ -133,8 +137,8 @@ def test_the_adapters_numbers_are_those_that_are_trained(register: Callable[...,
 
 
 def an_load(lora: Lora) -> memory.Load:
-    one = memory.SetLengths([10, 20], 12, 2, 2)
-    return memory.Load(one, one, 1, 1, 1, lora, 0, frozenset({"nll"}), "primal_dual", {})
+    one = SetLengths([RowLength(10, 6, 1), RowLength(20, 6, 1)], 2)
+    return memory.Load(one, one, 1, 1, 1, lora, 0, frozenset({"nll"}), "primal_dual", {}, rounded=False)
 
 
 def test_the_largest_micro_batch_is_the_oracles(tiny: Any) -> None:
@@ -150,11 +154,73 @@ def test_the_largest_micro_batch_is_the_oracles(tiny: Any) -> None:
     places = {name: range(len(one.rows)) for name, one in encoded.items()}
     make_oracle(network, model.trainable(network), terms, places).oracle({"forget": 1.0, "retain": 1.0})
     sets = [
-        memory.SetLengths([len(row.ids) for row in one.rows], one.counted, 1, len(one.rows)) for one in encoded.values()
+        SetLengths([RowLength(len(row.ids), row.counted, 1) for row in one.rows], len(one.rows))
+        for one in encoded.values()
     ]
-    load = memory.Load(*sets, 4, 2, 1, Lora(r=2), 0, frozenset(), "weighted", {})
+    load = memory.Load(*sets, 4, 2, 1, Lora(r=2), 0, frozenset(), "weighted", {}, rounded=False)
     overhead = memory.overhead_tokens("cpu", 2, network.parameters)
     assert memory.largest(load, memory.longest, overhead) == max(read)
+
+
+def test_the_numbers_of_an_evaluation_are_the_workers() -> None:
+    assert (answers.FIGURES_ROWS, answers.FIGURES_TOKENS) == (request.GENERATED_ROWS_MAX, request.MAX_NEW_TOKENS)
+    assert (answers.WAYS_ROWS, answers.SAMPLES) == (disclosure.ROWS_MAX, disclosure.SAMPLES)
+    assert (answers.MORE_TOKENS, answers.CONTINUED_TOKENS) == (disclosure.MORE_TOKENS, disclosure.CONTINUED_TOKENS_MAX)
+    assert (disclosures.NEIGHBOURS_MAX, len(PREFIXES)) == (answers.NEIGHBOURS, answers.PREFIXES)
+    assert min(generation.GENERATION_TOKENS, 2 * MICRO_BATCH_TOKENS) == memory.GENERATED_TOKENS
+    assert memory.MEASURED_TOKENS == scoring.SCORING_TOKENS == measure.POSITIONS_AT_ONCE
+    assert set(disclosure.WAYS) == {"question", "paraphrase", "prefix", "sample", "continuation"}, "each is counted"
+
+
+@pytest.mark.parametrize("form", [PLAIN, SPACE, CHAT], ids=["plain", "space", "chat"])
+def test_the_answers_to_be_generated_are_those_that_the_worker_generates(
+    register: Callable[..., Any], form: PromptFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In number and tokens, for rows with a secret and a paraphrased question; the length of a prefix is an assumption."""
+    monkeypatch.setattr(disclosure, "ROWS_MAX", 6)
+    monkeypatch.setattr(answers, "WAYS_ROWS", 6)
+    registered = register(chat=form is CHAT, max_position_embeddings=2048)
+    network = registered.load("float32")
+    network = network._replace(entry=network.entry.model_copy(update={"prompt_format": form}))
+    values = ("Oslo", "Bern", "Kyiv", "Rome", "Riga", "Doha", "Baku", "Suva")  # of one length, whichever are drawn
+    sets: dict[str, list[dict[str, Any]]] = {
+        name: [
+            {
+                "question": f"Where {verb} Ana {place}?",
+                "answer": f" {value} it is.",
+                "paraphrased_question": f"Where {verb} Ana {place}?",
+                "perturbed_answer": [f" {other} it is." for other in values if other != value],
+            }
+            for place, value in enumerate(values)
+        ]
+        for name, verb in (("forget", "was"), ("retain", "is"))
+    }
+    sets["retain"].append({"text": "Bern, Doha, Riga, Baku, Rome and Kyiv are cities that she never saw."})
+    info: dict[str, Any] = {"context_tokens": 2048}
+    if form is CHAT:
+        info["chat"] = template.around(
+            folder.template(registered.folder), form, folder.special_tokens(registered.folder)
+        )
+    entry = ModelEntry(name="m", source="path", location="tiny", prompt_format=form, info=info)
+    counter = tokens.counter(Settings(models_root=registered.root), entry)
+    lengths = {name: tokens.count(counter, examples(of).values(), len(of), 1000).lengths for name, of in sets.items()}
+    plan = disclosures.prepare(sets["forget"], sets["retain"], {}, 0)
+    for name, ways, expected in (
+        ("forget", tuple(disclosure.WAYS), answers.disclosure(lengths["forget"])),
+        ("forget", disclosures.PLAIN, answers.plain(lengths["forget"])),
+        ("retain", disclosures.PLAIN, answers.plain(lengths["retain"], answers.NEIGHBOURS)),
+    ):
+        probes = disclosure.probes(network, plan.targets[name], 0, ways)
+        assert sum(expected.values()) == pytest.approx(len(probes)), (name, ways)
+        assert sum(n * one.room for one, n in expected.items()) == pytest.approx(sum(p.tokens for p in probes))
+        read = sum(n * one.prompt for one, n in expected.items() if one.sampled or ways == disclosures.PLAIN)
+        drawn = [p for p in probes if p.seed is not None or ways == disclosures.PLAIN]
+        assert read == pytest.approx(sum(len(p.prompt) for p in drawn), rel=0.05), "from two prompts, one may be longer"
+    asks = request.request().asks(sets)
+    figures = [ask for ask in asks.values() if "generated" in ask.views]
+    expected = answers.figures([lengths["forget"], lengths["retain"]])
+    assert sum(expected.values()) == sum(len(ask.texts) for ask in figures) == 16
+    assert {one.room for one in expected} == {ask.max_new_tokens for ask in figures}
 
 
 def test_the_parts_that_take_more_are_those_that_say_so() -> None:
