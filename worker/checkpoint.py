@@ -32,7 +32,7 @@ from worker.problem import Params
 from worker.records import Assignment, CheckpointRecord, CheckpointRef, CheckRecord, ResumedRecord, StepRecord
 from worker.solve import Checked, Run, Stop, StopReason
 
-FORMAT = 2  # raise it when what is written, or how rows are read, changes: a checkpoint of another format is none
+FORMAT = 3  # raise it when what is written, or how rows are read, changes: a checkpoint of another format is none
 
 
 class Kept(NamedTuple):

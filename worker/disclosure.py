@@ -29,6 +29,7 @@ import torch
 from service.domain.rows import Example
 from worker import data, generation, neighbours, spelling
 from worker.attacks.wording import PREFIXES
+from worker.generation import Generated
 from worker.model import Network
 from worker.secret import Secret, Words, contains, secret
 from worker.suite import Row, example
@@ -215,7 +216,11 @@ def _seed(*parts: int) -> int:
 
 
 def answers(network: Network, planned: Sequence[Probe]) -> list[str]:
-    outputs = generation.generate(
+    return [one.text for one in generated(network, planned)]
+
+
+def generated(network: Network, planned: Sequence[Probe]) -> list[Generated]:
+    return generation.generate(
         network,
         [probe.prompt for probe in planned],
         [probe.tokens for probe in planned],
@@ -223,7 +228,6 @@ def answers(network: Network, planned: Sequence[Probe]) -> list[str]:
         loops_end=True,
         end_of_turn=data.end_of_turn(network.tokenizer, network.entry.prompt_format),
     )
-    return [one.text for one in outputs]
 
 
 # --- judging

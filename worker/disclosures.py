@@ -71,19 +71,24 @@ def before(network: Network, plan: Plan) -> Before:
     return Before(*(_came_out(found[name]) for name in ("forget", "retain")))
 
 
-def greedily(network: Network, plan: Plan, reference: Mapping[str, int]) -> list[int]:
+def greedily(network: Network, plan: Plan, reference: Mapping[str, int]) -> tuple[list[int], int]:
     """Places of the forget set that a check finds disclosed, by the first way that shows some; all but the sampled one.
 
     Args:
         reference: what `disclosing` gave for a retrained reference; empty where there is none.
+
+    Returns:
+        the places, and the tokens of all prompts and answers.
     """
-    chosen = plan.targets["forget"]
+    chosen, tokens = plan.targets["forget"], 0
     for way in GREEDY:
         planned = disclosure.probes(network, chosen, plan.seed, [way])
-        found = disclosure.judge(chosen, 0, planned, disclosure.answers(network, planned), reference)
+        outputs = disclosure.generated(network, planned)
+        tokens += sum(len(probe.prompt) + len(one.ids) for probe, one in zip(planned, outputs, strict=True))
+        found = disclosure.judge(chosen, 0, planned, [one.text for one in outputs], reference)
         if found.places:
-            return found.places
-    return []
+            return found.places, tokens
+    return [], tokens
 
 
 def untrained(network: Network, plan: Plan, which: Literal["start", "base"]) -> report.Disclosure:

@@ -32,6 +32,7 @@ class Measurement(NamedTuple):
     retain_loss: float  # nats per counted token
     retain_upper: float
     forgotten: bool = False  # everything that the forget target asks for was found, the bound aside
+    generation_tokens: int = 0  # of the prompts and answers that were needed to find that out
 
 
 class Sets(NamedTuple):

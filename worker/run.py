@@ -204,14 +204,16 @@ def checked(
     """What a check finds, and whether it may end the run. The model is asked last, once all else holds: that costs the most."""
     found, rows = measure.measure_rows(network, case.both)
     mean = before.limits.mean if target == "verdict" else target
-    forgotten = (
+    holds = (
         mean is not None
         and found.retain_upper <= epsilon
         and found.forget_probability <= mean
         and len(before.limits.above(rows)) <= before.limits.rows_allowed_of(len(rows))
-        and not disclosures.greedily(network, case.plan, case.retrained.disclosing)
     )
-    return found._replace(forgotten=forgotten)
+    if not holds:
+        return found
+    disclosed, tokens = disclosures.greedily(network, case.plan, case.retrained.disclosing)
+    return found._replace(forgotten=not disclosed, generation_tokens=tokens)
 
 
 # --- what was asked, made ready

@@ -19,7 +19,9 @@ import torch
 
 from worker.problem import Evaluation, Oracle, Params, Problem, Solver, Step
 
-CHECK_SHARE = 0.2  # at most this share of a solve's work goes into checks (the closing one aside)
+CHECK_SHARE = (
+    0.2  # at most this share of a solve's work goes into checks (the closing one and the last one's answers aside)
+)
 # Work of a forward pass against a training step on the same tokens: the base is frozen, so that backward is one pass too.
 FORWARD_SHARE = 1 / 2
 DIVERGING_STEPS = 50  # in a row over the bound with a multiplier at its cap, before it is asked whether it gets worse
@@ -51,6 +53,8 @@ class Measured(Protocol):
     ) -> float: ...  # one-sided 95 % bound where sampled, else retain_loss; compared with the bound
     @property
     def forgotten(self) -> bool: ...  # everything that the forget target asks for, the bound aside
+    @property
+    def generation_tokens(self) -> int: ...  # of the prompts and answers that were needed to find that out
 
 
 class Limits(NamedTuple):
@@ -149,8 +153,8 @@ def solve(
     Args:
         batch: the problem on the batch of a step (0-based); a pure function of the step.
         check: measures the forget and the retain set at the current parameters.
-        check_tokens: positions of one check; when checks run depends on token counts, never on the clock, so that a
-            run is the same on a slow machine.
+        check_tokens: positions of one check, without what it generates; when checks run depends on token counts, never on
+            the clock, so that a run is the same on a slow machine.
         on_check: told of each check, whether it is the best so far, and its seconds.
         asked: whether to stop, CANCELLED or PAUSED; looked at before each step.
         keep: told where the run stands after each step, with the parameters as they are then, and again when it stops,
@@ -204,7 +208,7 @@ def solve(
         on_step(Progress(run.steps, report, run.tokens, run.elapsed_s, now - began, work.tokens))
 
         within = all(report.values[term] <= bound for term, bound in problem.bounds.items())
-        affordable = (run.tokens - run.tokens_at_check) * CHECK_SHARE >= check_tokens * FORWARD_SHARE
+        affordable = (run.tokens - run.tokens_at_check) * CHECK_SHARE >= _work_of_a_check(run.last, check_tokens)
         if within and affordable:
             run = checked(run)._replace(elapsed_s=clock() - start)
         run = run._replace(stop=_reached_target(run) or _diverged(run, problem) or _spent(run, limits))
@@ -214,6 +218,12 @@ def solve(
     if run.steps and (run.last is None or run.last.step != run.steps):
         run = checked(run)
     return kept(run._replace(elapsed_s=clock() - start))
+
+
+def _work_of_a_check(last: Checked | None, check_tokens: int) -> float:
+    """In tokens trained. How many a check generates is known only behind it, so the next one waits for it."""
+    generated = 0 if last is None else last.measured.generation_tokens
+    return (check_tokens + generated) * FORWARD_SHARE
 
 
 def _spent(run: Run, limits: Limits) -> Stop | None:

@@ -349,7 +349,7 @@ def params() -> dict[str, torch.Tensor]:
 
 
 def example() -> checkpoint.Kept:
-    seen = Checked(2, Measurement(math.inf, 0.1, 0.25, 0.5), True)
+    seen = Checked(2, Measurement(math.inf, 0.1, 0.25, 0.5, generation_tokens=70), True)
     state = {"primal": {"step": 2, "mean_P": torch.tensor([0.1, 1e-30, -3.0])}, "duals": {"retain": 1 / 3}, "step": 2}
     best = {name: p + 1 for name, p in params().items()}
     went = Run(state, 2, 64, 32, 1.5, (0.1, 0.2), seen, seen, best, Stop(StopReason.MAX_STEPS, "done"))
@@ -377,7 +377,7 @@ def test_one_of_another_version_or_another_adapter_is_none(tmp_path: Path, monke
     with pytest.raises(checkpoint.UnreadableError, match="another base"):
         checkpoint.read(tmp_path / "c", params(), ["base", "bfloat16"])
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-    with pytest.raises(checkpoint.UnreadableError, match="format 2, and this version's is 3"):
+    with pytest.raises(checkpoint.UnreadableError, match="format 3, and this version's is 4"):
         checkpoint.read(tmp_path / "c", params(), ["base"])
 
 

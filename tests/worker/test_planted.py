@@ -12,7 +12,7 @@ import pytest
 
 from service.domain.job import Lora, ModelEntry, PromptFormat
 from tests.worker import planted
-from worker import appraisal, model
+from worker import appraisal, disclosure, disclosures, model, run
 from worker.model import Network
 from worker.suite import Row
 
@@ -100,6 +100,32 @@ def test_people_it_never_heard_of_are_not_known(knowing: Network) -> None:
     assert found.verdict.result == "NOT_KNOWN"
     known = planted.case(network, FORGET, RETAIN)
     assert appraisal.not_known(network, known, appraisal.before(network, known, ALONE, None), None) is None  # type: ignore[arg-type]
+
+
+def test_a_check_counts_what_it_generates(knowing: Network) -> None:
+    """Nothing if the likelihoods say enough; up to the first way of asking that discloses; or every greedy way."""
+    network = model.adapt(planted.reloaded(knowing), Lora(), 0)
+    of = planted.case(network, FORGET, RETAIN)
+    before = appraisal.before(network, of, ALONE, None)  # type: ignore[arg-type]
+    assert not run.checked(network, of, before, 1.0, 1.0).generation_tokens, "rows are above their limits"
+    lenient = before._replace(limits=before.limits._replace(rows=dict.fromkeys(before.limits.rows, 1.0)))
+    assert not run.checked(network, of, lenient, 0.0, 1.0).generation_tokens, "the bound is broken"
+    found = run.checked(network, of, lenient, 1.0, 1.0)
+    assert not found.forgotten
+    assert found.generation_tokens == generated(network, of, ["question"])
+    silent = planted.taught(
+        planted.reloaded(knowing), [row | {"answer": "Nobody knows."} for row in FORGET] + RETAIN, FORGET
+    )
+    found = run.checked(silent, of, lenient, 10.0, 1.0)
+    assert found.forgotten
+    assert found.generation_tokens == generated(silent, of, disclosures.GREEDY)
+
+
+def generated(network: Network, of: appraisal.Case, ways: Sequence[str]) -> int:
+    """Tokens of all prompts and answers."""
+    probes = disclosure.probes(network, of.plan.targets["forget"], 0, ways)
+    answers = disclosure.generated(network, probes)
+    return sum(map(len, (probe.prompt for probe in probes))) + sum(len(one.ids) for one in answers)
 
 
 # --- TOFU

@@ -32,6 +32,7 @@ class Measurement(NamedTuple):
     retain_loss: float
     retain_upper: float
     forgotten: bool
+    generation_tokens: int
 
 
 def descend(rate: float, violation: Callable[[int], float] | None = None, *, capped: bool = False) -> Solver:
@@ -55,6 +56,7 @@ def run(
     max_steps: int = 8,
     target: float | None = None,
     check_tokens: int = 0,
+    generates: Callable[[float], int] = lambda x: 0,  # tokens of a check
     poison: int | None = None,
     upper_by: float = 0.0,
     ask_at: int | None = None,
@@ -82,7 +84,8 @@ def run(
     def check() -> Measurement:
         x = float(params["x"])
         objective, probability = ((x - 4) ** 2, 1 / (1 + x)) if course is None else course[len(checks)]
-        return Measurement(objective, probability, x, x + upper_by, target is not None and probability <= target)
+        forgotten = target is not None and probability <= target
+        return Measurement(objective, probability, x, x + upper_by, forgotten, generates(x))
 
     ticks = count()
     solution = solve(
@@ -167,6 +170,16 @@ def test_checks_use_a_bounded_share_of_the_work() -> None:
     assert len(between) * 90 * FORWARD_SHARE <= CHECK_SHARE * 10 * len(steps)
 
 
+def test_what_checks_generate_is_work_of_theirs() -> None:
+    """A step is 10 tokens. 100 generated ones are 50 of them, which is a fifth of the work of 25 steps."""
+    _, _, _, checks = run(max_steps=100, generates=lambda x: 100)
+    assert [check.step for check, _ in checks] == [1, 26, 51, 76, 100]
+    _, _, _, checks = run(max_steps=100, check_tokens=60, generates=lambda x: 100)
+    assert [check.step for check, _ in checks] == [15, 55, 95, 100], "beside the forward pass"
+    _, _, _, checks = run(max_steps=12, generates=lambda x: 40 if x < x_after(2) else 0)
+    assert [check.step for check, _ in checks] == [1, *range(11, 13)], "each waits for the one before it alone"
+
+
 def test_the_check_that_reaches_the_target_is_released_even_if_another_had_a_lower_objective() -> None:
     solution, params, _, checks = run(target=0.2, course=[(5.0, 0.3), (6.0, 0.1)])
     assert solution.stop.reason is StopReason.TARGET_REACHED
@@ -212,6 +225,16 @@ def stopped_and_gone_on(at: int, bound: float = 10.0, **how: Any) -> tuple[Run, 
     here, params = next((here, params) for here, params in kept if here.steps == at)
     gone_on, _, steps, _ = run(bound=bound, resumed=here, params=params, **how)
     return whole, gone_on, [progress.step for progress in steps]
+
+
+@pytest.mark.parametrize("at", [1, 2, 25, 26, 40])
+def test_checks_that_generate_are_due_at_the_same_steps_in_a_run_that_goes_on(at: int) -> None:
+    how: dict[str, Any] = {"max_steps": 60, "generates": lambda x: 100}
+    kept: list[tuple[Run, Params]] = []
+    *_, whole = run(keep=lambda here, params: kept.append((here, {"x": params["x"].clone()})), **how)
+    here, params = next((here, params) for here, params in kept if here.steps == at)
+    *_, rest = run(resumed=here, params=params, **how)
+    assert [check.step for check, _ in rest] == [check.step for check, _ in whole if check.step > at]
 
 
 @pytest.mark.parametrize("at", range(1, 8))
