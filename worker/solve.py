@@ -19,9 +19,7 @@ import torch
 
 from worker.problem import Evaluation, Oracle, Params, Problem, Solver, Step
 
-CHECK_SHARE = (
-    0.2  # at most this share of a solve's work goes into checks (the closing one and the last one's answers aside)
-)
+CHECK_SHARE = 0.2  # at most this share of a solve's work goes into checks (the closing one aside, and the last answers)
 # Work of a forward pass against a training step on the same tokens: the base is frozen, so that backward is one pass too.
 FORWARD_SHARE = 1 / 2
 DIVERGING_STEPS = 50  # in a row over the bound with a multiplier at its cap, before it is asked whether it gets worse

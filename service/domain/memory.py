@@ -16,13 +16,23 @@ The layer counted is a Llama's: two norms, attention that keeps no [T, T] (PyTor
 Not counted: the interpreter with its libraries, about 0.6 GiB, or the accelerator's context; attacks that train, which have
 copies of their own; a retrained reference, and rows of benchmarks longer than the sets' own.
 
-How well it agrees, on a CPU in float32 (tests/benchmarks/memory.py): a step of the longest rows of TOFU took 388 MiB where
-404 are told, of a Llama with 260 thousand parameters, and 1,096 where 996 are told, of one with 135 million; a check of the
-small one 70 (told 45), its answers 106 (told 142). What a step of the
-two keeps for its gradient is counted within 1 %, as torch's hooks see it, and is the peak of the resident memory where each
-tensor has pages of its own (MALLOC_MMAP_THRESHOLD_=65536). As glibc allocates by default the peak is 1.8 to 2.2 times as
-high on both, for what is kept lies between holes that temporaries of other sizes left: hence HOLES. An accelerator's own
-allocator, which was not measured, is taken to leave none.
+Measured on a CPU in float32 (tests/benchmarks/memory.py --passes, one thread, TOFU's forget01 and 400 retain rows, answers as
+long as they may be), in MiB, against what is counted here, for Llamas of 135 million and of 260 thousand parameters:
+
+                                135M measured  counted      260K measured  counted
+    step of the longest rows            1,468    1,340          237 to 274      306
+    check                                 225      311            39 to 51       45
+    answers for figures                 1,770    1,656            79 to 99       64
+    disclosure                          1,629    1,975          159 to 181       72
+    neighbours                            458      990            55 to 69       64
+    rounded: likelihoods                  492      611            22 to 25       46
+    rounded: answers                      683      787            31 to 36       38
+
+What a step of the two keeps for its gradient is counted within 1 %, as torch's hooks see it, and is the peak of the resident
+memory where each tensor has pages of its own (MALLOC_MMAP_THRESHOLD_=65536). As glibc allocates by default the peak is 1.8 to
+2.2 times as high on both, for what is kept lies between holes that temporaries of other sizes left: hence HOLES, for training
+and measuring. Generation leaves such holes in the small model alone. An accelerator's own allocator, which was not measured, is
+taken to leave none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -137,18 +147,20 @@ def phases(sizes: Sizes, load: Load, on: Machine) -> dict[PhaseName, Phase]:
     sets = [load.forget, load.retain]
     calls = [answers.figures(sets), answers.disclosure(load.forget), answers.plain(load.retain, answers.NEIGHBOURS)]
     found: dict[PhaseName, Phase] = {
-        "training": _phase(_training(sizes, load, on._replace(weight_bytes=FLOAT) if _widened(load, on) else on), on),
+        "training": _with_holes(
+            _training(sizes, load, on._replace(weight_bytes=FLOAT) if _widened(load, on) else on), on
+        ),
         "optimiser": Phase(STEP_COPIES * trained, 0),
-        "measuring": _phase(_measuring(sizes, load, sets, on), on),
+        "measuring": _with_holes(_measuring(sizes, load, sets, on), on),
         "generating": max((generating(sizes, one, on) for one in calls), key=lambda one: one.total),
     }
     if load.rounded:
-        found["measuring_rounded"] = _phase(_measuring(sizes, load, [load.forget], on), on)._replace(rounded=copy)
+        found["measuring_rounded"] = _with_holes(_measuring(sizes, load, [load.forget], on), on)._replace(rounded=copy)
         found["generating_rounded"] = generating(sizes, answers.plain(load.forget), on)._replace(rounded=copy)
     return found
 
 
-def _phase(activations_and_head: tuple[float, float], on: Machine) -> Phase:
+def _with_holes(activations_and_head: tuple[float, float], on: Machine) -> Phase:
     activations, head = activations_and_head
     return Phase(round((HOLES if on.device == "cpu" else 1) * activations), round(head))
 
@@ -229,18 +241,23 @@ def _measuring(sizes: Sizes, load: Load, sets: Sequence[SetLengths], on: Machine
 
 
 def generating(sizes: Sizes, together: Answers, on: Machine) -> Phase:
-    """Of answers that are generated in one call: in order of length, as many at once as fit."""
+    """Of answers that are generated in one call: in order of length, as many at once as fit.
+
+    A batch needs the most when its prompts are read, or at its last token. Temporaries leave no holes worth counting here:
+    nothing but keys and values is kept between them.
+    """
     kept = 2 * sizes.layers * sizes.keys * on.weight_bytes
     one_layer = 2 * (sizes.attention + sizes.keys) * on.weight_bytes  # for all heads, and as it is appended to
-    upto = sampled_upto = most = head = 0.0
+    upto = sampled_upto = 0.0
+    batches = [Phase(0, 0)]
     for answer, count in sorted(together.items(), key=lambda one: one[0].prompt + one[0].room):
         upto, sampled_upto = upto + count, sampled_upto + count * answer.sampled
         length = answer.prompt + answer.room
         rows = min(upto, max(1, GENERATED_TOKENS // length))
-        work = max(length * one_layer, answer.prompt * _transient_per_token(sizes))
-        most = max(most, rows * (length * kept + work))
-        head = max(head, sizes.vocabulary * (rows * on.weight_bytes + min(rows, sampled_upto) * SAMPLED))
-    return _phase((most, head), on)
+        each = max(length * (kept + one_layer), answer.prompt * (kept + _transient_per_token(sizes)))
+        head = sizes.vocabulary * (rows * on.weight_bytes + min(rows, sampled_upto) * SAMPLED)
+        batches.append(Phase(round(rows * each), round(head)))
+    return max(batches, key=lambda one: one.total)
 
 
 def _head(sizes: Sizes, load: Load, on: Machine, counted: float) -> float:
