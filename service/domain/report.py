@@ -397,6 +397,9 @@ class Report(Part):
     job_id: str
     attempt: int
     created_at: datetime
+    reverifies: str | None = Field(
+        default=None, description="the job whose adapter was judged anew; null: the job judged what it trained itself"
+    )
     verdict: Verdict
     asked: Asked
     base_model: BaseModelFacts
