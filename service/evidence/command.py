@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from service.evidence import verify as evidence
-from service.evidence.certificate import Unlearning
+from service.evidence.certificate import Reverification, Unlearning
 from service.evidence.verify import Verification
 
 app = typer.Typer(rich_markup_mode=None)
@@ -72,6 +72,11 @@ def _said(says: Unlearning) -> list[str]:
     measured = "not measured" if bound.measured is None else f"{bound.measured:.4g} (bound {kept})"
     return [
         "What the certificate says:",
+        *(
+            [f"a reverification of job {says.reverifies} by rules {says.verdict.rules}: its adapter, judged anew"]
+            if isinstance(says, Reverification)
+            else []
+        ),
         f"job {says.job_id}, deletion requests {', '.join(says.deletion_requests) or 'none'}",
         f"base model {says.base_model.id}, revision {says.base_model.revision or 'none'}, {says.base_model.digest}",
         f"{says.forget_set.rows} rows to forget, {says.retain_set.rows} to keep; method {says.method.type}",
