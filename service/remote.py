@@ -152,7 +152,7 @@ def reverify(
     stay: Annotated[bool, typer.Option("--watch", help="stay until it has ended")] = False,
     url: Url = DEFAULT_URL,
 ) -> None:
-    """Judge by the present rules the adapter that a job released, while its rows are kept; prints the new job's id."""
+    """Evaluate a job's adapter again, under the current verdict rules, while its rows are kept; prints the new job's id."""
     with connected(url) as api:
         job = api.reverify(job_id)
         typer.echo(job.id)

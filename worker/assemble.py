@@ -33,7 +33,7 @@ from worker.solve import Run
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
-class Judged(NamedTuple):
+class Candidate(NamedTuple):
     """What was measured after, and how it came about."""
 
     stop: StopFacts
@@ -48,18 +48,18 @@ def assemble(
     before: Before,
     after: After,
     epsilon: float,
-    judged: Judged,
+    candidate: Candidate,
     holdout: data.Encoded | None,
     diary: Diary,
 ) -> Report:
-    """Of a job that has an adapter to judge: its own, or that of the job that it reverifies."""
+    """Of a job with an adapter to evaluate: its own, or that of the job that it reverifies."""
     constraint = constraint_facts(job, case, before, after, epsilon)
     facts = _facts(job, network, case, before, after)
     verdict = report.verdict(
         constraint,
         before.limits.before,
         after.measured.forget_probability,
-        published=judged.released.published,
+        published=candidate.released.published,
         likelihood=after.likelihood,
         disclosures=after.disclosed.disclosure,
         answered=after.disclosed.answered,
@@ -80,8 +80,8 @@ def assemble(
         diary,
         verdict=verdict,
         constraint=constraint,
-        stop=judged.stop,
-        released=judged.released,
+        stop=candidate.stop,
+        released=candidate.released,
         deletion_requests=report.of_requests(
             job.deletion_requests, facts.rows.get("forget/probability", []), trained=True
         ),
@@ -228,28 +228,28 @@ def set_facts(file: FileRef, encoded: data.Encoded) -> DataFacts:
     )
 
 
-def trained(job: Assignment, solution: Run, adapter: Sequence[ArtifactFile]) -> Judged:
+def trained(job: Assignment, solution: Run, adapter: Sequence[ArtifactFile]) -> Candidate:
     """What the run released or, if nothing, its last iterate."""
     assert solution.stop is not None
     stop = StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps)
     step = solution.best.step if solution.best else solution.steps
     if adapter:
         message = f"The adapter of step {step}. The figures after were measured on its published bytes."
-        return Judged(stop, _released(job, step, adapter, message))
+        return Candidate(stop, _released(job, step, adapter, message))
     message = (
         "No checked iterate kept the bound, so no adapter was released. "
         f"The figures after are those of the last iterate, step {step}."
     )
-    return Judged(stop, Released(published=False, step=step, files=[], message=message, load=None))
+    return Candidate(stop, Released(published=False, step=step, files=[], message=message, load=None))
 
 
-def reverified(job: Assignment) -> Judged:
+def reverified(job: Assignment) -> Candidate:
     """What the job that is reverified released."""
     of = job.reverified
     assert of is not None
     why = f"No step was taken: this is a reverification of the adapter that job {of.job_id} released."
     message = f"It was released by job {of.job_id}. The figures after were measured on its published bytes."
-    return Judged(StopFacts(reason="reverified", message=why, step=0), _released(job, 0, of.adapter, message))
+    return Candidate(StopFacts(reason="reverified", message=why, step=0), _released(job, 0, of.adapter, message))
 
 
 def _released(job: Assignment, step: int, adapter: Sequence[ArtifactFile], message: str) -> Released:

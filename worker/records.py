@@ -89,7 +89,7 @@ class Assignment(BaseModel):
     spec: JobSpec
     model: ModelEntry
     parent: ParentAssignment | None = None  # None: it starts from the base model
-    reverified: ReleasedAdapter | None = None  # what is judged without any training; None: the job trains
+    reverified: ReleasedAdapter | None = None  # what is evaluated without training; None: the job trains
     forget_file: FileRef
     retain_file: FileRef
     refusal_file: FileRef | None = None  # of the request; None: worker.refusals

@@ -61,8 +61,8 @@ CHAINED = (
     "Of the earlier jobs the forget sets alone were measured again, as far as they are kept; their retain sets were not."
 )
 REVERIFIED = (
-    "Nothing was trained: the adapter is the one that job {job_id} released, judged by the rules that this report names. The "
-    "report and the certificate of that job are as they were."
+    "Nothing was trained: the adapter is the one that job {job_id} released, evaluated under the verdict rules that this report "
+    "names. The report and the certificate of that job are not changed."
 )
 UNTRAINED_CHAINED = (
     "The job started from the adapter of an earlier one: where the figures do not name the base model, it had that. What the "
@@ -419,7 +419,7 @@ def caveats(
     """What the report does not prove, given what was tried.
 
     Args:
-        reverified: the job whose adapter was judged anew; None: the job judged its own.
+        reverified: the job whose adapter was evaluated again; None: the job trained its own.
     """
     tried = {entry.attack for entry in audit if entry.attacked is not None}
     retention = "the retain set alone; abilities that it does"

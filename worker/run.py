@@ -151,8 +151,8 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
         return CancelledRecord()
 
     with diary.stage(Stage.UPLOADING, "uploading report"):
-        judged = trained(job, solution, adapter)
-        facts = assemble(job, method, network, case, before, after, epsilon, judged, holdout, diary)
+        candidate = trained(job, solution, adapter)
+        facts = assemble(job, method, network, case, before, after, epsilon, candidate, holdout, diary)
         return result(facts, [*adapter, *published(storage, job, facts)])
 
 

@@ -81,8 +81,8 @@ def summary(report: Report) -> str:
     )
     if report.reverifies is not None:
         asked += (
-            f" This is a reverification: the adapter that job {report.reverifies} released, judged by rules "
-            f"{report.verdict.rules} of the verdict."
+            f" This is a reverification: the adapter that job {report.reverifies} released, evaluated again under verdict rules "
+            f"{report.verdict.rules}."
         )
     if report.verdict.result == "NOT_KNOWN":
         holder = report.verdict.forgotten_by

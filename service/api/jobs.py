@@ -242,19 +242,19 @@ def retry(here: Here, job_id: str, response: Response, versions: Versions) -> Jo
 @router.post(
     "/{job_id}/reverify",
     status_code=201,
-    summary="Judge a released adapter by the present rules",
+    summary="Evaluate a released adapter again, under the current verdict rules",
     dependencies=[needs(Scope.JOBS_CREATE), Depends(count_job)],
     response_model=JobObject,
     responses=declared(404, 409, 503),
 )
 def reverify(here: Here, job_id: str, once: OnceOnly, response: Response) -> JobObject:
-    """The rules by which a verdict is given have a number, `rules`; later versions of the service have stricter ones.
+    """Verdicts name the rules by which they were given, `rules`; later versions of the service have stricter ones.
 
-    A new job, whose `reverifies` names this one: it measures the adapter that this one released, as it is stored, on the same
-    sets, and gets a verdict, a report and a certificate of its own. It trains nothing, serves no deletion request and cannot be a
-    `parent`. This job's verdict, report and certificate stay as they are; once the new certificate is issued it has an event
-    `job.reverified`, and so has the audit log. Where the new verdict is FAILED nothing else happens by itself: deletion requests
-    that this job completed stay completed, and the adapter stays published.
+    Creates a job whose `reverifies` names this one. It measures the adapter that this job released, as it is stored, on the same
+    sets, and has a verdict, a report and a certificate of its own. It trains nothing, serves no deletion request and cannot be a
+    `parent`. This job's verdict, report and certificate are not changed; when the new certificate is issued, this job gets an
+    event `job.reverified` and the audit log an entry of that name. A new verdict of FAILED has no further effect: deletion
+    requests that this job completed stay completed, and the adapter stays published.
 
     409 where this job has not succeeded, released no adapter or is itself a reverification, and where one of its sets is purged,
     or its model or a benchmark is no longer registered, or the model has other weights.

@@ -181,7 +181,7 @@ class JobObject(BaseModel):
     base_model: BaseModelRef | None = Field(description="null once the model is no longer registered")
     parent: SerializeAsAny[str | None] = Field(description="the job whose adapter this one starts from")
     reverifies: SerializeAsAny[str | None] = Field(
-        description="the job whose adapter this one judges by the present rules of the verdict, without training; null: it trains"
+        description="the job whose adapter this one evaluates under the current verdict rules, without training; null: it trains"
     )
     method: SerializeAsAny[MethodChoice]
     constraint: SerializeAsAny[Constraint]

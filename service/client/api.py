@@ -210,7 +210,7 @@ class Client:
         return self._moved(job_id, "retry", version)
 
     def reverify(self, job_id: str, idempotency_key: str | None = None) -> Job:
-        """A new job that judges by the present rules of the verdict the adapter that this one released; nothing is trained.
+        """A new job that evaluates the adapter that this one released under the current verdict rules; nothing is trained.
 
         Args:
             idempotency_key: as in `submit`.

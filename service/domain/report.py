@@ -398,7 +398,8 @@ class Report(Part):
     attempt: int
     created_at: datetime
     reverifies: str | None = Field(
-        default=None, description="the job whose adapter was judged anew; null: the job judged what it trained itself"
+        default=None,
+        description="the job whose adapter was evaluated again, without training; null: the report is on what the job trained",
     )
     verdict: Verdict
     asked: Asked

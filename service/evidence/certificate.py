@@ -151,14 +151,14 @@ class Unlearning(Strict):
 
 
 class Reverification(Unlearning):
-    """The same of a job that trained nothing and judged, by later rules of the verdict, the adapter that another one released."""
+    """The predicate of a job that trained nothing and evaluated, under later verdict rules, the adapter of another job."""
 
     reverifies: JobId  # the job that released the adapter
 
 
 def _kind(predicate: Any) -> str:
-    said = predicate if isinstance(predicate, Mapping) else vars(predicate)
-    return REVERIFICATION if "reverifies" in said else UNLEARNING
+    fields = predicate if isinstance(predicate, Mapping) else vars(predicate)
+    return REVERIFICATION if "reverifies" in fields else UNLEARNING
 
 
 Predicate = Annotated[

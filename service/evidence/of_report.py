@@ -55,7 +55,7 @@ def files(report: Report) -> dict[str, str]:
 
 def predicate(report: Report, known: Known) -> Unlearning | Reverification:
     asked, base, where = report.asked, report.base_model, report.environment
-    said = Unlearning(
+    common = Unlearning(
         job_id=report.job_id,
         deletion_requests=list(known.deletion_requests),
         parent=_parent(report.parent) if report.parent else None,
@@ -89,7 +89,7 @@ def predicate(report: Report, known: Known) -> Unlearning | Reverification:
         audit_head=known.audit_head,
         limitations=[*report.caveats, *LIMITATIONS],
     )
-    return said if report.reverifies is None else Reverification(**dict(said), reverifies=report.reverifies)
+    return common if report.reverifies is None else Reverification(**dict(common), reverifies=report.reverifies)
 
 
 def _below(files: Sequence[AdapterFile]) -> dict[str, str]:

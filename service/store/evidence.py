@@ -133,7 +133,7 @@ def _read(job: Job, artifact: Artifact | None, content: bytes) -> Report:
     if report.job_id != job.id:
         raise ValueError(f"its report is that of job {report.job_id}")
     if report.reverifies != job.spec.get("reverifies"):
-        raise ValueError("its report is not of the adapter that it was to judge")
+        raise ValueError("its report is not on the adapter that it was to evaluate")
     if not report.released.published and report.verdict.result != "NOT_KNOWN":
         raise ValueError("no adapter was released")
     return report
@@ -162,5 +162,5 @@ def _tell(s: Session, job: Job, row: Certificate, digest: str) -> None:
     told["sha256"] = digest
     audit.write(s, "certificate.issued", "unlearning.job", job.id, told, tenant_id=job.tenant_id)
     if "reverifies" in job.spec:
-        reverifications.tell_original(s, job, row, digest)
+        reverifications.record_on_original(s, job, row, digest)
     outbox.enqueue(s, job.tenant_id, EventType.CERTIFICATE_ISSUED, Subject(row.id, "certificate", "issued"))

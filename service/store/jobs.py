@@ -99,9 +99,9 @@ def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, ri
     )
     s.add(job)
     s.flush()
-    told = {"model": spec.model, "method": spec.method.type}
-    told |= {"reverifies": spec.reverifies} if spec.reverifies else {}
-    audit.write(s, "job.created", "unlearning.job", job.id, told)
+    data = {"model": spec.model, "method": spec.method.type}
+    data |= {"reverifies": spec.reverifies} if spec.reverifies else {}
+    audit.write(s, "job.created", "unlearning.job", job.id, data)
     job = moves.write(s, job, [Event("job.created", "created"), Event("job.queued", "waits for a worker")])
     moves.tell(s, job)
     return job

@@ -1,4 +1,4 @@
-"""Reverifications: jobs that judge by the present verdict rules the adapter that an earlier job released. The caller commits.
+"""Reverifications: jobs that evaluate an earlier job's adapter under the current verdict rules. The caller commits.
 
 Such a job trains nothing, serves no deletion request and is no job's parent. The earlier job keeps its verdict, its report and
 its certificate; it gets an event and an audit entry that name the new ones.
@@ -20,7 +20,7 @@ def spec(s: Session, job_id: str) -> JobSpec:
     """Of a reverification of the job. Raises NotFound, or InvalidTransition where the job released no adapter of its own."""
     job = jobs.get(s, job_id)
     if (reverified := job.spec.get("reverifies")) is not None:
-        raise InvalidTransition(f"the job is itself a reverification of job {reverified}; reverify that one")
+        raise InvalidTransition(f"the job is itself a reverification; reverify job {reverified}")
     if job.status is not Status.SUCCEEDED:
         raise InvalidTransition(f"the job is {job.status}; only one that has succeeded can be reverified")
     if job.verdict is not None and job.verdict["result"] == "NOT_KNOWN":
@@ -28,12 +28,12 @@ def spec(s: Session, job_id: str) -> JobSpec:
     if not lineage.adapter(s, job_id):
         raise InvalidTransition("the job released no adapter to reverify")
     try:
-        asked = JobSpec.model_validate(job.spec)
+        stored = JobSpec.model_validate(job.spec)
     except ValidationError as error:
         raise InvalidTransition(
             "another version of the service wrote the job's spec; this one cannot read it"
         ) from error
-    return asked.model_copy(update={"reverifies": job_id, "deletion_requests": [], "due_at": None})
+    return stored.model_copy(update={"reverifies": job_id, "deletion_requests": [], "due_at": None})
 
 
 def create(s: Session, spec: JobSpec, made_on: dict[str, Any], *, rings: bool = False) -> Job:
@@ -59,8 +59,8 @@ def create(s: Session, spec: JobSpec, made_on: dict[str, Any], *, rings: bool = 
     return job
 
 
-def tell_original(s: Session, job: Job, certificate: Certificate, digest: str) -> None:
-    """The certificate of `job` was issued: the job whose adapter it judged gets an event, and an entry in the audit log.
+def record_on_original(s: Session, job: Job, certificate: Certificate, digest: str) -> None:
+    """The certificate of `job` was issued: the job that it reverifies gets an event, and an entry in the audit log.
 
     Args:
         digest: SHA-256 of the certificate.

@@ -114,13 +114,13 @@ def test_a_released_adapter_is_reverified(api: httpx.Client) -> None:
     report = api.get(f"{JOBS}/{again['id']}/report", headers={"Accept": "text/html"}).raise_for_status().text
     assert f"a reverification of job <code>{first['id']}</code>" in report
     deadline = time.monotonic() + 120  # the sweep issues its certificate
-    while "job.reverified" not in (told := [event["type"] for event in events(api, first["id"])]):
-        assert time.monotonic() < deadline, told
+    while "job.reverified" not in (types := [event["type"] for event in events(api, first["id"])]):
+        assert time.monotonic() < deadline, types
         time.sleep(1)
     certificates = [api.get(f"{JOBS}/{job['id']}/certificate").raise_for_status() for job in (first, again)]
-    said = [json.loads(base64.b64decode(one.json()["payload"])) for one in certificates]
-    assert said[1]["subject"] == said[0]["subject"]
-    assert said[1]["predicate"]["reverifies"] == first["id"]
+    statements = [json.loads(base64.b64decode(one.json()["payload"])) for one in certificates]
+    assert statements[1]["subject"] == statements[0]["subject"]
+    assert statements[1]["predicate"]["reverifies"] == first["id"]
 
 
 def events(api: httpx.Client, job_id: str) -> list[dict[str, Any]]:

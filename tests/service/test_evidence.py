@@ -452,7 +452,7 @@ def test_the_certificate_of_a_reverification_names_the_job_that_it_reverifies(of
     assert found.says.reverifies == REVERIFIED
     done = run(of_reverification)
     assert done.exit_code == 0, done.output
-    assert f"a reverification of job {REVERIFIED} by rules {VERDICT_RULES}: its adapter, judged anew" in done.stdout
+    assert f"a reverification of job {REVERIFIED}: its adapter, under verdict rules {VERDICT_RULES}" in done.stdout
     assert json.loads(run(of_reverification, "--json").stdout)["certificate"]["reverifies"] == REVERIFIED
 
 

@@ -1,4 +1,4 @@
-"""A reverification over HTTP: who gets one, what it is, and what it leaves with the job whose adapter it judged."""
+"""A reverification over HTTP: who gets one, what it is, and what it leaves with the job that it reverifies."""
 
 import json
 import threading
@@ -100,9 +100,11 @@ def test_it_is_a_job_on_the_same_request_that_serves_nobody(
     http: TestClient, original: Original, submit: Any, bell: Bell
 ) -> None:
     request = submit(ADA)
-    asked = {"seed": 7, "external_id": "ours", "metadata": {"ticket": "1"}, "due_at": "2100-01-01T00:00:00Z"}
+    fields = {"seed": 7, "external_id": "ours", "metadata": {"ticket": "1"}, "due_at": "2100-01-01T00:00:00Z"}
     gate = {"metric": "forget/rouge_l_recall", "op": "<=", "threshold": 0.5}
-    first = original([ADA], [request["id"]], gates=[gate], audit={"relearn_steps": 1}, budget={"max_steps": 9}, **asked)
+    first = original(
+        [ADA], [request["id"]], gates=[gate], audit={"relearn_steps": 1}, budget={"max_steps": 9}, **fields
+    )
     before = http.get(f"{JOBS}/{first}").json()
     bell.rung.clear()
     reply = http.post(f"{JOBS}/{first}/reverify")
@@ -135,7 +137,7 @@ def test_it_is_a_job_on_the_same_request_that_serves_nobody(
     assert [(one["action"], one["data"].get("reverifies")) for one in noted] == [("job.created", first)]
 
 
-def test_its_runner_is_told_what_was_released_and_where_that_started_from(
+def test_its_assignment_has_what_was_released_and_where_that_started_from(
     http: TestClient, original: Original, reverify: Reverify, sessions: Sessions, settings: Settings, tmp_path: Path
 ) -> None:
     first = original()
@@ -144,14 +146,14 @@ def test_its_runner_is_told_what_was_released_and_where_that_started_from(
     with sessions.begin() as s:
         claim = jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)
         assert claim is not None
-        told = assignment(s, claim, JobSpec.model_validate(claim.spec), settings, tmp_path, False)
-    assert told.reverified is not None
-    assert (told.reverified.job_id, told.reverified.report.name) == (second, "report.json")
-    assert [one.name for one in told.reverified.adapter] == [f"adapter/{name}" for name in ADAPTER]
-    assert {one.key.split("/")[1] for one in [*told.reverified.adapter, told.reverified.report]} == {second}
-    assert told.parent is not None
-    assert told.parent.job_id == first
-    assert told.deletion_requests == []
+        assigned = assignment(s, claim, JobSpec.model_validate(claim.spec), settings, tmp_path, False)
+    assert assigned.reverified is not None
+    assert (assigned.reverified.job_id, assigned.reverified.report.name) == (second, "report.json")
+    assert [one.name for one in assigned.reverified.adapter] == [f"adapter/{name}" for name in ADAPTER]
+    assert {one.key.split("/")[1] for one in [*assigned.reverified.adapter, assigned.reverified.report]} == {second}
+    assert assigned.parent is not None
+    assert assigned.parent.job_id == first
+    assert assigned.deletion_requests == []
 
 
 def test_a_spec_of_before_there_were_reverifications_is_reverified(
@@ -211,13 +213,13 @@ def spoil(how: str, sessions: Sessions, first: str) -> None:
         ("nothing released", "the job released no adapter to reverify"),
     ],
 )
-def test_it_is_refused_where_it_could_not_be_judged(
+def test_it_is_refused_where_it_could_not_be_evaluated(
     how: str, words: str, http: TestClient, original: Original, sessions: Sessions
 ) -> None:
     first = original()
     spoil(how, sessions, first)
-    told = problem(http.post(f"{JOBS}/{first}/reverify"), 409, "invalid-transition")
-    assert words in told["detail"]
+    refusal = problem(http.post(f"{JOBS}/{first}/reverify"), 409, "invalid-transition")
+    assert words in refusal["detail"]
     with sessions.begin() as s:
         assert s.scalars(select(Job.id)).all() == [first]
 
@@ -233,11 +235,11 @@ def test_a_job_that_has_not_succeeded_is_not_reverified(
     http: TestClient, sessions: Sessions, settings: Settings
 ) -> None:
     waits = http.post(JOBS, json=job_body([ADA], [])).json()["id"]
-    told = problem(http.post(f"{JOBS}/{waits}/reverify"), 409, "invalid-transition")
-    assert told["detail"] == "the job is queued; only one that has succeeded can be reverified"
+    refusal = problem(http.post(f"{JOBS}/{waits}/reverify"), 409, "invalid-transition")
+    assert refusal["detail"] == "the job is queued; only one that has succeeded can be reverified"
     assert http.post(f"{JOBS}/{waits}/cancel").status_code == 202
-    told = problem(http.post(f"{JOBS}/{waits}/reverify"), 409, "invalid-transition")
-    assert told["detail"] == "the job is cancelled; only one that has succeeded can be reverified"
+    refusal = problem(http.post(f"{JOBS}/{waits}/reverify"), 409, "invalid-transition")
+    assert refusal["detail"] == "the job is cancelled; only one that has succeeded can be reverified"
 
 
 def test_a_reverification_is_not_reverified(
@@ -245,8 +247,8 @@ def test_a_reverification_is_not_reverified(
 ) -> None:
     first = original()
     reverify(first)
-    told = problem(http.post(f"{JOBS}/{ends(sessions, settings)}/reverify"), 409, "invalid-transition")
-    assert told["detail"] == f"the job is itself a reverification of job {first}; reverify that one"
+    refusal = problem(http.post(f"{JOBS}/{ends(sessions, settings)}/reverify"), 409, "invalid-transition")
+    assert refusal["detail"] == f"the job is itself a reverification; reverify job {first}"
     reverify(first)
 
 
@@ -257,8 +259,10 @@ def test_of_another_tenants_job_nothing_is_seen(
     stranger = as_(make_key("admin", "other"))
     problem(http.post(f"{JOBS}/{first}/reverify", headers=stranger), 404, "not-found")
     problem(http.post(f"{JOBS}/ujob_{32 * '0'}/reverify"), 404, "not-found")
-    told = problem(http.post(f"{JOBS}/{first}/reverify", headers=as_(make_key("auditor"))), 403, "insufficient-scope")
-    assert told["required_scopes"] == ["jobs:create"]
+    refusal = problem(
+        http.post(f"{JOBS}/{first}/reverify", headers=as_(make_key("auditor"))), 403, "insufficient-scope"
+    )
+    assert refusal["required_scopes"] == ["jobs:create"]
 
 
 def test_what_is_sent_twice_is_made_once(http: TestClient, original: Original) -> None:
@@ -302,12 +306,12 @@ def test_it_is_no_parent_and_completes_and_reopens_no_request(
     [wrong] = problem(refused, 422, "validation-error")["errors"]
     assert (wrong["pointer"], wrong["detail"]) == (
         "/parent",
-        f"job {failed} is a reverification of job {first}, whose adapter it judged; start from that one",
+        f"job {failed} is a reverification of job {first} and has no adapter of its own; start from that job",
     )
 
 
 @pytest.mark.parametrize("result", ["PASSED", "FAILED"])
-def test_its_certificate_is_about_the_same_adapter_and_the_original_is_told(
+def test_its_certificate_is_about_the_same_adapter_and_the_original_gets_an_event(
     result: str,
     http: TestClient,
     original: Original,
@@ -323,13 +327,13 @@ def test_its_certificate_is_about_the_same_adapter_and_the_original_is_told(
     assert http.get(f"{JOBS}/{first}").headers["ETag"] == seen.headers["ETag"], "until the certificate is there"
     assert issue(sessions, settings) == 1
 
-    said = payload(http.get(f"{JOBS}/{new}/certificate"))
-    assert said["predicateType"] == "urn:unlearning-service:reverification:v1"
-    assert said["subject"] == payload(old)["subject"]
-    assert (said["predicate"]["job_id"], said["predicate"]["reverifies"]) == (new, first)
-    assert (said["predicate"]["verdict"]["result"], said["predicate"]["verdict"]["rules"]) == (result, 2)
-    told = payload(http.get(f"{JOBS}/{new}/test-result"))
-    assert (told["predicate"]["result"], told["subject"]) == (result, said["subject"])
+    statement = payload(http.get(f"{JOBS}/{new}/certificate"))
+    assert statement["predicateType"] == "urn:unlearning-service:reverification:v1"
+    assert statement["subject"] == payload(old)["subject"]
+    assert (statement["predicate"]["job_id"], statement["predicate"]["reverifies"]) == (new, first)
+    assert (statement["predicate"]["verdict"]["result"], statement["predicate"]["verdict"]["rules"]) == (result, 2)
+    result_statement = payload(http.get(f"{JOBS}/{new}/test-result"))
+    assert (result_statement["predicate"]["result"], result_statement["subject"]) == (result, statement["subject"])
 
     now = http.get(f"{JOBS}/{first}")
     assert now.headers["ETag"] != seen.headers["ETag"]
@@ -349,17 +353,17 @@ def test_its_certificate_is_about_the_same_adapter_and_the_original_is_told(
     assert entry["action"] == "job.reverified"
     assert {name: entry["data"][name] for name in data} == data
     assert test_evidence_routes.checked(sessions).fault is None
-    assert issue(sessions, settings) == 0, "it is told once"
+    assert issue(sessions, settings) == 0, "once"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"reverifies": None}, "its report is not of the adapter that it was to judge"),
+        ({"reverifies": None}, "its report is not on the adapter that it was to evaluate"),
         ({"released": Released(published=True, step=0, files=[], message="", load=None)}, "is not the one that was"),
     ],
 )
-def test_a_report_on_another_adapter_is_not_certified_and_the_original_not_told(
+def test_a_report_on_another_adapter_is_not_certified_and_leaves_no_event(
     changes: dict[str, Any],
     words: str,
     http: TestClient,
@@ -397,14 +401,14 @@ def test_the_evidence_of_it_verifies_with_the_adapter_of_the_original(
     command = fetched.stdout.split()[1:]
     verified = CliRunner().invoke(app, command)
     assert verified.exit_code == 0, verified.output
-    assert f"a reverification of job {first} by rules 2" in verified.stdout
+    assert f"a reverification of job {first}: its adapter, under verdict rules 2" in verified.stdout
     assert "verdict FAILED, by rules 2" in verified.stdout
     (tmp_path / "there" / "adapter" / "README.md").write_text("altered")
     assert CliRunner().invoke(app, command).exit_code == 1
 
 
 @pytest.mark.parametrize(("result", "code"), [("WARNED", 0), ("FAILED", 1)])
-def test_a_shell_asks_for_it_and_ends_as_the_verdict_says(
+def test_the_command_ends_as_the_verdict_says(
     result: str,
     code: int,
     http: TestClient,
@@ -418,15 +422,15 @@ def test_a_shell_asks_for_it_and_ends_as_the_verdict_says(
     monkeypatch.setenv("UNLEARN_API_KEY", make_key("mlops"))
     monkeypatch.setattr(terminal, "POLL_S", 0.02)
     first = original()
-    asked = CliRunner().invoke(app, ["reverify", first, "--url", over_http])
-    assert asked.exit_code == 0, asked.output
-    assert http.get(f"{JOBS}/{asked.stdout.strip()}").json()["reverifies"] == first
-    assert http.post(f"{JOBS}/{asked.stdout.strip()}/cancel").status_code == 202
+    submitted = CliRunner().invoke(app, ["reverify", first, "--url", over_http])
+    assert submitted.exit_code == 0, submitted.output
+    assert http.get(f"{JOBS}/{submitted.stdout.strip()}").json()["reverifies"] == first
+    assert http.post(f"{JOBS}/{submitted.stdout.strip()}/cancel").status_code == 202
 
     worker = threading.Timer(0.5, ends, (sessions, settings, result))
     worker.start()
     watched = CliRunner().invoke(app, ["reverify", first, "--watch", "--url", over_http])
     worker.join()
     assert (watched.exit_code, f"{result}: so it is" in watched.stdout) == (code, True), watched.output
-    refused = CliRunner().invoke(app, ["reverify", asked.stdout.strip(), "--url", over_http])
-    assert (refused.exit_code, f"a reverification of job {first}" in refused.stderr) == (2, True)
+    refused = CliRunner().invoke(app, ["reverify", submitted.stdout.strip(), "--url", over_http])
+    assert (refused.exit_code, f"reverify job {first}" in refused.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""A reverification: the adapter that an earlier job released is judged by the present rules, and nothing is trained."""
+"""A reverification: an earlier job's adapter is evaluated under the current verdict rules, and nothing is trained."""
 
 from base64 import b64encode
 from collections.abc import Callable
@@ -36,19 +36,19 @@ def reverification(job: Assignment, released: ReleasedAdapter) -> Assignment:
     """Of what that job released, as the supervisor hands it over."""
     scratch = job.scratch_dir.with_name("reverified")
     scratch.mkdir()
-    told = {
+    update = {
         "job_id": NEW,
         "spec": job.spec.model_copy(update={"reverifies": released.job_id}),
         "reverified": released,
         "prefix": f"jobs/{NEW}/attempts/1",
         "scratch_dir": scratch,
     }
-    return job.model_copy(update=told)
+    return job.model_copy(update=update)
 
 
-def judged(job: Assignment, asked: Callable[[], Word | None] = lambda: None) -> tuple[Record, list[Record]]:
-    told: list[Record] = []
-    return run.last_record(job, told.append, asked), told
+def judged(job: Assignment, word: Callable[[], Word | None] = lambda: None) -> tuple[Record, list[Record]]:
+    records: list[Record] = []
+    return run.last_record(job, records.append, word), records
 
 
 def of(ended: Ended) -> ReleasedAdapter:
@@ -72,15 +72,15 @@ def untouched(job: Assignment, network: Network, folder: Path) -> ReleasedAdapte
 
 
 @pytest.mark.parametrize("chained", [False, True], ids=["alone", "chained"])
-def test_the_same_adapter_has_the_same_figures_by_the_present_rules(jobs: Jobs, first: Ended, chained: bool) -> None:
+def test_the_same_adapter_has_the_same_figures_under_the_current_rules(jobs: Jobs, first: Ended, chained: bool) -> None:
     trained = published(jobs.assign(2, first.as_parent())) if chained else first
     job = trained.job.model_copy(
         update={"storage_url": str(jobs.root / "storage"), "scratch_dir": jobs.root / "scratch"}
     )
     job = reverification(job, of(trained))
-    last, told = judged(job)
+    last, records = judged(job)
     assert isinstance(last, ResultRecord), last
-    assert not any(isinstance(record, StepRecord | CheckRecord) for record in told)
+    assert not any(isinstance(record, StepRecord | CheckRecord) for record in records)
     assert [file.name for file in last.artifacts] == ["report.json", "report.html"], "the adapter stays the other's"
     assert (last.stop_reason, last.verdict.rules) == ("reverified", VERDICT_RULES)
 
@@ -97,8 +97,11 @@ def test_the_same_adapter_has_the_same_figures_by_the_present_rules(jobs: Jobs, 
     results = [[(gate.metric, gate.result) for gate in report.verdict.gates] for report in (before, now)]
     assert results[0] == results[1]
     page = b"".join(Storage(job.storage_url).read(f"{job.prefix}/report.html")).decode()
-    assert f"a reverification of job {trained.job.job_id} by rules {VERDICT_RULES} of the verdict" in Page(page).text
-    assert f"this is a reverification of the adapter that job {trained.job.job_id} released" in Page(page).text
+    assert f"a reverification of job {trained.job.job_id} under verdict rules {VERDICT_RULES}" in Page(page).text
+    whose = f"the adapter that job {trained.job.job_id} released"
+    assert f"This is a reverification: {whose}, evaluated again under verdict rules {VERDICT_RULES}." in Page(page).text
+    assert f"No step was taken: this is a reverification of {whose}." in Page(page).text
+    assert f"Nothing was trained: the adapter is the one that job {trained.job.job_id} released" in Page(page).text
 
 
 def figures(report: Report) -> dict[str, float]:
