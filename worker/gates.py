@@ -81,8 +81,8 @@ def rows(found: Likelihood) -> GateResult:
             message = f"{message[:-1]} ({_named(found.rows_above)}); {found.rows_allowed} may be."
     if found.rows_unknown:
         message += f" Not judged singly: {_named(found.rows_unknown)}; before, a wrong answer was at least as likely."
-    result = "WARNED" if count > found.rows_allowed else "PASSED"
-    return _gate("forget_rows", "<=", found.rows_allowed, count, "warn", result, message)
+    few = count <= found.rows_allowed
+    return _gate("forget_rows", "<=", found.rows_allowed, count, "warn", "PASSED" if few else "WARNED", message)
 
 
 def attacks(audit: Sequence[AuditEntry], limit: float) -> list[GateResult]:
