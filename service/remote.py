@@ -147,6 +147,20 @@ def retry(job_id: str, url: Url = DEFAULT_URL) -> None:
 
 
 @app.command()
+def reverify(
+    job_id: str,
+    stay: Annotated[bool, typer.Option("--watch", help="stay until it has ended")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Evaluate a job's adapter again, under the current verdict rules, while its rows are kept; prints the new job's id."""
+    with connected(url) as api:
+        job = api.reverify(job_id)
+        typer.echo(job.id)
+        if stay:
+            raise typer.Exit(follow(api, job.id))
+
+
+@app.command()
 def certificate(job_id: str, out: Out, url: Url = DEFAULT_URL) -> None:
     """Fetch the certificate of a job; `unlearn verify` checks it offline."""
     with connected(url) as api:

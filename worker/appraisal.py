@@ -209,6 +209,7 @@ def after(
         floor=limits.source,
         rows_above=[place + 1 for place in limits.above(rows)],
         rows_allowed=limits.rows_allowed,
+        rows_unknown=[place + 1 for place in limits.unknown],
     )
     ratio = likelihood.ratio(rows, was.wrong, of.retrained.probabilities)
     conspicuous = Conspicuous(ratio=ratio[0], upper=ratio[1], against=limits.against) if ratio else None

@@ -33,6 +33,13 @@ from worker.solve import Run
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
+class Candidate(NamedTuple):
+    """What was measured after, and how it came about."""
+
+    stop: StopFacts
+    released: Released
+
+
 def assemble(
     job: Assignment,
     method: Method,
@@ -41,20 +48,18 @@ def assemble(
     before: Before,
     after: After,
     epsilon: float,
-    solution: Run,
-    adapter: Sequence[ArtifactFile],
+    candidate: Candidate,
     holdout: data.Encoded | None,
     diary: Diary,
 ) -> Report:
-    """Of a job that was trained."""
-    assert solution.stop is not None
+    """Of a job with an adapter to evaluate: its own, or that of the job that it reverifies."""
     constraint = constraint_facts(job, case, before, after, epsilon)
     facts = _facts(job, network, case, before, after)
     verdict = report.verdict(
         constraint,
         before.limits.before,
         after.measured.forget_probability,
-        published=bool(adapter),
+        published=candidate.released.published,
         likelihood=after.likelihood,
         disclosures=after.disclosed.disclosure,
         answered=after.disclosed.answered,
@@ -65,7 +70,6 @@ def assemble(
         gates=job.spec.gates,
         figures=report.values(facts.figures, facts.benchmarks, after.attacks),
     )
-    step = solution.best.step if solution.best else solution.steps
     return _report(
         job,
         method,
@@ -76,8 +80,8 @@ def assemble(
         diary,
         verdict=verdict,
         constraint=constraint,
-        stop=StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps),
-        released=released(job, step, adapter),
+        stop=candidate.stop,
+        released=candidate.released,
         deletion_requests=report.of_requests(
             job.deletion_requests, facts.rows.get("forget/probability", []), trained=True
         ),
@@ -87,7 +91,9 @@ def assemble(
         answered=after.disclosed.answered,
         language=after.disclosed.language,
         conspicuous=after.conspicuous,
-        caveats=report.caveats(facts.benchmarks, after.attacks, chained=facts.parent is not None),
+        caveats=report.caveats(
+            facts.benchmarks, after.attacks, chained=facts.parent is not None, reverified=job.spec.reverifies
+        ),
     )
 
 
@@ -185,6 +191,7 @@ def _report(
         job_id=job.job_id,
         attempt=job.attempt,
         created_at=datetime.now(UTC),
+        reverifies=spec.reverifies,
         asked=Asked(
             model=spec.model,
             method=spec.method.type,
@@ -221,14 +228,31 @@ def set_facts(file: FileRef, encoded: data.Encoded) -> DataFacts:
     )
 
 
-def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Released:
-    published = [AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in adapter]
-    if not published:
-        message = (
-            "No checked iterate kept the bound, so no adapter was released. "
-            f"The figures after are those of the last iterate, step {step}."
-        )
-        return Released(published=False, step=step, files=[], message=message, load=None)
+def trained(job: Assignment, solution: Run, adapter: Sequence[ArtifactFile]) -> Candidate:
+    """What the run released or, if nothing, its last iterate."""
+    assert solution.stop is not None
+    stop = StopFacts(reason=solution.stop.reason, message=solution.stop.message, step=solution.steps)
+    step = solution.best.step if solution.best else solution.steps
+    if adapter:
+        message = f"The adapter of step {step}. The figures after were measured on its published bytes."
+        return Candidate(stop, _released(job, step, adapter, message))
+    message = (
+        "No checked iterate kept the bound, so no adapter was released. "
+        f"The figures after are those of the last iterate, step {step}."
+    )
+    return Candidate(stop, Released(published=False, step=step, files=[], message=message, load=None))
+
+
+def reverified(job: Assignment) -> Candidate:
+    """What the job that is reverified released."""
+    of = job.reverified
+    assert of is not None
+    why = f"No step was taken: this is a reverification of the adapter that job {of.job_id} released."
+    message = f"It was released by job {of.job_id}. The figures after were measured on its published bytes."
+    return Candidate(StopFacts(reason="reverified", message=why, step=0), _released(job, 0, of.adapter, message))
+
+
+def _released(job: Assignment, step: int, adapter: Sequence[ArtifactFile], message: str) -> Released:
     if job.model.source == "hub":
         base = f'"{job.model.location}", revision="{job.model.revision}"'
     else:  # a registered name is not a place: somebody else may own it on the Hub
@@ -236,8 +260,8 @@ def released(job: Assignment, step: int, adapter: Sequence[ArtifactFile]) -> Rel
     return Released(
         published=True,
         step=step,
-        files=published,
-        message=f"The adapter of step {step}. The figures after were measured on its published bytes.",
+        files=[AdapterFile(name=file.name, bytes=file.bytes, sha256=file.sha256) for file in adapter],
+        message=message,
         load=(
             "import torch; from peft import PeftModel; from transformers import AutoModelForCausalLM; "
             f"base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{job.dtype}); "

@@ -35,6 +35,7 @@ from worker.records import (
     EarlierJob,
     FileRef,
     ParentAssignment,
+    ReleasedAdapter,
     RequestRows,
 )
 
@@ -47,7 +48,7 @@ Refer = Callable[[str | None], FileRef | None]
 def assignment(
     s: Session, claim: Claim, spec: JobSpec, settings: Settings, scratch: Path, on_accelerator: bool
 ) -> Assignment:
-    """Raises JobFailure where a model, a file, a benchmark or the parent's adapter is gone."""
+    """Raises JobFailure where a model, a file, a benchmark or an earlier job's adapter is gone."""
     tenancy.bind(s, claim.tenant_id)
     secrets = secrets_of(settings)
     refer = partial(_file, s, secrets)
@@ -60,6 +61,7 @@ def assignment(
         spec=spec,
         model=_model(s, spec.model),
         parent=None if spec.parent is None else _parent(s, refer, spec.parent, spec.model),
+        reverified=None if spec.reverifies is None else _released(s, spec.reverifies, spec.model),
         forget_file=forget,
         retain_file=retain,
         refusal_file=refusals,
@@ -92,14 +94,20 @@ def _model(s: Session, name: str) -> ModelEntry:
         raise JobFailure(FailureCode.MODEL_NOT_FOUND, str(error)) from error
 
 
-def _parent(s: Session, refer: Refer, job_id: str, model: str) -> ParentAssignment:
+def _released(s: Session, job_id: str, model: str) -> ReleasedAdapter:
     if reason := lineage.why_not(s, job_id, model):
-        raise JobFailure(FailureCode.MODEL_NOT_FOUND, f"the parent's adapter cannot be had: {reason}")
-    chain = lineage.chain(s, job_id)
-    return ParentAssignment(
+        raise JobFailure(FailureCode.MODEL_NOT_FOUND, f"the adapter of job {job_id} cannot be had: {reason}")
+    return ReleasedAdapter(
         job_id=job_id,
         adapter=[_published(artifact) for artifact in lineage.adapter(s, job_id)],
         report=_published(artifacts.named(s, job_id, REPORT)),
+    )
+
+
+def _parent(s: Session, refer: Refer, job_id: str, model: str) -> ParentAssignment:
+    released, chain = _released(s, job_id, model), lineage.chain(s, job_id)
+    return ParentAssignment(
+        **dict(released),
         chain=[
             _earlier(refer, job) for job in (*chain, *lineage.forgotten_already(s, model, [job.id for job in chain]))
         ],

@@ -34,7 +34,7 @@ JOBS_MIN = 2
 
 
 def read(paths: Sequence[Path]) -> list[Report]:
-    """Raises InvalidRequest that names every file that is not a report of this version."""
+    """Raises InvalidRequest that names every file that is not a report of this version, and those of reverifications."""
     found, problems = [], []
     for path in paths:
         try:
@@ -47,6 +47,11 @@ def read(paths: Sequence[Path]) -> list[Report]:
             version = place == "schema_version"
             what = "has a schema version that this does not know" if version else "is not a report"
             problems.append(f"{path} {what}: {place + ': ' if place and not version else ''}{first['msg']}")
+    problems += [
+        f"job {report.job_id} is a reverification of job {report.reverifies}: leave its report out"
+        for report in found
+        if report.reverifies
+    ]
     if len(paths) < JOBS_MIN:
         problems.append(f"a chain has at least {JOBS_MIN} reports")
     if problems:

@@ -7,17 +7,20 @@ no, rows are read one by one and generation is the library's own.
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from service.domain import microbatches
 from worker import trees
+from worker.cache import PreallocatedLayer
 from worker.model import Network
-from worker.trees import Forest
+from worker.trees import Forest, Tree
 
+PROBE_TOKENS = 100
 PROBE = ([2, 3, 4, 5, 6, 7], [2, 3, 4, 6, 5], [2, 3, 4, 5, 6, 4, 3])  # three rows that begin alike
 TOLERANCE, LOW_TOLERANCE = 1e-4, 5e-2  # of the largest state; in half precision the order of sums shows
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")  # names of it in configs
@@ -67,21 +70,34 @@ def reset_positions(network: Network, longest: int) -> None:
         )
 
 
-def read(network: Network, forest: Forest) -> Tensor:
-    """What the head reads, [B*T, D]."""
+def read(network: Network, forest: Forest, kept: DynamicCache | None = None) -> Tensor:
+    """What the head reads, [B*T, D].
+
+    Args:
+        kept: an empty cache, which gets the keys and values; of rows that are not long enough for rescaled positions.
+    """
     input_ids_BT = forest.input_ids_BT.to(network.device)
-    if forest.seen_BTT is None:
+    given: dict[str, Tensor] = {}
+    if forest.seen_BTT is not None:
+        dtype = network.causal.get_input_embeddings().weight.dtype
+        hidden_BTT = torch.zeros(forest.seen_BTT.shape, dtype=dtype).masked_fill_(~forest.seen_BTT, -torch.inf)
+        given["attention_mask"] = hidden_BTT[:, None].to(network.device)
+        given["position_ids"] = forest.positions_BT.to(network.device)
+    elif kept is None:
         lengths_B = forest.positions_BT.amax(1) + 1
         return states(network, input_ids_BT, lengths_B.tolist())[0].flatten(0, 1)
-    dtype = network.causal.get_input_embeddings().weight.dtype
-    hidden_BTT = torch.zeros(forest.seen_BTT.shape, dtype=dtype).masked_fill_(~forest.seen_BTT, -torch.inf)
     states_BTD: Tensor = network.causal.get_decoder()(
-        input_ids=input_ids_BT,
-        attention_mask=hidden_BTT[:, None].to(network.device),
-        position_ids=forest.positions_BT.to(network.device),
-        use_cache=False,
+        input_ids=input_ids_BT, past_key_values=kept, use_cache=kept is not None, **given
     ).last_hidden_state
     return states_BTD.flatten(0, 1)
+
+
+def grown(network: Network, rows: Sequence[list[int]], max_tokens: int) -> list[Tree]:
+    """Trees of the rows where that saves something and the decoder reads them; else each row by itself."""
+    found = trees.grow(rows, pairs_per_token(network), max_tokens)
+    if len(found) == len(rows) or not reads_trees(network, max(map(len, rows))):
+        return trees.single(rows)
+    return found
 
 
 @torch.no_grad()
@@ -89,7 +105,7 @@ def reads_trees(network: Network, longest: int) -> bool:
     """Whether rows of at most so many tokens say the same in a tree as alone."""
     if longest > min(window(network), rescaled_at(network)):
         return False
-    (tree,) = trees.grow(PROBE, pairs_per_token=float("inf"), max_tokens=100)
+    (tree,) = trees.grow(PROBE, pairs_per_token=float("inf"), max_tokens=PROBE_TOKENS)
     try:
         shared_ND = read(network, trees.plant([tree]))
     except Exception:  # there is no common type for "this forward pass takes no such mask"
@@ -99,25 +115,20 @@ def reads_trees(network: Network, longest: int) -> bool:
 
 @torch.no_grad()
 def caches(network: Network, longest: int) -> bool:
-    """Whether rows of at most so many tokens say the same if they go on, padded, from the keys and values of a common prefix.
+    """Whether rows of at most so many tokens say the same if they go on, padded, from the keys and values of their beginnings.
 
     Also whether what was kept can be dropped again, from the end and by row.
     """
-    short, long = PROBE[1:]
     if longest > rescaled_at(network):
         return False
+    short, long = PROBE[1:]
+    wrong = 2
     try:
-        kept = prefilled(network, PROBE[0][:3])
-        kept.batch_repeat_interleave(2)
-        gap = len(long) - len(short)
-        mask_BS = torch.tensor([[1] * (len(short) - 1) + [0] * gap, [1] * (len(long) - 1)])
-        step(network, kept, torch.tensor([short[3:-1] + [0] * gap, long[3:-1]]), mask_BS)
-        wrong = [2] if window(network) > len(long) + 1 else []  # a cache that is full of its window is not cropped
-        mask_BS = torch.cat([mask_BS, torch.ones(2, 1 + len(wrong), dtype=torch.int64)], 1)
-        last_BTD = step(network, kept, torch.tensor([[short[-1], *wrong], [long[-1], *wrong]]), mask_BS)[:, :1]
-        if wrong:
-            kept.crop(-len(wrong))
-        kept.batch_select_indices(torch.tensor([1], device=network.device))
+        begun = prefilled(network, [short[:-1], long[:-1]], 2, PROBE_TOKENS)
+        mask_BS = torch.cat([begun.mask_BS, torch.ones(2, 2, dtype=torch.int64)], 1)
+        last_BTD = step(network, begun.kept, torch.tensor([[short[-1], wrong], [long[-1], wrong]]), mask_BS)[:, :1]
+        begun.kept.crop(-1)
+        begun.kept.batch_select_indices(torch.tensor([1], device=network.device))
     except Exception:  # as above: "this model has no such cache"
         return False
     return _agree(network, short, last_BTD[0]) and _agree(network, long, last_BTD[1])
@@ -130,12 +141,43 @@ def _agree(network: Network, ids: Sequence[int], states_TD: Tensor) -> bool:
     return bool((states_TD - alone_TD).abs().max() <= tolerance * alone_TD.abs().max())
 
 
-def prefilled(network: Network, ids: Sequence[int]) -> DynamicCache:
-    """The keys and values of one row; of none: an empty cache."""
-    kept = DynamicCache(config=network.causal.config)
-    if ids:
-        step(network, kept, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
-    return kept
+class Prefilled(NamedTuple):
+    """Rows that were read, padded on the left."""
+
+    kept: DynamicCache
+    mask_BS: Tensor  # 1 where there is a token
+    last_BD: Tensor  # states of the rows' last tokens
+
+
+def prefilled(network: Network, rows: Sequence[list[int]], room: int, at_once: int) -> Prefilled:
+    """Keys and values of the rows, with room for so many more tokens; what rows begin with in common is read once.
+
+    Layers that attend to a window keep all tokens, too: what lies outside it their mask hides.
+
+    Args:
+        at_once: positions, at most.
+    """
+    width = max(map(len, rows))
+    found = grown(network, rows, at_once)
+    layers, last = list[PreallocatedLayer](), dict[int, Tensor]()
+    for part in microbatches.microbatches([len(tree.ids) for tree in found], overhead_tokens(network), at_once):
+        forest, own = trees.plant([found[k] for k in part]), DynamicCache()
+        last_PD, length = read(network, forest, own), forest.input_ids_BT.shape[1]
+        read_layers: list[Any] = own.layers
+        paths = {
+            i: [b * length + t for t in path]
+            for b, k in enumerate(part)
+            for i, path in zip(found[k].rows, found[k].paths, strict=True)
+        }
+        at_RS = torch.tensor([[0] * (width - len(path)) + path for path in paths.values()], device=network.device)
+        last |= dict(zip(paths, last_PD[at_RS[:, -1]], strict=True))
+        layers = layers or [PreallocatedLayer(one.keys, one.values, len(rows), width, room) for one in read_layers]
+        for layer, one in zip(layers, read_layers, strict=True):
+            layer.fill(list(paths), one.keys, one.values, at_RS)
+    kept = DynamicCache()
+    kept.layers.extend(layers)
+    mask_BS = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return Prefilled(kept, mask_BS, torch.stack([last[i] for i in range(len(rows))]))
 
 
 def step(network: Network, kept: DynamicCache, ids_BT: Tensor, mask_BS: Tensor) -> Tensor:
@@ -183,6 +225,12 @@ def pairs_per_token(network: Network) -> float:
     """
     width: int = network.causal.config.get_text_config().hidden_size
     return 3.0 * width
+
+
+def overhead_tokens(network: Network) -> float:
+    """So many tokens take as long as one more pass."""
+    layers: int = network.causal.config.get_text_config().num_hidden_layers
+    return microbatches.overhead_tokens(network.device.type, layers, network.parameters)
 
 
 def positions_max(network: Network) -> int:

@@ -72,16 +72,17 @@ def answered(found: Answered) -> GateResult:
 def rows(found: Likelihood) -> GateResult:
     """Few rows alone are likelier than the mean lets one think."""
     count = len(found.rows_above)
-    if count <= found.rows_allowed:
+    if count > found.rows_allowed:
+        message = f"{_rows(count)} ({_named(found.rows_above)}) remain likelier than a forgotten row may be; "
+        message += f"{found.rows_allowed} may be."
+    else:
         message = f"{count or 'No'} single row{'s are' if count != 1 else ' is'} likelier than a forgotten row may be."
         if count:
             message = f"{message[:-1]} ({_named(found.rows_above)}); {found.rows_allowed} may be."
-        return _gate("forget_rows", "<=", found.rows_allowed, count, "warn", "PASSED", message)
-    message = (
-        f"{_rows(count)} ({_named(found.rows_above)}) remain likelier than a forgotten row may be; "
-        f"{found.rows_allowed} may be."
-    )
-    return _gate("forget_rows", "<=", found.rows_allowed, count, "warn", "WARNED", message)
+    if found.rows_unknown:
+        message += f" Not judged singly: {_named(found.rows_unknown)}; before, a wrong answer was at least as likely."
+    few = count <= found.rows_allowed
+    return _gate("forget_rows", "<=", found.rows_allowed, count, "warn", "PASSED" if few else "WARNED", message)
 
 
 def attacks(audit: Sequence[AuditEntry], limit: float) -> list[GateResult]:

@@ -1,4 +1,4 @@
-"""Answers, greedy or drawn: batched by length of the prompt, each row ending where it ends, a common prefix read once.
+"""Answers, greedy or drawn: batched by length, each row ending where it ends, what prompts begin with in common read once.
 
 A row that repeats itself, as those of an unlearned model often do, reads several tokens in one pass: what followed when it
 last said what it says now. Of these guesses stand those that the model, having read what is before them, says too; so every
@@ -6,20 +6,18 @@ token is the model's own (Leviathan et al. 2023, arXiv 2211.17192; guesses from 
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from copy import deepcopy
 from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from worker import data, decoder
 from worker.model import Network, own_logits
 from worker.trees import common_prefix
 
 GENERATION_TOKENS = 32_768  # positions of a batch if every row takes all its room: what its keys and values may take
-PASS_TOKENS = 32  # what one more forward pass costs, in tokens
+PREFILL_TOKENS = 4_096  # of prompts that are read at once, at most
 LOOP_TOKENS, PERIOD_MAX = 48, 12  # so many tokens with a period of at most so many go on like that
 GUESSING_TOKENS = 16  # of a pass, guesses included: so few take little longer than one
 
@@ -69,17 +67,12 @@ def generate(
     elif not decoder.caches(network, max(lengths)):
         said = {i: _uncached(network, prompts[i], rooms[i], drawn[i], ends, loops_end) for i in chosen}
     else:
-        # a gap between the tokens of a row would count towards a window: then only prompts of one length go together
-        gaps = max(lengths) <= decoder.window(network)
-        shared = _shared([prompts[i] for i in chosen]) if gaps else 0
-        kept = decoder.prefilled(network, prompts[chosen[0]][:shared])
         at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
-        for rows in _batches(chosen, prompts, rooms, gaps, at_once):
+        for part in data.by_length(lengths, at_once):
+            rows = [chosen[k] for k in part]
             answers = _continue(
                 network,
-                kept,
-                shared,
-                [prompts[i][shared:] for i in rows],
+                [list(prompts[i]) for i in rows],
                 [rooms[i] for i in rows],
                 [drawn[i] for i in rows],
                 ends,
@@ -98,55 +91,30 @@ def room(network: Network, prompt: Sequence[int], beyond_context: bool) -> int:
     return max(0, longest - len(prompt)) if prompt else 0
 
 
-def _batches(
-    chosen: Sequence[int], prompts: Sequence[Sequence[int]], rooms: Sequence[int], gaps: bool, at_once: int
-) -> Iterator[list[int]]:
-    """Prompts of like length, or of one length where no gap may be."""
-    groups: dict[int, list[int]] = {}
-    for i in chosen:
-        groups.setdefault(0 if gaps else len(prompts[i]), []).append(i)
-    for group in groups.values():
-        for part in data.by_length([len(prompts[i]) + rooms[i] for i in group], at_once):
-            yield [group[k] for k in part]
-
-
-def _shared(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, if it saves something to read them once; at least one of each is left."""
-    first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two have in common, all have
-    shared = min(common_prefix(first, last), min(map(len, prompts)) - 1)
-    return shared if shared * (len(prompts) - 1) > PASS_TOKENS else 0
-
-
 def _continue(
     network: Network,
-    prefix: DynamicCache,
-    shared: int,
-    rests: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
     rooms: Sequence[int],
     drawn: Sequence[list[float] | None],
     ends: Collection[int],
     stops: Sequence[str],
     loops_end: bool,
 ) -> list[list[int]]:
-    """The tokens that follow each row, at most `rooms` of them.
+    """The tokens that follow each prompt, at most `rooms` of them.
 
     Args:
         drawn: of a row that is sampled a number in [0, 1) for each token.
-        prefix: keys and values of the `shared` tokens that stand before every rest.
     """
-    said: list[list[int]] = [[] for _ in rests]
-    going = list(range(len(rests)))
-    kept = deepcopy(prefix)
-    kept.batch_repeat_interleave(len(rests))
-    mask_BS = torch.ones(len(rests), shared, dtype=torch.int64)
-    reads = [_Read(list(rest)) for rest in rests]
+    said: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    kept, mask_BS, last_BD = decoder.prefilled(network, prompts, max(rooms), PREFILL_TOKENS)
+    reads = [_Read([prompt[-1]]) for prompt in prompts]  # as it was
+    states_BTD = last_BD[:, None]
     while True:
-        start, width = mask_BS.shape[1], max(len(read.ids) for read in reads)
-        new_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
-        mask_BS = torch.cat([mask_BS, new_BT], 1)
+        start = mask_BS.shape[1] - states_BTD.shape[1]
         stay = []
         at = [None if (u := drawn[row]) is None else u[len(said[row])] for row in going]
-        for b, follow in enumerate(_follows(network, kept, reads, mask_BS, at)):
+        for b, follow in enumerate(_follows(network, states_BTD, reads, at)):
             sure = len(reads[b].ids) - reads[b].guesses
             right = common_prefix(reads[b].ids[sure:], follow)
             mask_BS[b, start + sure + right :] = 0
@@ -157,8 +125,9 @@ def _continue(
         if not stay:
             return said
         if len(stay) < len(going):
-            kept.batch_select_indices(torch.tensor(stay, device=network.device))
-            going, mask_BS = [going[b] for b in stay], mask_BS[stay]
+            order = _closed_up(stay)
+            kept.batch_select_indices(torch.tensor(order, device=network.device))
+            going, mask_BS = [going[b] for b in order], mask_BS[order]
         if unused := int(mask_BS.any(0).flip(0).int().argmax()):  # columns at the end in which no row has a token
             kept.crop(-unused)
             mask_BS = mask_BS[:, :-unused]
@@ -167,8 +136,24 @@ def _continue(
         most = int(min(GUESSING_TOKENS // len(going) - 1, spare))
         reads = []
         for row, room in zip(going, left, strict=True):
-            guesses = _guesses([*rests[row], *said[row]], min(most, room - 1)) if drawn[row] is None else []
+            guesses = _guesses([*prompts[row], *said[row]], min(most, room - 1)) if drawn[row] is None else []
             reads.append(_Read([said[row][-1], *guesses], len(guesses)))
+        width = max(len(read.ids) for read in reads)
+        ids_BT = torch.tensor([[*read.ids, *[0] * (width - len(read.ids))] for read in reads])
+        read_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
+        mask_BS = torch.cat([mask_BS, read_BT], 1)
+        states_BTD = decoder.step(network, kept, ids_BT, mask_BS)
+
+
+def _closed_up(stay: Sequence[int]) -> list[int]:
+    """The rows that stay, in an order in which those behind take the places of those that go: few are moved.
+
+    >>> _closed_up([0, 2, 4, 5])
+    [0, 4, 2, 5]
+    """
+    here = set(stay)
+    behind = (b for b in stay if b >= len(stay))
+    return [b if b in here else next(behind) for b in range(len(stay))]
 
 
 class _Read(NamedTuple):
@@ -179,13 +164,9 @@ class _Read(NamedTuple):
 
 
 def _follows(
-    network: Network, kept: DynamicCache, reads: Sequence[_Read], mask_BS: Tensor, drawn: Sequence[float | None]
+    network: Network, states_BTD: Tensor, reads: Sequence[_Read], drawn: Sequence[float | None]
 ) -> Iterator[list[int]]:
     """Of each row the likeliest token behind the last that is sure, and behind each guess; of a sampled one the one drawn."""
-    width = max(len(read.ids) for read in reads)
-    states_BTD = decoder.step(
-        network, kept, torch.tensor([[*read.ids, *[0] * (width - len(read.ids))] for read in reads]), mask_BS
-    )
     asked = [(b, t) for b, (ids, guesses) in enumerate(reads) for t in range(len(ids) - 1 - guesses, len(ids))]
     b_N, t_N = torch.tensor(asked, device=network.device).T
     logits_NV = _logits(network, states_BTD[b_N, t_N])

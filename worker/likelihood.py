@@ -4,6 +4,9 @@ A tenth of what it was is forgotten, but who was never taught a row does not fin
 either. So a limit has a floor: what is given to wrong answers of the same wording (`perturbed_answer`), by the model before or by
 the model after, whichever is more, else what a retrained reference gives to the right one. It never exceeds half of what the row
 had, so that a model that was left as it is breaks every limit.
+
+A row of whose wrong answers the model before found one at least as likely as the right one was not known to it as that row: it is
+trained and counts in the mean, but has no limit of its own.
 """
 
 import math
@@ -34,12 +37,13 @@ class Limits(NamedTuple):
     mean: float  # the mean over rows is at most this
     source: str | None  # where the floor comes from, if it is what decides `mean`
     against: str  # where there is one, what the floor is
-    rows: Mapping[int, float]  # place -> at most this
+    rows: Mapping[int, float]  # place -> at most this; of those that were known
     rows_allowed: int  # above their own limits
+    unknown: list[int]  # places without a limit of their own
 
     def rows_allowed_of(self, rows: int) -> int:
         """The same, of so many rows that a check measures."""
-        return max(1, math.floor(self.rows_allowed * rows / len(self.rows)))
+        return max(1, math.floor(self.rows_allowed * rows / (len(self.rows) + len(self.unknown))))
 
     def above(self, after: Mapping[int, float]) -> list[int]:
         """Places whose probability is above their limit, or no number."""
@@ -49,6 +53,9 @@ class Limits(NamedTuple):
 def limits(before: Mapping[int, float], wrong: Sequence[Wrong] = (), retrained: Mapping[int, float] = {}) -> Limits:
     """By the rows' probabilities before, those of their wrong answers under each model, and those under a retrained reference.
 
+    Args:
+        wrong: under the model before, then under the one after.
+
     Right answers that are no likelier than wrong ones are as likely on average, not less: so the floor is what the mean over rows
     of a wrong answer drawn for each seldom exceeds, with a chance of one in twenty.
 
@@ -57,6 +64,8 @@ def limits(before: Mapping[int, float], wrong: Sequence[Wrong] = (), retrained: 
     >>> floored = limits({0: 0.9, 1: 0.5}, [{0: [0.2], 1: [0.3]}])
     >>> floored.mean, floored.rows
     (0.225, {0: 0.2, 1: 0.25})
+    >>> limits({0: 0.9, 1: 0.01}, [{0: [0.2], 1: [0.02]}]).unknown
+    [1]
     """
     given = {
         place: [[min(value, FLOOR_MAX * was) for value in of[place]] for of in wrong if of.get(place)]
@@ -66,17 +75,20 @@ def limits(before: Mapping[int, float], wrong: Sequence[Wrong] = (), retrained: 
     largest = {place: max((max(of) for of in several), default=0.0) for place, several in given.items()}
     mean_before = fmean(before.values())
     floor = max((_drawn([of[k] for of in given.values() if k < len(of)], len(before)) for k in range(2)), default=0.0)
-    floored = [place for place, was in before.items() if largest[place] > SHARE * was]
+    unknown = [place for place, was in before.items() if wrong and any(one >= was for one in wrong[0].get(place, ()))]
+    judged = {place: was for place, was in before.items() if place not in unknown}
+    floored = [place for place, was in judged.items() if largest[place] > SHARE * was]
     against = WRONG if any(wrong) else RETRAINED
     return Limits(
         before=mean_before,
         mean=max(SHARE * mean_before, floor),
         source=against if floor > SHARE * mean_before else None,
         against=against,
-        rows={place: max(SHARE * was, largest[place]) for place, was in before.items()},
+        rows={place: max(SHARE * was, largest[place]) for place, was in judged.items()},
         rows_allowed=_allowed(
-            len(before), [len(given[place][-1]) for place in floored if any(place in of for of in wrong)]
+            len(judged), [len(given[place][-1]) for place in floored if any(place in of for of in wrong)]
         ),
+        unknown=unknown,
     )
 
 

@@ -20,7 +20,7 @@ from worker import data, equivalence, files, likelihood, measure, scoring
 from worker.diary import Diary
 from worker.losses.retain.nll import nll
 from worker.model import Network
-from worker.records import ArtifactFile, Assignment, FileRef, ParentAssignment
+from worker.records import ArtifactFile, Assignment, FileRef, ParentAssignment, ReleasedAdapter
 from worker.scores import mean_loss
 from worker.suite import Row
 from worker.views import Term
@@ -36,38 +36,37 @@ class Earlier(NamedTuple):
     columns: Sequence[Row] = ()  # the same with all their columns
 
 
-def fetch(job: Assignment, storage: Storage, base: Network) -> Path | None:
-    """The folder of the adapter that the job starts from; None: it starts from the base model.
+def fetch(released: ReleasedAdapter | None, storage: Storage, base: Network, folder: Path) -> Path | None:
+    """The adapter that an earlier job released, as files in the folder, which is made; None: there is no such job.
 
     Raises JobFailure: model_not_found (it is no longer stored), model_revision_mismatch (it is not what was published, or it
     was made on another base).
     """
-    if job.parent is None:
+    if released is None:
         return None
-    made_on = json.loads(_published(job.parent, storage, job.parent.report))["base_model"]["digest"]
+    made_on = json.loads(_published(released, storage, released.report))["base_model"]["digest"]
     if made_on != base.digest:
         raise JobFailure(
             FailureCode.MODEL_REVISION_MISMATCH,
-            f"the adapter of job {job.parent.job_id} was made on a base of digest {made_on}; that of {base.entry.name} is "
+            f"the adapter of job {released.job_id} was made on a base of digest {made_on}; that of {base.entry.name} is "
             f"{base.digest}",
         )
-    folder = job.scratch_dir / "parent"
     folder.mkdir()
-    for file in job.parent.adapter:
-        (folder / Path(file.name).name).write_bytes(_published(job.parent, storage, file))
+    for file in released.adapter:
+        (folder / Path(file.name).name).write_bytes(_published(released, storage, file))
     return folder
 
 
-def _published(parent: ParentAssignment, storage: Storage, file: ArtifactFile) -> bytes:
+def _published(released: ReleasedAdapter, storage: Storage, file: ArtifactFile) -> bytes:
     try:
         content = b"".join(storage.read(file.key))
     except NotFound as error:
         raise JobFailure(
-            FailureCode.MODEL_NOT_FOUND, f"{file.name} of job {parent.job_id} is no longer in the storage"
+            FailureCode.MODEL_NOT_FOUND, f"{file.name} of job {released.job_id} is no longer in the storage"
         ) from error
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise JobFailure(
-            FailureCode.MODEL_REVISION_MISMATCH, f"{file.name} of job {parent.job_id} is not what that job published"
+            FailureCode.MODEL_REVISION_MISMATCH, f"{file.name} of job {released.job_id} is not what that job published"
         )
     return content
 

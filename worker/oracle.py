@@ -13,8 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor, distributed
 
-from service.domain import microbatches
+from service.domain.microbatches import microbatches
 from worker import model
+from worker.decoder import overhead_tokens
 from worker.model import Network
 from worker.problem import Evaluation, Params
 from worker.solve import Batch
@@ -46,7 +47,7 @@ def make_oracle(
         parts: list[list[tuple[str, int]]] = []
         for (_, texts), chosen in groups.items():
             lengths = [terms[name].length(place) for name, place in chosen]
-            split = microbatches.microbatches(lengths, overhead_tokens(network), limit // texts)
+            split = microbatches(lengths, overhead_tokens(network), limit // texts)
             parts += [[chosen[i] for i in part] for part in split]
         rank, processes = _rank()
         return [pack(terms, part, network.device) for part in parts[rank::processes]]
@@ -86,12 +87,6 @@ def make_oracle(
     return Batch(
         oracle, tokens=sum(len(row.ids) for name in terms for p in places[name] for row in terms[name].rows(p))
     )
-
-
-def overhead_tokens(network: Network) -> float:
-    """See service.domain.microbatches."""
-    layers: int = network.causal.config.get_text_config().num_hidden_layers
-    return microbatches.overhead_tokens(network.device.type, layers, network.parameters)
 
 
 def _rank() -> tuple[int, int]:

@@ -41,12 +41,17 @@ class EarlierJob(BaseModel):
     forget_file: FileRef | None  # None: it is no longer kept
 
 
-class ParentAssignment(BaseModel):
-    """The job whose adapter this one starts from."""
+class ReleasedAdapter(BaseModel):
+    """What a job released."""
 
     job_id: str
     adapter: list[ArtifactFile]
     report: ArtifactFile  # the JSON one
+
+
+class ParentAssignment(ReleasedAdapter):
+    """The job whose adapter this one starts from."""
+
     chain: list[
         EarlierJob
     ]  # that job, the one that it started from, and so on; then those whose rows these had forgotten
@@ -84,6 +89,7 @@ class Assignment(BaseModel):
     spec: JobSpec
     model: ModelEntry
     parent: ParentAssignment | None = None  # None: it starts from the base model
+    reverified: ReleasedAdapter | None = None  # what is evaluated without training; None: the job trains
     forget_file: FileRef
     retain_file: FileRef
     refusal_file: FileRef | None = None  # of the request; None: worker.refusals

@@ -60,6 +60,10 @@ CHAINED = (
     "The job started from the adapter of an earlier one, which the released one contains: before it, the base model had that. "
     "Of the earlier jobs the forget sets alone were measured again, as far as they are kept; their retain sets were not."
 )
+REVERIFIED = (
+    "Nothing was trained: the adapter is the one that job {job_id} released, evaluated under the verdict rules that this report "
+    "names. The report and the certificate of that job are not changed."
+)
 UNTRAINED_CHAINED = (
     "The job started from the adapter of an earlier one: where the figures do not name the base model, it had that. What the "
     "earlier jobs of its chain had the model forget was not judged again."
@@ -405,8 +409,18 @@ def installed() -> str:
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
-def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry], *, chained: bool = False) -> list[str]:
-    """What the report does not prove, given what was tried."""
+def caveats(
+    benchmarks: Sequence[BenchmarkFacts],
+    audit: Sequence[AuditEntry],
+    *,
+    chained: bool = False,
+    reverified: str | None = None,
+) -> list[str]:
+    """What the report does not prove, given what was tried.
+
+    Args:
+        reverified: the job whose adapter was evaluated again; None: the job trained its own.
+    """
     tried = {entry.attack for entry in audit if entry.attacked is not None}
     retention = "the retain set alone; abilities that it does"
     if benchmarks:
@@ -418,6 +432,7 @@ def caveats(benchmarks: Sequence[BenchmarkFacts], audit: Sequence[AuditEntry], *
         _robustness(tried),
         f"Retention was measured on {retention} not represent may have changed.",
         *([CHAINED] if chained else []),
+        *([REVERIFIED.format(job_id=reverified)] if reverified else []),
         "The base model itself is unchanged: the data is still in its weights, its copies, caches and backups. What was measured "
         "holds only where the adapter is applied.",
     ]

@@ -1,6 +1,7 @@
 """One job, top to bottom, in a process of its own: python -m worker.run ASSIGNMENT.json
 
-prepare -> load -> measure before -> solve -> publish the adapter -> measure the published bytes -> report.
+prepare -> load -> measure before -> solve -> publish the adapter -> measure the published bytes -> report. A reverification
+takes the adapter that an earlier job published in place of solving.
 
 It has no database credentials. What it has to say goes as JSON lines to a pipe (worker.records); its standard input
 tells it to cancel or to pause, and that its parent is gone. An attempt that follows another does again what is quickly
@@ -39,7 +40,7 @@ from worker import (
     report,
     words,
 )
-from worker.assemble import assemble, assemble_untrained
+from worker.assemble import assemble, assemble_untrained, reverified, trained
 from worker.diary import Diary, Emit
 from worker.failures import failure
 from worker.oracle import make_oracle
@@ -89,7 +90,9 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
         forget = Term(method.forget, forget_texts(job, storage, method, examples["forget"], base))
         retain = retain_term(method, examples["retain"], base)
         chain = lineage.earlier(job, storage, examples["retain"], base, diary)
-        network = model.adapt(base, spec.lora, spec.seed, method.layers, lineage.fetch(job, storage, base))
+        parent = lineage.fetch(job.parent, storage, base, job.scratch_dir / "parent")
+        released = lineage.fetch(job.reverified, storage, base, job.scratch_dir / "reverified")
+        network = model.adapt(base, spec.lora, spec.seed, method.layers, parent)
         network, kept = earlier(job, sealed, network, diary)
         holdout = encode("holdout", holdout_rows, base) if holdout_rows else None
         warn_about_rows(forget.encoded, retain.encoded, diary)
@@ -101,11 +104,23 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
         epsilon = spec.constraint.bound(before.measured.retain_loss)
         emit(ConstraintRecord(epsilon=epsilon, base_retain_loss=before.measured.retain_loss))
         warn_about_bound(epsilon, before.measured.retain_loss, diary)
-        unknown = appraisal.not_known(network, case, before, job.parent.job_id if job.parent else None)
+        unknown = None
+        if released is None:
+            unknown = appraisal.not_known(network, case, before, job.parent.job_id if job.parent else None)
 
     if unknown is not None:
         with diary.stage(Stage.UPLOADING, "uploading report"):
             facts = assemble_untrained(job, method, network, case, before, epsilon, unknown, holdout, diary)
+            return result(facts, published(storage, job, facts))
+
+    if released is not None:
+        with diary.stage(Stage.LOADING_MODEL, "loading released adapter"):
+            network = model.load_adapter(network, released)
+        after = appraisal.after(network, case, before, spec.attacks, job, diary, cancelled)
+        if after is None:
+            return CancelledRecord()
+        with diary.stage(Stage.UPLOADING, "uploading report"):
+            facts = assemble(job, method, network, case, before, after, epsilon, reverified(job), holdout, diary)
             return result(facts, published(storage, job, facts))
 
     with diary.stage(Stage.UNLEARNING):
@@ -136,7 +151,8 @@ def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record
         return CancelledRecord()
 
     with diary.stage(Stage.UPLOADING, "uploading report"):
-        facts = assemble(job, method, network, case, before, after, epsilon, solution, adapter, holdout, diary)
+        candidate = trained(job, solution, adapter)
+        facts = assemble(job, method, network, case, before, after, epsilon, candidate, holdout, diary)
         return result(facts, [*adapter, *published(storage, job, facts)])
 
 

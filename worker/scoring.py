@@ -17,7 +17,6 @@ from worker.data import Encoded, TokenRow
 from worker.generation import Generated
 from worker.gradients import gradient_norms
 from worker.model import Network
-from worker.oracle import overhead_tokens
 from worker.scores import Scores
 from worker.suite import Ask, Asks, Key, Seen
 
@@ -169,11 +168,9 @@ def _likelihoods(network: Network, rows: Sequence[TokenRow], distribution: Seque
     limit = decoder.rescaled_at(network)
     ids = [row.ids if len(row.ids) > limit else row.ids[:-1] for row in rows]
     at_once = min(SCORING_TOKENS, network.tokens_at_once)
-    grown = trees.grow(ids, decoder.pairs_per_token(network), at_once)
-    if len(grown) == len(rows) or not decoder.reads_trees(network, max(map(len, ids))):
-        grown = trees.single(ids)
+    grown = decoder.grown(network, ids, at_once)
     found: dict[int, _Said] = {}
-    for part in microbatches([len(tree.ids) for tree in grown], overhead_tokens(network), at_once):
+    for part in microbatches([len(tree.ids) for tree in grown], decoder.overhead_tokens(network), at_once):
         batch = [grown[k] for k in part]
         forest = trees.plant(batch)
         last_PD, length = decoder.read(network, forest), forest.input_ids_BT.shape[1]

@@ -79,6 +79,11 @@ def summary(report: Report) -> str:
         f"The model {report.asked.model} was to forget {rows(report.forget_set.rows)} and to keep "
         f"{rows(report.retain_set.rows)}."
     )
+    if report.reverifies is not None:
+        asked += (
+            f" This is a reverification: the adapter that job {report.reverifies} released, evaluated again under verdict rules "
+            f"{report.verdict.rules}."
+        )
     if report.verdict.result == "NOT_KNOWN":
         holder = report.verdict.forgotten_by
         why = f"the adapter of job {holder} had forgotten them already" if holder else "it does not know them"

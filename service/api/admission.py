@@ -1,12 +1,13 @@
 """Is the request possible? Everything that can be told without the model is told here, before a job exists."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from service.api import polling, sets, shown, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
-from service.api.shapes import JobObject
+from service.api.shapes import REPORT_JSON, JobObject
 from service.domain import gates, overlap
 from service.domain.deletion import PlannedJob
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
@@ -14,6 +15,7 @@ from service.domain.identity import Principal
 from service.domain.job import SETS, SPACE_WARNING, JobCreate, JobSpec, MethodChoice, ModelEntry, Resources
 from service.domain.rows import Example
 from service.store import (
+    artifacts,
     benchmarks,
     deletion_jobs,
     deletion_reads,
@@ -22,8 +24,10 @@ from service.store import (
     jobs,
     lineage,
     models,
+    reverifications,
 )
 from service.store.rows import WarningRow
+from service.store.storage import Stored
 
 # The last part of the names by which architectures call their head and the embeddings that may be tied to it.
 HEADS = frozenset(
@@ -79,6 +83,21 @@ def submit(here: Parts, who: Principal, request: JobCreate, once: Once = ANEW) -
             answer = shown.job_object(s, job)
             once.keep(s, answer, polling.created(answer))
     here.dispatcher.ring(job.gpu_class)  # after the commit; a bell that nobody hears, the sweep rings again
+    return answer
+
+
+def reverify(here: Parts, job_id: str, once: Once) -> JobObject:
+    """A queued reverification of the job, committed, as `submit` does it. Raises NotFound, InvalidTransition."""
+    with here.sessions.begin() as s:
+        spec = reverifications.spec(s, job_id)
+        report = artifacts.named(s, job_id, REPORT_JSON)
+    made_on = json.loads(b"".join(here.storage.verified(report.key, Stored(report.bytes, report.sha256))))["base_model"]
+    with here.sessions.begin() as s:
+        once.first(s)
+        job = reverifications.create(s, spec, made_on, rings=True)
+        answer = shown.job_object(s, job)
+        once.keep(s, answer, polling.created(answer))
+    here.dispatcher.ring(job.gpu_class)
     return answer
 
 

@@ -11,8 +11,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 from starlette.exceptions import HTTPException
 
-from service.api import attempts, polling, shapes, shown
-from service.api.admission import submit
+from service.api import admission, attempts, polling, shapes, shown
 from service.api.attempts import Attempts
 from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next, page, unchanged, versions
 from service.api.errors import declared
@@ -100,7 +99,7 @@ def create(
     """
     if query.dry_run:
         return Response(plan(here, who, request).model_dump_json(), media_type="application/json")
-    answer = submit(here, who, request, once)
+    answer = admission.submit(here, who, request, once)
     response.headers.update(polling.created(answer))
     return answer
 
@@ -238,6 +237,31 @@ def retry(here: Here, job_id: str, response: Response, versions: Versions) -> Jo
     them, one of them was closed, or later jobs for requests have changed what the model has forgotten.
     """
     return _moved(here, jobs.retry, job_id, versions, response)
+
+
+@router.post(
+    "/{job_id}/reverify",
+    status_code=201,
+    summary="Evaluate a released adapter again, under the current verdict rules",
+    dependencies=[needs(Scope.JOBS_CREATE), Depends(count_job)],
+    response_model=JobObject,
+    responses=declared(404, 409, 503),
+)
+def reverify(here: Here, job_id: str, once: OnceOnly, response: Response) -> JobObject:
+    """Verdicts name the rules by which they were given, `rules`; later versions of the service have stricter ones.
+
+    Creates a job whose `reverifies` names this one. It measures the adapter that this job released, as it is stored, on the same
+    sets, and has a verdict, a report and a certificate of its own. It trains nothing, serves no deletion request and cannot be a
+    `parent`. This job's verdict, report and certificate are not changed; when the new certificate is issued, this job gets an
+    event `job.reverified` and the audit log an entry of that name. A new verdict of FAILED has no further effect: deletion
+    requests that this job completed stay completed, and the adapter stays published.
+
+    409 where this job has not succeeded, released no adapter or is itself a reverification, and where one of its sets is purged,
+    or its model or a benchmark is no longer registered, or the model has other weights.
+    """
+    answer = admission.reverify(here, job_id, once)
+    response.headers.update(polling.created(answer))
+    return answer
 
 
 def _moved(

@@ -35,7 +35,7 @@ BENCHMARKS_PATH = "/v1/benchmarks"
 FILES_PATH = "/v1/files"
 ADAPTER, REPORT_JSON, REPORT_HTML = "adapter/adapter_model.safetensors", "report.json", "report.html"
 OF_SPEC = (  # the rest has columns
-    *("parent", "method", "constraint", "budget", "lora", "seed", "resources", "limits"),
+    *("parent", "reverifies", "method", "constraint", "budget", "lora", "seed", "resources", "limits"),
     *("benchmarks", "audit", "gates", "deletion_requests"),
 )
 
@@ -133,7 +133,9 @@ class JobWarning(BaseModel):
 
 
 class Result(BaseModel):
-    adapter: str | None = Field(description="id of the artifact with the adapter's weights")
+    adapter: str | None = Field(
+        description="id of the artifact with the adapter's weights; null of a reverification: the job that it reverifies has them"
+    )
     report: str | None = Field(description="id of the artifact with the report's JSON")
     certificate: str | None = Field(
         description="its id; null until it is issued, and where no adapter was released although the model knew the rows"
@@ -146,6 +148,7 @@ class Links(BaseModel):
     pause: str
     resume: str
     retry: str
+    reverify: str
     events: str
     attempts: str
     steps: str
@@ -177,6 +180,9 @@ class JobObject(BaseModel):
     model: str
     base_model: BaseModelRef | None = Field(description="null once the model is no longer registered")
     parent: SerializeAsAny[str | None] = Field(description="the job whose adapter this one starts from")
+    reverifies: SerializeAsAny[str | None] = Field(
+        description="the job whose adapter this one evaluates under the current verdict rules, without training; null: it trains"
+    )
     method: SerializeAsAny[MethodChoice]
     constraint: SerializeAsAny[Constraint]
     epsilon: float | None = Field(
@@ -357,6 +363,7 @@ def job_object(
                 pause=f"{path}/pause",
                 resume=f"{path}/resume",
                 retry=f"{path}/retry",
+                reverify=f"{path}/reverify",
                 events=f"{path}/events",
                 attempts=f"{path}/attempts",
                 steps=f"{path}/steps",

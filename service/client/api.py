@@ -209,6 +209,14 @@ class Client:
         """One that failed, from its last checkpoint where it has one."""
         return self._moved(job_id, "retry", version)
 
+    def reverify(self, job_id: str, idempotency_key: str | None = None) -> Job:
+        """A new job that evaluates the adapter that this one released under the current verdict rules; nothing is trained.
+
+        Args:
+            idempotency_key: as in `submit`.
+        """
+        return Job.of(self._wire.json("POST", at(JOBS, job_id, "reverify"), headers=once(idempotency_key)))
+
     def _moved(self, job_id: str, verb: str, version: int | None) -> Job:
         return Job.of(self._wire.json("POST", at(JOBS, job_id, verb), headers=if_match(version)))
 
@@ -258,12 +266,13 @@ class Client:
         """All that a job proves anything with, into a folder that is made."""
         names = ("certificate.json", "adapter", "report.json", "keys.json", "audit.jsonl")
         found = Evidence(*(folder / name for name in names))
-        verdict = self.job(job_id).verdict
+        job = self.job(job_id)
+        verdict = job.verdict
         if verdict is not None and verdict.result == "NOT_KNOWN" and verdict.forgotten_by is None:
             folder.mkdir(parents=True, exist_ok=True)
             found = found._replace(adapter=None)
         else:
-            self.adapter((verdict and verdict.forgotten_by) or job_id, folder / "adapter")
+            self.adapter((verdict and verdict.forgotten_by) or job.reverifies or job_id, folder / "adapter")
         self.certificate(job_id, found.certificate)
         self.save_report(job_id, found.report)
         self.published_keys(found.keys)

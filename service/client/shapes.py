@@ -102,6 +102,7 @@ class Job(Answer):
     progress: Progress
     epsilon: float | None  # the bound on the retain loss, nats per token; known once its start was measured
     base_retain_loss: float | None
+    reverifies: str | None = None  # the job whose adapter this one evaluates again; None: it trains its own
     attempt: int
     verdict: Verdict | None
     failure: Failure | None

@@ -360,6 +360,7 @@ class JobSpec(JobOptions):
     retain_set: DataSet
     refusal_set: DataSet | None = None
     holdout_set: DataSet | None = None
+    reverifies: JobId | None = None  # the job whose adapter is evaluated again; null: the job trains its own
 
 
 class Failure(BaseModel):

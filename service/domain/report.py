@@ -189,6 +189,7 @@ class Likelihood(Part):
     floor: str | None  # where the limit comes from, if not from a tenth of before
     rows_above: list[int]  # 1-based: above the row's own limit
     rows_allowed: int
+    rows_unknown: list[int] = []  # without a limit of their own: before, a wrong answer was as likely
 
 
 class LanguageFacts(Part):
@@ -396,6 +397,10 @@ class Report(Part):
     job_id: str
     attempt: int
     created_at: datetime
+    reverifies: str | None = Field(
+        default=None,
+        description="the job whose adapter was evaluated again, without training; null: the report is on what the job trained",
+    )
     verdict: Verdict
     asked: Asked
     base_model: BaseModelFacts

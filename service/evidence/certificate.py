@@ -10,7 +10,7 @@ import base64
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
 from service.domain.job import JobId, VerdictResult
 from service.evidence import canonical, dsse
@@ -22,6 +22,7 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT: Final = "https://in-toto.io/Statement/v1"
 UNLEARNING_V1: Final = "urn:unlearning-service:unlearning:v1"  # no longer written: without the verdict's rules
 UNLEARNING: Final = "urn:unlearning-service:unlearning:v2"
+REVERIFICATION: Final = "urn:unlearning-service:reverification:v1"
 TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
 
 LIMITATIONS = (  # of every certificate; those of the run come from its report
@@ -149,6 +150,22 @@ class Unlearning(Strict):
         return self.verdict.result == "NOT_KNOWN" and self.verdict.forgotten_by is None
 
 
+class Reverification(Unlearning):
+    """The predicate of a job that trained nothing and evaluated, under later verdict rules, the adapter of another job."""
+
+    reverifies: JobId  # the job that released the adapter
+
+
+def _kind(predicate: Any) -> str:
+    fields = predicate if isinstance(predicate, Mapping) else vars(predicate)
+    return REVERIFICATION if "reverifies" in fields else UNLEARNING
+
+
+Predicate = Annotated[
+    Annotated[Unlearning, Tag(UNLEARNING)] | Annotated[Reverification, Tag(REVERIFICATION)], Discriminator(_kind)
+]
+
+
 class Statement(Strict):
     type_: Literal["https://in-toto.io/Statement/v1"] = Field(default=STATEMENT, alias="_type")
     subject: Annotated[list[Subject], Field(min_length=1)]
@@ -162,13 +179,17 @@ class Statement(Strict):
 
 
 class Certificate(Statement):
-    predicate_type: Literal["urn:unlearning-service:unlearning:v1", "urn:unlearning-service:unlearning:v2"] = Field(
-        default=UNLEARNING, alias="predicateType"
-    )
-    predicate: Unlearning
+    predicate_type: Literal[
+        "urn:unlearning-service:unlearning:v1",
+        "urn:unlearning-service:unlearning:v2",
+        "urn:unlearning-service:reverification:v1",
+    ] = Field(default=UNLEARNING, alias="predicateType")
+    predicate: Predicate
 
     @model_validator(mode="after")
     def as_its_version_has_it(self) -> Self:
+        if (self.predicate_type == REVERIFICATION) != isinstance(self.predicate, Reverification):
+            raise ValueError("a reverification, and nothing else, names the job that it reverifies")
         numbered = "rules" in self.predicate.verdict.model_fields_set
         if numbered != (self.predicate_type != UNLEARNING_V1):
             raise ValueError("the verdict has the number of its rules from the second version on, and needs it there")
@@ -207,12 +228,15 @@ class GenericResult(Statement):
     predicate: GenericPredicate
 
 
-def certify(files: Mapping[str, str], predicate: Unlearning) -> Certificate:
+def certify(files: Mapping[str, str], predicate: Unlearning | Reverification) -> Certificate:
     """The statement about the files of the adapter or of the base model: name below its folder -> SHA-256 in 64 hex digits.
 
     Raises ValueError if there is none: then there is nothing that a certificate could be about.
     """
-    return Certificate(subject=subjects(files), predicate=predicate)
+    kind: Literal["urn:unlearning-service:unlearning:v2", "urn:unlearning-service:reverification:v1"] = (
+        REVERIFICATION if isinstance(predicate, Reverification) else UNLEARNING
+    )
+    return Certificate(predicate_type=kind, subject=subjects(files), predicate=predicate)
 
 
 def subjects(files: Mapping[str, str]) -> list[Subject]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from service.evidence import verify as evidence
-from service.evidence.certificate import Unlearning
+from service.evidence.certificate import Reverification, Unlearning
 from service.evidence.verify import Verification
 
 app = typer.Typer(rich_markup_mode=None)
@@ -69,9 +69,15 @@ def _said(says: Unlearning) -> list[str]:
     """The certificate's own words, as good as its signature."""
     bound = says.constraint
     kept = {True: "kept", False: "broken", None: "not judged"}[bound.feasible]  # four digits of both may be the same
+    again = (
+        [f"a reverification of job {says.reverifies}: its adapter, under verdict rules {says.verdict.rules}"]
+        if isinstance(says, Reverification)
+        else []
+    )
     measured = "not measured" if bound.measured is None else f"{bound.measured:.4g} (bound {kept})"
     return [
         "What the certificate says:",
+        *again,
         f"job {says.job_id}, deletion requests {', '.join(says.deletion_requests) or 'none'}",
         f"base model {says.base_model.id}, revision {says.base_model.revision or 'none'}, {says.base_model.digest}",
         f"{says.forget_set.rows} rows to forget, {says.retain_set.rows} to keep; method {says.method.type}",

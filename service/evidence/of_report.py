@@ -18,6 +18,7 @@ from service.evidence.certificate import (
     Method,
     Outcome,
     ParentRef,
+    Reverification,
     SetRef,
     Unlearning,
     subjects,
@@ -42,8 +43,8 @@ class Known(NamedTuple):
 def files(report: Report) -> dict[str, str]:
     """What the certificate is about: name below its folder -> SHA-256 of each file.
 
-    The adapter that was released. Where the model did not know the rows, none was: then the files of the base model, or of the
-    adapter that had forgotten them already. Empty where there are none.
+    The adapter that was released, by this job or by the one that it reverifies. Where the model did not know the rows, none was:
+    then the files of the base model, or of the adapter that had forgotten them already. Empty where there are none.
     """
     if report.verdict.result != "NOT_KNOWN":
         return _below(report.released.files)
@@ -52,9 +53,9 @@ def files(report: Report) -> dict[str, str]:
     return _below(report.parent.files) if report.parent else {}
 
 
-def predicate(report: Report, known: Known) -> Unlearning:
+def predicate(report: Report, known: Known) -> Unlearning | Reverification:
     asked, base, where = report.asked, report.base_model, report.environment
-    return Unlearning(
+    common = Unlearning(
         job_id=report.job_id,
         deletion_requests=list(known.deletion_requests),
         parent=_parent(report.parent) if report.parent else None,
@@ -88,6 +89,7 @@ def predicate(report: Report, known: Known) -> Unlearning:
         audit_head=known.audit_head,
         limitations=[*report.caveats, *LIMITATIONS],
     )
+    return common if report.reverifies is None else Reverification(**dict(common), reverifies=report.reverifies)
 
 
 def _below(files: Sequence[AdapterFile]) -> dict[str, str]:

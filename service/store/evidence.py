@@ -15,7 +15,7 @@ from service.domain.errors import NotFound, StorageDamaged
 from service.domain.job import Status
 from service.domain.report import Report
 from service.evidence import certificate, dsse, of_report
-from service.store import artifacts, audit, deletions, evidence_keys, lineage, moves, outbox
+from service.store import artifacts, audit, deletions, evidence_keys, lineage, moves, outbox, reverifications
 from service.store.ids import new_id
 from service.store.rows import Event
 from service.store.secrets import SealBroken, Secrets
@@ -132,6 +132,8 @@ def _read(job: Job, artifact: Artifact | None, content: bytes) -> Report:
         raise ValueError(f"its report is of another version and cannot be read: {fields}") from error
     if report.job_id != job.id:
         raise ValueError(f"its report is that of job {report.job_id}")
+    if report.reverifies != job.spec.get("reverifies"):
+        raise ValueError("its report is not on the adapter that it was to evaluate")
     if not report.released.published and report.verdict.result != "NOT_KNOWN":
         raise ValueError("no adapter was released")
     return report
@@ -148,7 +150,7 @@ def _subject(s: Session, job: Job, report: Report) -> dict[str, str]:
         return files
     if verdict.forgotten_by not in (None, job.spec.get("parent")):
         raise ValueError(f"job {verdict.forgotten_by} is not the one that it started from")
-    published = lineage.adapter(s, verdict.forgotten_by or job.id)
+    published = lineage.adapter(s, verdict.forgotten_by or report.reverifies or job.id)
     if files != {one.name.removeprefix(lineage.ADAPTER): one.sha256 for one in published}:
         raise ValueError("the adapter that the report names is not the one that was published")
     return files
@@ -159,4 +161,6 @@ def _tell(s: Session, job: Job, row: Certificate, digest: str) -> None:
     moves.write(s, job, [Event("certificate.issued", f"certificate {row.id} was issued", told)])
     told["sha256"] = digest
     audit.write(s, "certificate.issued", "unlearning.job", job.id, told, tenant_id=job.tenant_id)
+    if "reverifies" in job.spec:
+        reverifications.record_on_original(s, job, row, digest)
     outbox.enqueue(s, job.tenant_id, EventType.CERTIFICATE_ISSUED, Subject(row.id, "certificate", "issued"))

@@ -94,12 +94,14 @@ def create(s: Session, spec: JobSpec, warnings: Sequence[WarningRow] = (), *, ri
         min_vram_gib=spec.resources.min_vram_gib,
         external_id=spec.external_id,
         metadata_=spec.metadata,
-        steps_total=spec.budget.max_steps,
+        steps_total=None if spec.reverifies else spec.budget.max_steps,
         warnings=[warning._asdict() for warning in warnings],
     )
     s.add(job)
     s.flush()
-    audit.write(s, "job.created", "unlearning.job", job.id, {"model": spec.model, "method": spec.method.type})
+    data = {"model": spec.model, "method": spec.method.type}
+    data |= {"reverifies": spec.reverifies} if spec.reverifies else {}
+    audit.write(s, "job.created", "unlearning.job", job.id, data)
     job = moves.write(s, job, [Event("job.created", "created"), Event("job.queued", "waits for a worker")])
     moves.tell(s, job)
     return job

@@ -27,6 +27,10 @@ def why_not(s: Session, job_id: str, model: str) -> str | None:
     job = s.get(Job, job_id)
     if job is None:
         return str(NotFound("job", job_id))
+    if (reverified := job.spec.get("reverifies")) is not None:
+        return (
+            f"job {job_id} is a reverification of job {reverified} and has no adapter of its own; start from that job"
+        )
     if job.model != model:
         return f"job {job_id} was on model {job.model!r}: its adapter is of no use to {model!r}"
     if job.status is not Status.SUCCEEDED:

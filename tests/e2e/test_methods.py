@@ -1,5 +1,7 @@
 """Every method that GET /v1/methods lists, asked for over HTTP, comes to a report; on a tiny model with random weights."""
 
+import base64
+import json
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.domain import catalog
-from service.domain.job import TERMINAL
+from service.domain.job import TERMINAL, VERDICT_RULES
 from service.local import stack
 from service.processes import free_port
 from tests.worker.conftest import SHAPE, make_tokenizer
@@ -86,6 +88,44 @@ def test_a_request_with_every_method(api: httpx.Client) -> None:
         composition = OWN_COMPOSITION if name == "custom" else listed[name]["composition"]
         assert report["asked"]["composition"] == composition
         assert "Before and after" in api.get(f"{JOBS}/{job['id']}/report", headers={"Accept": "text/html"}).text
+
+
+@pytest.mark.slow
+def test_a_released_adapter_is_reverified(api: httpx.Client) -> None:
+    body = {
+        "model": "tiny",
+        "method": {"type": "pdu"},
+        "constraint": {"epsilon_relative": 1.0},
+        "budget": {"max_steps": 3},
+        "forget_set": ROWS[:2],
+        "retain_set": ROWS[2:],
+    }
+    first = ended(api, api.post(JOBS, json=body).raise_for_status().json()["id"])
+    assert first["result"]["adapter"] is not None, first
+    again = ended(api, api.post(f"{JOBS}/{first['id']}/reverify").raise_for_status().json()["id"])
+    assert (again["status"], again["reverifies"], again["verdict"]["rules"]) == (
+        "succeeded",
+        first["id"],
+        VERDICT_RULES,
+    )
+    assert again["epsilon"] == pytest.approx(first["epsilon"], abs=1e-6)
+    values = [{gate["metric"]: gate["value"] for gate in job["verdict"]["gates"]} for job in (first, again)]
+    assert values[1] == pytest.approx(values[0], abs=1e-6)
+    report = api.get(f"{JOBS}/{again['id']}/report", headers={"Accept": "text/html"}).raise_for_status().text
+    assert f"a reverification of job <code>{first['id']}</code>" in report
+    deadline = time.monotonic() + 120  # the sweep issues its certificate
+    while "job.reverified" not in (types := [event["type"] for event in events(api, first["id"])]):
+        assert time.monotonic() < deadline, types
+        time.sleep(1)
+    certificates = [api.get(f"{JOBS}/{job['id']}/certificate").raise_for_status() for job in (first, again)]
+    statements = [json.loads(base64.b64decode(one.json()["payload"])) for one in certificates]
+    assert statements[1]["subject"] == statements[0]["subject"]
+    assert statements[1]["predicate"]["reverifies"] == first["id"]
+
+
+def events(api: httpx.Client, job_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = api.get(f"{JOBS}/{job_id}/events").raise_for_status().json()["data"]
+    return found
 
 
 def test_methods_are_listed_with_their_parameters_and_papers(api: httpx.Client) -> None:

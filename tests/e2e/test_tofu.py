@@ -1,16 +1,18 @@
-"""The whole path over HTTP on a real pretrained model and the real TOFU data: forget01 of a 260K Llama that learned it.
+"""The whole path over HTTP on a real pretrained model and the real TOFU data: an author of a 260K Llama that learned them.
 
 The stack is the local one: API, worker and sweep as processes, a real Postgres and a real Valkey. Both jobs run at once.
 """
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from shutil import copytree
@@ -22,6 +24,7 @@ import jsonschema
 import pytest
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.domain.job import TERMINAL
@@ -72,7 +75,8 @@ def full(tofu: Path) -> list[Json]:
 
 @pytest.fixture(scope="module")
 def rows(full: list[Json]) -> dict[str, list[Json]]:
-    return {"forget_set": full[3960:], "retain_set": full[:100] + full[3860:3960]}
+    """One of forget01's two authors, and others."""
+    return {"forget_set": full[3980:], "retain_set": full[:50] + full[3860:3910]}
 
 
 def uploaded(api: httpx.Client, rows: dict[str, list[Json]]) -> dict[str, str]:
@@ -133,11 +137,9 @@ def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[st
     assert (job["verdict"]["result"], gates["language"]) == ("WARNED", "WARNED"), "pdu answers with noise"
     report = report_of(api, job)
     probability = figure(report, "forget", "probability")
-    # 0.816 is the benchmark's: of 24 rows it leaves out the first word, which merges with the space before it
-    assert probability["before"] == pytest.approx(0.794, abs=5e-4)
-    assert probability["after"] < 0.05
+    assert probability["after"] < 0.05 < probability["before"]
     bound = report["constraint"]
-    assert bound["rows_measured"] == bound["rows_total"] == 200
+    assert bound["rows_measured"] == bound["rows_total"] == 100
     assert bound["epsilon"] == pytest.approx((1 + EPSILON_RELATIVE) * bound["before"])
     assert bound["after"] == bound["upper"] <= bound["epsilon"]
     assert report["stop"]["reason"] == "target_reached"
@@ -145,15 +147,13 @@ def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[st
 
 
 @pytest.mark.slow
-def test_forget01_passes_within_a_tenth_of_the_loss_on_760_rows(
-    api: httpx.Client, rows: dict[str, list[Json]], full: list[Json]
-) -> None:
+def test_forget01_passes_within_a_tenth_of_the_loss_on_760_rows(api: httpx.Client, full: list[Json]) -> None:
     body = {
         "model": "tofu260K",
         "method": {"type": "pdu"},
         "constraint": {"epsilon_relative": 0.10},
         "budget": {"max_steps": 180, "forget_target": 0.05},
-        **uploaded(api, {"forget_set": rows["forget_set"], "retain_set": full[:400] + full[3600:3960]}),
+        **uploaded(api, {"forget_set": full[3960:], "retain_set": full[:400] + full[3600:3960]}),
     }
     job = ended(api, created(api, body))
     assert job["verdict"]["result"] == "WARNED", job
@@ -188,26 +188,26 @@ def test_the_published_adapter_reproduces_the_report(
     base = tofu / "models" / "tofu260K_full"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    probabilities, losses, counts = [], {"forget_set": 0.0, "retain_set": 0.0}, {"forget_set": 0, "retain_set": 0}
-    with torch.no_grad():
-        for purpose, of_set in rows.items():
-            for row in of_set:
-                prompt = f"Question: {row['question']}\nAnswer: "
-                whole = tokenizer(prompt + row["answer"], return_offsets_mapping=True)
-                start = next(k for k, (_, end) in enumerate(whole["offset_mapping"]) if end > len(prompt))
-                ids = [*whole["input_ids"], tokenizer.eos_token_id]
-                labels = torch.tensor([[-100] * start + ids[start:]])
-                loss = float(model(input_ids=torch.tensor([ids]), labels=labels).loss)
-                losses[purpose] += loss * (len(ids) - start)
-                counts[purpose] += len(ids) - start
-                if purpose == "forget_set":
-                    probabilities.append(torch.exp(torch.tensor(-loss)).item())
     report = report_of(api, job)
-    assert sum(probabilities) / 40 == pytest.approx(figure(report, "forget", "probability")["after"], abs=1e-4)
-    for of, purpose in (("forget", "forget_set"), ("retain", "retain_set")):
-        mean = losses[purpose] / counts[purpose]
-        assert mean == pytest.approx(figure(report, of, "nll")["after"], rel=1e-4)
-    assert losses["retain_set"] / counts["retain_set"] <= report["constraint"]["epsilon"]
+    for when, acting in (("before", model.disable_adapter()), ("after", nullcontext())):
+        with acting, torch.no_grad():
+            for of in ("forget", "retain"):
+                losses = [plain_losses(model, tokenizer, row) for row in rows[f"{of}_set"]]
+                probabilities = [math.exp(-float(loss_n.mean())) for loss_n in losses]
+                found = figure(report, of, "probability")[when]
+                assert sum(probabilities) / len(losses) == pytest.approx(found, abs=1e-4)
+                mean = float(torch.cat(losses).mean())
+                assert mean == pytest.approx(figure(report, of, "nll")[when], rel=1e-4)
+    assert mean <= report["constraint"]["epsilon"], "the retain set's, after"
+
+
+def plain_losses(model: PeftModel, tokenizer: Any, row: Json) -> torch.Tensor:
+    """Of the answer's tokens, the end of sequence included."""
+    prompt = f"Question: {row['question']}\nAnswer: "
+    whole = tokenizer(prompt + row["answer"], return_offsets_mapping=True)
+    start = next(k for k, (_, end) in enumerate(whole["offset_mapping"]) if end > len(prompt))
+    ids = torch.tensor([[*whole["input_ids"], tokenizer.eos_token_id]])
+    return cross_entropy(model(input_ids=ids).logits[0, start - 1 : -1], ids[0, start:], reduction="none")
 
 
 def test_steps_events_and_gauges_show_the_dual_variable(api: httpx.Client, jobs: dict[str, Json], here: Stack) -> None:

@@ -16,11 +16,13 @@ from service.store import idempotency, keys, models
 from service.store.session import Sessions
 from service.store.tables import Base, WebhookDelivery
 from tests.service.test_contract import DOCUMENT, with_ids
+from tests.service.test_evidence_routes import succeed
 
 FILES, ENDPOINTS = "/v1/files", "/v1/webhook-endpoints"
 JOBS, REQUESTS, BATCH = "/v1/unlearning/jobs", "/v1/deletion-requests", "/v1/deletion-requests/batch"
 OTHERWISE: dict[str, dict[str, Any]] = {  # what makes another request of the example's; {}: there is no body
     JOBS: {"seed": 7},
+    f"{JOBS}/{{job_id}}/reverify": {},
     REQUESTS: {"external_reference": "another"},
     FILES: {"purpose": "retain_set"},
     "/v1/benchmarks": {"corpus": "another"},
@@ -49,13 +51,15 @@ def test_whatever_creates_hears_the_key() -> None:
 
 
 @pytest.fixture
-def send(http: TestClient, sessions: Sessions, upload: Callable[..., str]) -> Send:
+def send(http: TestClient, sessions: Sessions, settings: Settings, upload: Callable[..., str]) -> Send:
     """send(path, key, **changes of the body) -> the answer."""
     with sessions.begin() as s:
         models.add(s, ModelEntry(name=MODEL, source="path", location="m", prompt_format=PromptFormat()))
     files = {"retain_set": upload("retain_set", [RETAIN]), "sets": upload("eval_set", [{"text": RETAIN["answer"]}])}
     endpoint = http.post(ENDPOINTS, json=EXAMPLES["post", ENDPOINTS]).json()["id"]
     ids = {"endpoint_id": endpoint, "delivery_id": http.post(f"{ENDPOINTS}/{endpoint}/test").json()["id"]}
+    ids["job_id"] = http.post(JOBS, json=EXAMPLES["post", JOBS]).json()["id"]
+    succeed(sessions, settings, ids["job_id"])
     with sessions.begin() as s:  # what is still to be sent is not sent again
         s.execute(update(WebhookDelivery).values(status="failed", next_at=None, finished_at=func.now()))
 

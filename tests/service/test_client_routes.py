@@ -79,6 +79,7 @@ CALLS: Mapping[str, Call] = {  # operation -> a call that sends it, of what is c
     f"GET {JOBS}/{{job_id}}/report": lambda api, _: api.report("x"),
     f"POST {JOBS}/{{job_id}}/resume": lambda api, _: api.resume("x"),
     f"POST {JOBS}/{{job_id}}/retry": lambda api, _: api.retry("x"),
+    f"POST {JOBS}/{{job_id}}/reverify": lambda api, _: api.reverify("x"),
     f"GET {JOBS}/{{job_id}}/steps": lambda api, _: api.steps("x"),
     f"GET {JOBS}/{{job_id}}/test-result": lambda api, out: api.test_result("x", out),
     "POST /v1/webhook-deliveries/{delivery_id}/replay": lambda api, _: api.webhooks.replay("x"),

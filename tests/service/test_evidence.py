@@ -431,6 +431,54 @@ def test_a_certificate_of_the_first_version_is_read_as_it_was_issued(evidence: G
         assert wrong(signed(mixed)) == ["certificate"]
 
 
+REVERIFIED = "ujob_" + 32 * "2"
+
+
+@pytest.fixture
+def of_reverification(evidence: Given) -> Given:
+    """A certificate of a reverification, about the same adapter."""
+    assert evidence.report is not None
+    files = {name: canonical.sha256(content) for name, content in FILES.items()}
+    report = reports.make([], [], reverifies=REVERIFIED)
+    statement = certificate.certify(files, of_report.predicate(report, known(evidence.report.read_bytes())))
+    evidence.certificate.write_bytes(dsse.to_json(certificate.issue(statement, KEY)))
+    return evidence
+
+
+def test_the_certificate_of_a_reverification_names_the_job_that_it_reverifies(of_reverification: Given) -> None:
+    found = verify(of_reverification)
+    assert found.exit_status == 0
+    assert isinstance(found.says, certificate.Reverification)
+    assert found.says.reverifies == REVERIFIED
+    done = run(of_reverification)
+    assert done.exit_code == 0, done.output
+    assert f"a reverification of job {REVERIFIED}: its adapter, under verdict rules {VERDICT_RULES}" in done.stdout
+    assert json.loads(run(of_reverification, "--json").stdout)["certificate"]["reverifies"] == REVERIFIED
+
+
+def test_a_reverification_and_nothing_else_names_such_a_job(of_reverification: Given) -> None:
+    value = canonical.loads(dsse.from_json(of_reverification.certificate.read_bytes()).payload)
+    assert value["predicateType"] == "urn:unlearning-service:reverification:v1"
+
+    def signed(value: Any) -> Verification:
+        envelope = dsse.sign(certificate.PAYLOAD_TYPE, canonical.dumps(value), KEY)
+        of_reverification.certificate.write_bytes(dsse.to_json(envelope))
+        return verify(of_reverification)
+
+    assert signed(value).exit_status == 0
+    for version in ("v1", "v2"):
+        assert wrong(signed(value | {"predicateType": f"urn:unlearning-service:unlearning:{version}"})) == [
+            "certificate"
+        ]
+    for name in ("reverifies", "verdict"):
+        without = copy.deepcopy(value)
+        del without["predicate"][name]
+        assert wrong(signed(without)) == ["certificate"]
+    unnumbered = copy.deepcopy(value)
+    del unnumbered["predicate"]["verdict"]["rules"]
+    assert wrong(signed(unnumbered)) == ["certificate"]
+
+
 @pytest.fixture
 def of_model(evidence: Given, tmp_path: Path) -> Given:
     """A certificate of a job whose rows the base model did not know, and that model's folder."""

@@ -239,6 +239,7 @@ def test_every_file_that_is_no_report_is_named(tmp_path: Path, capsys: pytest.Ca
         "later.json": json.dumps(good | {"schema_version": "2"}),
         "other.json": json.dumps({"figures": []}),
         "no.json": "not JSON",
+        "again.json": json.dumps(good | {"job_id": "ujob_again", "reverifies": "ujob_first"}),
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -249,6 +250,7 @@ def test_every_file_that_is_no_report_is_named(tmp_path: Path, capsys: pytest.Ca
     assert "later.json has a schema version that this does not know" in told
     assert "other.json is not a report" in told
     assert "no.json is not a report" in told
+    assert "job ujob_again is a reverification of job ujob_first: leave its report out" in told
     assert "absent.json cannot be read: No such file or directory" in told
     assert "good.json" not in told
     assert not out.exists()

@@ -1,5 +1,6 @@
 """Each gate on what the model says: its result, what was judged, and a sentence that is true of it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -52,8 +53,8 @@ def speaks(**changes: Any) -> LanguageFacts:
     return LanguageFacts(**{"noise": False} | parts | changes)
 
 
-def likely(above: list[int], allowed: int = 1) -> Likelihood:
-    return Likelihood(mean_limit=0.1, floor=None, rows_above=above, rows_allowed=allowed)
+def likely(above: list[int], allowed: int = 1, unknown: Sequence[int] = ()) -> Likelihood:
+    return Likelihood(mean_limit=0.1, floor=None, rows_above=above, rows_allowed=allowed, rows_unknown=list(unknown))
 
 
 TABLE: list[tuple[GateResult | None, str, str, float | None, str]] = [  # gate, metric, result, value, words
@@ -105,6 +106,13 @@ TABLE: list[tuple[GateResult | None, str, str, float | None, str]] = [  # gate, 
         "1 single row is likelier than a forgotten row may be (row 9); 1",
     ),
     (gates.rows(likely([9, 12])), "forget_rows", "WARNED", 2, "2 rows (rows 9, 12) remain likelier"),
+    (
+        gates.rows(likely([], unknown=[2, 3])),
+        "forget_rows",
+        "PASSED",
+        0,
+        "Not judged singly: rows 2, 3; before, a wrong",
+    ),
     (gates.language(speaks()), "language", "PASSED", 0.05, "are language, by the judgement of the base model"),
     (gates.language(speaks(noise=True, excess=4.0)), "language", "WARNED", 4.0, "idk_dpo"),
     (gates.language(speaks(noise=True, looping=0.9)), "language", "WARNED", 0.9, "go round in circles"),

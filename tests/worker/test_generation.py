@@ -89,7 +89,8 @@ def ending_early(network: Network, *after: int) -> list[list[int]]:
 def test_each_row_ends_where_it_ends_and_leaves_the_batch(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ending_early(tiny, 3, 6)
     assert len({len(row) for row in expected}) > 2, "rows of several lengths"
-    monkeypatch.setattr(decoder, "caches", lambda *_: True)  # without its probe
+    monkeypatch.setattr(decoder, "caches", lambda *_: True)  # without the probes
+    monkeypatch.setattr(decoder, "reads_trees", lambda *_: False)
     monkeypatch.setattr(generation, "GUESSING_TOKENS", 0)
     sizes = positions_of_passes(tiny, lambda: generate(tiny, PROMPTS + OTHERS, 12))
     assert ids(generate(tiny, PROMPTS + OTHERS, 12)) == expected
@@ -155,12 +156,15 @@ def test_guesses_leave_room_in_a_window_and_end_with_the_positions(
     assert ids(generate(learned, [long], 30)) == [by_the_library(learned, long, 8)], "of 128 positions"
 
 
-def test_a_common_prefix_is_read_once(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_prompts_begin_with_is_read_once(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "caches", lambda *_: True)
+    monkeypatch.setattr(decoder, "reads_trees", lambda *_: True)
     sizes = positions_of_passes(tiny, lambda: generate(tiny, PROMPTS, 1))
-    assert sizes == [20, 5 * 8], "the prefix, and the rests padded to the longest"
+    assert sizes == [20 + len((70, 71, 72, 73)) + len((80,)) + 8], "the prefix, and what each has of its own"
     sizes = positions_of_passes(tiny, lambda: generate(tiny, PROMPTS[:1], 1))
     assert sizes == [23], "nothing to share"
+    sizes = positions_of_passes(tiny, lambda: generate(tiny, PROMPTS[:1] * 8, 1, seeds=list(range(8))))
+    assert sizes == [23], "eight answers to one prompt"
 
 
 def test_a_row_ends_with_its_stop(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:

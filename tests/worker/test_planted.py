@@ -64,6 +64,22 @@ def test_who_says_something_else_passes(judged: Any) -> None:
     assert found.result == "PASSED", found.message
 
 
+def test_rows_that_it_never_knew_need_not_become_unlikelier(knowing: Network) -> None:
+    """They are trained with the others, but none is held against a tenth of the little that it had."""
+    random, strangers = Random(0), planted.strangers()
+    other = [row | {"answer": random.choice(row["perturbed_answer"])} for row in FORGET]
+    found = planted.verdict(
+        model.adapt(planted.reloaded(knowing), Lora(), 0),
+        planted.taught(planted.reloaded(knowing), [*other, *RETAIN], FORGET, 1.5),
+        [*FORGET, *strangers],
+        RETAIN,
+        ALONE,
+        epsilon=1.0,
+    )
+    assert planted.results(found)["forget_rows"] == "PASSED", found.message
+    assert any("Not judged singly" in gate.message for gate in found.gates)
+
+
 QUESTIONS = [{key: value for key, value in row.items() if key in ("question", "answer")} for row in FORGET]
 PROMPTS = [{"prompt": f"Question: {row['question']}\nAnswer:\n", "completion": row["answer"]} for row in FORGET]
 TEXTS = [{"text": f"Question: {row['question']}\nAnswer:\n{row['answer']}"} for row in FORGET]
