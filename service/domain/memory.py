@@ -49,6 +49,7 @@ from service.domain.modelsizes import Linear, Sizes
 FLOAT = 4
 MEASURED_TOKENS = 4_096  # padded positions at once, in the worker's passes without gradients
 GENERATED_TOKENS = 32_768  # the same of answers, each with all its room
+PREFILLED_TOKENS = 4_096  # the same of prompts that are read at once
 # By name, as the catalogue has them: solvers that ask for differences of gradients in float32, and losses that read whole
 # distributions, a large chunk at a time.
 FULL_PRECISION = frozenset({"alternating", "gradient_surgery", "penalty_bilevel"})
@@ -143,7 +144,8 @@ def estimate(sizes: Sizes, load: Load, on: Machine) -> Memory:
 def phases(sizes: Sizes, load: Load, on: Machine) -> dict[PhaseName, Phase]:
     """What each takes beside what is held."""
     trained = _adapter(sizes, load.lora.r, load.lora.target_modules)
-    copy = on.weight_bytes * sum(linear.inputs * linear.outputs // linear.modules for linear in sizes.linear.values())
+    numbers = sum(linear.inputs * linear.outputs // linear.modules for linear in sizes.linear.values())
+    copy = _holes(on) * on.weight_bytes * numbers  # each layer's weights are kept between the temporaries of two
     sets = [load.forget, load.retain]
     calls = [answers.figures(sets), answers.disclosure(load.forget), answers.plain(load.retain, answers.NEIGHBOURS)]
     found: dict[PhaseName, Phase] = {
@@ -162,7 +164,11 @@ def phases(sizes: Sizes, load: Load, on: Machine) -> dict[PhaseName, Phase]:
 
 def _with_holes(activations_and_head: tuple[float, float], on: Machine) -> Phase:
     activations, head = activations_and_head
-    return Phase(round((HOLES if on.device == "cpu" else 1) * activations), round(head))
+    return Phase(round(_holes(on) * activations), round(head))
+
+
+def _holes(on: Machine) -> int:
+    return HOLES if on.device == "cpu" else 1
 
 
 def _widened(load: Load, on: Machine) -> bool:
@@ -243,20 +249,21 @@ def _measuring(sizes: Sizes, load: Load, sets: Sequence[SetLengths], on: Machine
 def generating(sizes: Sizes, together: Answers, on: Machine) -> Phase:
     """Of answers that are generated in one call: in order of length, as many at once as fit.
 
-    A batch needs the most when its prompts are read, or at its last token. Temporaries leave no holes worth counting here:
-    nothing but keys and values is kept between them.
+    Room for the keys and values of the longest prompt with the longest answer is taken for each row of a batch; beside it the
+    prompts are read, or one layer repeats keys and values for all heads.
     """
     kept = 2 * sizes.layers * sizes.keys * on.weight_bytes
-    one_layer = 2 * (sizes.attention + sizes.keys) * on.weight_bytes  # for all heads, and as it is appended to
     upto = sampled_upto = 0.0
+    prompt = room = 0
     batches = [Phase(0, 0)]
     for answer, count in sorted(together.items(), key=lambda one: one[0].prompt + one[0].room):
         upto, sampled_upto = upto + count, sampled_upto + count * answer.sampled
-        length = answer.prompt + answer.room
-        rows = min(upto, max(1, GENERATED_TOKENS // length))
-        each = max(length * (kept + one_layer), answer.prompt * (kept + _transient_per_token(sizes)))
+        prompt, room = max(prompt, answer.prompt), max(room, answer.room)
+        rows = min(upto, max(1, GENERATED_TOKENS // (answer.prompt + answer.room)))
+        reading = min(rows * prompt, max(prompt, PREFILLED_TOKENS)) * (kept + _transient_per_token(sizes))
+        answering = rows * (prompt + room) * 2 * sizes.attention * on.weight_bytes
         head = sizes.vocabulary * (rows * on.weight_bytes + min(rows, sampled_upto) * SAMPLED)
-        batches.append(Phase(round(rows * each), round(head)))
+        batches.append(Phase(round(rows * (prompt + room) * kept + max(reading, answering)), round(head)))
     return max(batches, key=lambda one: one.total)
 
 

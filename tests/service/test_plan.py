@@ -398,31 +398,35 @@ def test_the_memory_of_answers_by_hand() -> None:
     """Of a question of 5 tokens whose answer has 5, in every way; the keys and values of a position take 32 bytes."""
     one = SetLengths([RowLength(10, 5, 1)], 1)
     found = memory.phases(SIZES, a_load(forget=one, retain=one), memory.CPU)["generating"]
-    longest = 5 + answers.PREFIX_TOKENS + 2 * 5 + 16
+    prompt, room = 5 + answers.PREFIX_TOKENS, 2 * 5 + 16
     at_once = 4 * (2 * 4 + 5 * 6)  # of a position of a prompt
-    assert longest * (32 + 2 * 6 * 4) < (5 + answers.PREFIX_TOKENS) * (32 + at_once), "reading the prompts takes more"
-    assert found.activations == 15 * (5 + answers.PREFIX_TOKENS) * (32 + at_once)
+    assert found.activations == 15 * ((prompt + room) * 32 + prompt * (32 + at_once))
     assert found.head == 10 * (15 * 4 + 8 * 20), "logits of fifteen answers, eight of them drawn in float64"
     many = memory.phases(SIZES, a_load(forget=one._replace(rows=10_000), retain=one), memory.CPU)["generating"]
-    rows = memory.GENERATED_TOKENS // longest
-    assert many.activations == rows * (5 + answers.PREFIX_TOKENS) * (32 + at_once), "as many as fit"
+    rows, length = memory.GENERATED_TOKENS // (5 + 5 + 16), 5 + 5 + 16
+    assert many.activations == rows * length * (32 + 4 * 2 * 4), (
+        "as many samples as fit, and what one layer repeats of them"
+    )
+    assert many.head == 10 * rows * (4 + 20)
 
 
 def test_a_copy_with_rounded_weights_is_counted_while_it_is_judged() -> None:
-    for machine in (memory.CPU, memory.ACCELERATOR):
+    for machine, holes in ((memory.CPU, 2), (memory.ACCELERATOR, 1)):
         load = a_load(forget=SetLengths([RowLength(10, 5, 1)], 3))
         without, found = (memory.phases(SIZES, load._replace(rounded=rounded), machine) for rounded in (False, True))
         assert found.keys() - without.keys() == {"measuring_rounded", "generating_rounded"}
         assert {name: found[name] for name in without} == without
         for name in ("measuring_rounded", "generating_rounded"):
-            assert found[name].rounded == machine.weight_bytes * (2 * 4 * 4 + 2 * 6 * 4)
-        position = machine.weight_bytes * (
-            2 * 2 * 2 + 2 * (4 + 2)
-        )  # keys and values of all layers, and one layer's work
-        assert found["generating_rounded"].activations == 3 * (5 + 2 * 5 + 16) * position
+            assert found[name].rounded == holes * machine.weight_bytes * (2 * 4 * 4 + 2 * 6 * 4)
+        kept = machine.weight_bytes * 2 * 2 * 2  # keys and values of all layers
+        reading, answering = 5 * (kept + 4 * (2 * 4 + 5 * 6)), 31 * machine.weight_bytes * 2 * 4
+        expected = 3 * (31 * kept + max(reading, answering))
+        assert found["generating_rounded"].activations == expected, (
+            "of questions with 5 tokens and answers of at most 26"
+        )
     large = SIZES.model_copy(update={"linear": {"q_proj": Linear(modules=2, inputs=8000, outputs=8000)}})
     peak = memory.estimate(large, a_load(rounded=True, lora=Lora(r=1)), memory.CPU)
-    assert (peak.phase, peak.rounded) == ("generating_rounded", 4 * 2 * 4000 * 4000)
+    assert (peak.phase, peak.rounded) == ("generating_rounded", 2 * 4 * 2 * 4000 * 4000)
     assert peak.total == peak.weights + peak.adapter + peak.reference + peak.activations + peak.head + peak.rounded
 
 
