@@ -244,6 +244,15 @@ def overhead_tokens(network: Network) -> float:
     return microbatches.overhead_tokens(network.device.type, layers, network.parameters)
 
 
+def position_bytes(network: Network) -> int:
+    """What the keys and values of a token take."""
+    config = network.causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element: int = network.causal.get_input_embeddings().weight.element_size()
+    return int(2 * config.num_hidden_layers * heads * size * element)
+
+
 def positions_max(network: Network) -> int:
     """How long a row can be. Learned positions end with the context; computed ones go on, beyond what was trained."""
     inputs = network.causal.get_input_embeddings()

@@ -17,7 +17,12 @@ from worker import decoder
 from worker.model import Network, own_logits
 from worker.trees import common_prefix
 
-GENERATION_TOKENS = 32_768  # positions of a batch if every row takes all its room: what its keys and values may take
+GENERATION_TOKENS = (
+    32_768  # positions of a batch if every row takes all its room: what its keys and values may take, or
+)
+GENERATION_BYTES = (
+    256 * 2**20
+)  # more, as far as they take no more than this: a small model's pass takes as long for few rows
 PREFILL_TOKENS = 4_096  # of prompts that are read at once, at most
 LOOP_TOKENS, PERIOD_MAX = 48, 12  # so many tokens with a period of at most so many go on like that
 GUESSING_TOKENS = 16  # of a pass, guesses included: so few take little longer than one
@@ -60,7 +65,9 @@ def generate(
     if not asked:
         pass
     elif decoder.caches(network, max(len(row.prompt) + row.room for row in asked)):
-        _answer(network, asked, min(GENERATION_TOKENS, 2 * network.tokens_at_once), stops, loops_end)
+        at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
+        at_once = max(at_once, GENERATION_BYTES // decoder.position_bytes(network))
+        _answer(network, asked, at_once, stops, loops_end)
     else:
         for row in asked:
             row.said = _uncached(network, row.prompt, row.room, row.drawn, loops_end)

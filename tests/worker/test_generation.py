@@ -76,6 +76,7 @@ def test_batches_and_the_order_of_prompts_change_nothing(
     prompts = PROMPTS + OTHERS
     expected = generate(tiny, prompts, 12)
     monkeypatch.setattr(generation, "GENERATION_TOKENS", tokens)
+    monkeypatch.setattr(generation, "GENERATION_BYTES", 0)
     assert generate(tiny, prompts[::-1], 12) == expected[::-1]
 
 
@@ -94,6 +95,7 @@ def test_rows_that_wait_take_the_places_of_those_that_have_ended(
         lambda parts, room: rows.append(tuple(len(mask_BS) for _, mask_BS in parts)) or own(parts, room),  # type: ignore[func-returns-value]
     )
     monkeypatch.setattr(generation, "GENERATION_TOKENS", 4 * 40)
+    monkeypatch.setattr(generation, "GENERATION_BYTES", 0)
     expected = [by_the_library(network, prompt, room) for prompt, room in zip(prompts, rooms, strict=True)]
     assert ids(generate(network, prompts, rooms)) == expected
     assert rows, "beside those that went on"
