@@ -135,7 +135,7 @@ def before(network: Network, of: Case, job: Assignment, measured: Measurement | 
         # what a registered model says is kept; one with a job's adapter is none
         named = [one.run(network, None if job.parent else one.cache(job)) for one in of.named]
         chain = lineage.probabilities(network, of.chain)
-        known = disclosures.before(network, of.plan)
+        known = disclosures.before(network, of.plan, evaluate.given(of.request, seen))
     with model.base_alone(network):
         chain_base, chain_limits = lineage.probabilities(network, of.chain), lineage.limits(network, of.chain)
         usual = disclosures.usual(network, of.plan)
@@ -184,14 +184,22 @@ def after(
     """Measured as the network is. None once `cancelled` says so."""
     with diary.stage(Stage.EVALUATING, "evaluating after"):
         measured = measure.measure(network, of.both.whole)
-        request = evaluate.run(network, of.request.suite, of.request.sets)
+        seen = scoring.look(network, of.request.suite.asks(of.request.sets))
+        request = of.request.suite.results(of.request.sets, seen, None)
         named = [one.run(network) for one in of.named]
         chain = lineage.probabilities(network, of.chain)
     if cancelled():
         return None
     with diary.stage(Stage.EVALUATING, "disclosure"):
         disclosed = disclosures.after(
-            network, of.plan, was.known, was.usual, attacks.quantise_bits, of.refusals, of.retrained.disclosing
+            network,
+            of.plan,
+            evaluate.given(of.request, seen),
+            was.known,
+            was.usual,
+            attacks.quantise_bits,
+            of.refusals,
+            of.retrained.disclosing,
         )
     if cancelled():
         return None

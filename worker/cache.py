@@ -1,7 +1,7 @@
 """Keys and values of a layer for rows that go on: with room for what follows, so that a step copies only what is new."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,18 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             of.new_zeros(rows, of.shape[1], width + room, of.shape[3]) for of in (keys_BHTd, values_BHTd)
         )
         self._show(rows, width)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], width: int, room: int) -> Self:
+        """The rows of all. Of each the last columns are taken, so many as it has of `width`."""
+        made = cls(parts[0].keys, parts[0].values, sum(len(part.keys) for part in parts), width, room)
+        first = 0
+        for part in parts:
+            rows, own = slice(first, first + len(part.keys)), min(width, part.keys.shape[2])
+            made.keys[rows, :, width - own :] = part.keys[:, :, part.keys.shape[2] - own :]
+            made.values[rows, :, width - own :] = part.values[:, :, part.values.shape[2] - own :]
+            first += len(part.keys)
+        return made
 
     def _show(self, rows: int, width: int) -> None:
         self.keys, self.values = self._keys[:rows, :, :width], self._values[:rows, :, :width]

@@ -180,6 +180,17 @@ def prefilled(network: Network, rows: Sequence[list[int]], room: int, at_once: i
     return Prefilled(kept, mask_BS, torch.stack([last[i] for i in range(len(rows))]))
 
 
+def joined(parts: Sequence[tuple[DynamicCache, Tensor]], room: int) -> tuple[DynamicCache, Tensor]:
+    """Rows of several prefilled caches, with their masks, in one, with room for so many more tokens."""
+    trimmed = [(kept, mask_BS[:, int(mask_BS.any(0).int().argmax()) :]) for kept, mask_BS in parts]
+    width = max(mask_BS.shape[1] for _, mask_BS in trimmed)
+    mask_BS = torch.cat([pad(mask_BS, (width - mask_BS.shape[1], 0)) for _, mask_BS in trimmed])
+    layers = zip(*(kept.layers for kept, _ in parts), strict=True)
+    found = DynamicCache()
+    found.layers.extend(PreallocatedLayer.joined(of, width, room) for of in layers)
+    return found, mask_BS
+
+
 def step(network: Network, kept: DynamicCache, ids_BT: Tensor, mask_BS: Tensor) -> Tensor:
     """Reads on from what is kept, and keeps it, too: the last states [B, T, D].
 
@@ -231,6 +242,15 @@ def overhead_tokens(network: Network) -> float:
     """So many tokens take as long as one more pass."""
     layers: int = network.causal.config.get_text_config().num_hidden_layers
     return microbatches.overhead_tokens(network.device.type, layers, network.parameters)
+
+
+def position_bytes(network: Network) -> int:
+    """What the keys and values of a token take."""
+    config = network.causal.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element: int = network.causal.get_input_embeddings().weight.element_size()
+    return int(2 * config.num_hidden_layers * heads * size * element)
 
 
 def positions_max(network: Network) -> int:

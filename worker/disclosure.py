@@ -33,6 +33,7 @@ from worker.generation import Generated
 from worker.model import Network
 from worker.secret import Secret, Words, contains, secret
 from worker.suite import Row, example
+from worker.suites.request import MAX_NEW_TOKENS
 
 ROWS_MAX = 400  # asked in every way, drawn at random from a larger set; the others are asked plainly
 SAMPLES = 8  # per prompt
@@ -76,6 +77,7 @@ class Probe(NamedTuple):
     tokens: int  # of the answer, at most
     rest: str = ""  # of a text: what stands behind the prompt
     seed: int | None = None  # None: greedy
+    plain: bool = False  # the row's own question, as a server asks it
 
 
 class Way(NamedTuple):
@@ -188,7 +190,8 @@ def _prompted(
         trained, served = row.ids[: row.answer_start], encoded.prompts[k]
         if seed is None:
             most = 2 * row.counted + MORE_TOKENS
-            found += [Probe(i, way, prompt, most) for prompt in ([served] if served == trained else [trained, served])]
+            found.append(Probe(i, way, served, most, plain=way == "question"))
+            found += [Probe(i, way, trained, most)] if trained != served else []
         else:  # drawn as a server would draw them: they ramble on, so that twice the length would cost the most of all
             seeds = [_seed(seed, chosen[i].place, sample) for sample in range(SAMPLES)]
             found += [Probe(i, way, served, row.counted + MORE_TOKENS, seed=one) for one in seeds]
@@ -215,8 +218,20 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8]) >> 1
 
 
-def answers(network: Network, planned: Sequence[Probe]) -> list[str]:
-    return [one.text for one in generated(network, planned)]
+def answers(
+    network: Network,
+    chosen: Sequence[Target],
+    planned: Sequence[Probe],
+    given: Mapping[int, Sequence[int]] = {},
+) -> list[str]:
+    """What the network says to each.
+
+    Args:
+        given: by the row's place, the tokens that the network answered when its figures were taken (worker.suites.request).
+    """
+    said = [_given(network, probe, given.get(chosen[probe.target].place)) for probe in planned]
+    outputs = iter(generated(network, [probe for probe, text in zip(planned, said, strict=True) if text is None]))
+    return [next(outputs).text if text is None else text for text in said]
 
 
 def generated(network: Network, planned: Sequence[Probe]) -> list[Generated]:
@@ -230,19 +245,33 @@ def generated(network: Network, planned: Sequence[Probe]) -> list[Generated]:
     )
 
 
+def _given(network: Network, probe: Probe, ids: Sequence[int] | None) -> str | None:
+    """The answer as far as it was to go; None: it was not given, or broken off before."""
+    if not probe.plain or ids is None or len(ids) == MAX_NEW_TOKENS < probe.tokens:
+        return None
+    text: str = network.tokenizer.decode(ids[: probe.tokens], skip_special_tokens=True)
+    return text.strip()
+
+
 # --- judging
 
 
 def disclose(
-    network: Network, chosen: Sequence[Target], of: int, seed: int, ways: Sequence[str] = tuple(WAYS)
+    network: Network,
+    chosen: Sequence[Target],
+    of: int,
+    seed: int,
+    ways: Sequence[str] = tuple(WAYS),
+    given: Mapping[int, Sequence[int]] = {},
 ) -> Disclosure:
     """What the network, as it is now, discloses of the rows.
 
     Args:
         of: rows of the set that they were drawn from.
+        given: see `answers`.
     """
     planned = probes(network, chosen, seed, ways)
-    return judge(chosen, of, planned, answers(network, planned))
+    return judge(chosen, of, planned, answers(network, chosen, planned, given))
 
 
 def judge(

@@ -19,6 +19,9 @@ NEIGHBOURS_MAX = 100  # retain rows that are asked for
 NEIGHBOURS_EACH = 5  # of a forget row
 LEVEL = 0.95
 
+Given = Mapping[
+    str, Mapping[int, Sequence[int]]
+]  # set -> place -> tokens that were answered: see worker.evaluate.given
 Model = Literal["released", "quantise_8", "quantise_4", "start", "base"]
 
 
@@ -55,18 +58,20 @@ def prepare(forget: Sequence[Row], retain: Sequence[Row], earlier: Mapping[str, 
 
 
 def _neighbours(forget: Sequence[Row], retain: Sequence[Row]) -> list[int]:
-    """Places in the retain set: of rows that ask the same of others, then of rows spread over the set."""
+    """Places in the retain set: of rows that ask the same of others, then of every second that its figures ask for, too."""
     questions, others = ([example(row).prompt for row in rows] for rows in (forget, retain))
     near = list(dict.fromkeys(p for found in neighbours.neighbours(questions, others, NEIGHBOURS_EACH) for p in found))
     count = min(NEIGHBOURS_MAX, len(retain))
     spread = [k * len(retain) // count for k in range(count)]
+    spread = [*spread[::2], *spread[1::2]]
     return sorted(list(dict.fromkeys([*near[: NEIGHBOURS_MAX // 2], *spread]))[:NEIGHBOURS_MAX])
 
 
-def before(network: Network, plan: Plan) -> Before:
+def before(network: Network, plan: Plan, given: Given) -> Before:
     """Of the network as it is now."""
     found = {
-        name: disclosure.disclose(network, plan.targets[name], 0, plan.seed, PLAIN) for name in ("forget", "retain")
+        name: disclosure.disclose(network, plan.targets[name], 0, plan.seed, PLAIN, given.get(name, {}))
+        for name in ("forget", "retain")
     }
     return Before(*(_came_out(found[name]) for name in ("forget", "retain")))
 
@@ -119,6 +124,7 @@ def _plain(network: Network, plan: Plan) -> list[Probe]:
 def after(
     network: Network,
     plan: Plan,
+    given: Given,
     known: Before,
     expected: Sequence[float],
     bits: Sequence[int],
@@ -128,6 +134,7 @@ def after(
     """Of what was released, as it is and, asked plainly, with its weights rounded to so many bits.
 
     Args:
+        given: of what was released, as it is.
         expected: what `usual` gave for the base.
         refusals: the request's own wordings.
         reference: what `disclosing` gave for a retrained reference; empty where there is none.
@@ -137,7 +144,7 @@ def after(
         if name == "retain":
             continue
         planned = disclosure.probes(network, targets, plan.seed)
-        outputs = disclosure.answers(network, planned)
+        outputs = disclosure.answers(network, targets, planned, given.get(name, {}))
         by_reference = reference if name == "forget" else {}
         disclosed = disclosure.judge(targets, plan.rows[name], planned, outputs, by_reference)
         found.append(facts(name, "released", disclosed, known))
@@ -145,11 +152,11 @@ def after(
             plain = [text for probe, text in zip(planned, outputs, strict=True) if probe.way == "question"]
             with model.base_alone(network):
                 judged = _language(network, plan, plain, expected, refusals)
-    retained = disclosure.disclose(network, plan.targets["retain"], 0, plan.seed, PLAIN)
+    retained = disclosure.disclose(network, plan.targets["retain"], 0, plan.seed, PLAIN, given.get("retain", {}))
     for width in bits:
         under = quantised(network, width)
         planned = disclosure.probes(under, plan.targets["forget"], plan.seed, PLAIN)
-        outputs = disclosure.answers(under, planned)
+        outputs = disclosure.answers(under, plan.targets["forget"], planned)
         disclosed = disclosure.judge(plan.targets["forget"], plan.rows["forget"], planned, outputs, reference)
         found.append(facts("forget", "quantise_8" if width == 8 else "quantise_4", disclosed, known))
         del under  # its own weights are gone before the next ones are made

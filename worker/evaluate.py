@@ -24,9 +24,10 @@ from service.domain.report import NOT_TRAINED, Figure, RowPoint
 from service.evidence.rowdigest import row_digests
 from service.store.storage import Storage
 from worker import model, registry, scoring
+from worker.figures import SAID
 from worker.measure import Sets
 from worker.model import Network
-from worker.suite import Result, Row, Suite, from_reference_json, to_reference_json
+from worker.suite import Result, Row, Seen, Suite, from_reference_json, to_reference_json
 from worker.suite import Sets as SuiteSets
 
 Results = Mapping[str, Result]
@@ -66,6 +67,15 @@ def request(both: Sets, forget: Sequence[Row], retain: Sequence[Row], holdout: S
     given = {"forget": forget, "retain": retain, "holdout": holdout}
     sets = {name: [given[name][place] for place in places[name]] for name in given if given[name]}
     return Request(registry.build("suites", "request", {}), sets, places)
+
+
+def given(request: Request, seen: Seen) -> dict[str, dict[int, list[int]]]:
+    """Set -> place in its file -> the tokens that the model answered to the row's question."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for (of, text), look in seen.items():
+        if text == SAID and look.generated_ids is not None:
+            found[of] = {request.places[of][i]: ids for i, ids in look.generated_ids.items()}
+    return found
 
 
 def figures(request: Request, before: Results, after: Results | None) -> list[Figure]:

@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from worker import data, decoder
+from worker import decoder
 from worker.model import Network, own_logits
 from worker.trees import common_prefix
 
-GENERATION_TOKENS = 32_768  # positions of a batch if every row takes all its room: what its keys and values may take
+# Positions of a batch if every row takes all its room; or more, as far as their keys and values take no more than so many bytes:
+# a small model's pass takes as long for few rows.
+GENERATION_TOKENS, GENERATION_BYTES = 32_768, 256 * 2**20
 PREFILL_TOKENS = 4_096  # of prompts that are read at once, at most
 LOOP_TOKENS, PERIOD_MAX = 48, 12  # so many tokens with a period of at most so many go on like that
 GUESSING_TOKENS = 16  # of a pass, guesses included: so few take little longer than one
@@ -54,35 +57,40 @@ def generate(
             the context, and a prompt as long as that has an empty answer. So has a prompt of no tokens.
     """
     most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    rooms = [min(most[i], room(network, prompt, beyond_context)) for i, prompt in enumerate(prompts)]
-    drawn = [
-        None if seed is None else _uniform(seed, rooms[i]) for i, seed in enumerate(seeds or [None] * len(prompts))
+    rows = [
+        _Row(list(prompt), min(most[i], room(network, prompt, beyond_context)), seeds[i] if seeds else None)
+        for i, prompt in enumerate(prompts)
     ]
     ends = {*(network.causal.generation_config.eos_token_id or ()), *(() if end_of_turn is None else (end_of_turn,))}
-    chosen = [i for i, room in enumerate(rooms) if room > 0]
-    lengths = [len(prompts[i]) + rooms[i] for i in chosen]
-    said: dict[int, list[int]] = {}
-    if not chosen:
+    asked = [row for row in rows if row.room > 0]
+    if not asked:
         pass
-    elif not decoder.caches(network, max(lengths)):
-        said = {i: _uncached(network, prompts[i], rooms[i], drawn[i], ends, loops_end) for i in chosen}
-    else:
+    elif decoder.caches(network, max(len(row.prompt) + row.room for row in asked)):
         at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
-        for part in data.by_length(lengths, at_once):
-            rows = [chosen[k] for k in part]
-            answers = _continue(
-                network,
-                [list(prompts[i]) for i in rows],
-                [rooms[i] for i in rows],
-                [drawn[i] for i in rows],
-                ends,
-                stops,
-                loops_end,
-            )
-            said |= dict(zip(rows, answers, strict=True))
-    return [
-        Generated(_cut(_decoded(network, said.get(i, [])), stops).strip(), said.get(i, [])) for i in range(len(prompts))
-    ]
+        at_once = max(at_once, GENERATION_BYTES // decoder.position_bytes(network))
+        _answer(network, asked, at_once, ends, stops, loops_end)
+    else:
+        for row in asked:
+            row.said = _uncached(network, row.prompt, row.room, row.drawn, ends, loops_end)
+    return [Generated(_cut(_decoded(network, row.said), stops).strip(), row.said) for row in rows]
+
+
+class _Row:
+    """A prompt and what was answered so far.
+
+    Attributes:
+        room: for so many tokens.
+        drawn: for each a number in [0, 1) where the answer is sampled; else None.
+    """
+
+    def __init__(self, prompt: list[int], room: int, seed: int | None) -> None:
+        self.prompt, self.room = prompt, room
+        self.drawn = None if seed is None else _uniform(seed, room)
+        self.said: list[int] = []
+
+    @property
+    def left(self) -> int:
+        return self.room - len(self.said)
 
 
 def room(network: Network, prompt: Sequence[int], beyond_context: bool) -> int:
@@ -91,58 +99,115 @@ def room(network: Network, prompt: Sequence[int], beyond_context: bool) -> int:
     return max(0, longest - len(prompt)) if prompt else 0
 
 
-def _continue(
+def _answer(
+    network: Network, rows: Sequence[_Row], at_once: int, ends: Collection[int], stops: Sequence[str], loops_end: bool
+) -> None:
+    """All rows to their ends. Once half of a batch has ended, rows that wait take their places."""
+    waiting = sorted(
+        rows, key=lambda row: len(row.prompt) + row.room
+    )  # the longest, at the end, go first: none of them is late
+    batch, full = None, 0
+    while waiting or batch:
+        new = _fitting(waiting, batch, at_once) if not batch or 2 * len(batch.rows) <= full else []
+        if new:
+            begun = _begin(network, new, ends, stops, loops_end)
+            batch = _joined(batch, begun) if batch and begun else batch or begun
+            full = len(batch.rows) if batch else 0
+        elif batch:
+            batch = _go_on(network, batch, ends, stops, loops_end)
+
+
+class _Batch(NamedTuple):
+    """Rows that go on, at least one."""
+
+    rows: list[_Row]
+    kept: DynamicCache  # of all tokens but the last
+    mask_BS: Tensor
+
+
+class _Read(NamedTuple):
+    """What a row reads in a pass."""
+
+    ids: list[int]
+    guesses: int = 0  # so many of them, at the end
+
+
+def _fitting(waiting: list[_Row], batch: _Batch | None, at_once: int) -> list[_Row]:
+    """Taken off the end of those that wait: as many as fit, with all their room, beside the batch; without one at least one."""
+    new: list[_Row] = []
+    count, width, left = 0, 0, 0
+    if batch:
+        count, width, left = len(batch.rows), batch.mask_BS.shape[1], max(row.left for row in batch.rows)
+    while waiting:
+        width, left = max(width, len(waiting[-1].prompt)), max(left, waiting[-1].room)
+        if count and (count + 1) * (width + left) > at_once:
+            break
+        new.append(waiting.pop())
+        count += 1
+    return new
+
+
+def _begin(
+    network: Network, rows: list[_Row], ends: Collection[int], stops: Sequence[str], loops_end: bool
+) -> _Batch | None:
+    """Reads the prompts. None: no answer has more than one token."""
+    kept, mask_BS, last_BD = decoder.prefilled(
+        network, [row.prompt for row in rows], max(row.room for row in rows), PREFILL_TOKENS
+    )
+    reads = [_Read(row.prompt[-1:]) for row in rows]
+    return _answered(network, _Batch(rows, kept, mask_BS), reads, last_BD[:, None], ends, stops, loops_end)
+
+
+def _go_on(
+    network: Network, batch: _Batch, ends: Collection[int], stops: Sequence[str], loops_end: bool
+) -> _Batch | None:
+    """Reads what was last said, and guesses. None: all rows have ended."""
+    rows, kept, mask_BS = batch
+    # gaps, which wrong guesses leave, count towards a window
+    spare = decoder.window(network) - 1 - mask_BS.shape[1] - max(row.left for row in rows)
+    most = int(min(GUESSING_TOKENS // len(rows) - 1, spare))
+    reads = []
+    for row in rows:
+        guesses = _guesses([*row.prompt, *row.said], min(most, row.left - 1)) if row.drawn is None else []
+        reads.append(_Read([row.said[-1], *guesses], len(guesses)))
+    width = max(len(read.ids) for read in reads)
+    ids_BT = torch.tensor([[*read.ids, *[0] * (width - len(read.ids))] for read in reads])
+    read_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
+    mask_BS = torch.cat([mask_BS, read_BT], 1)
+    states_BTD = decoder.step(network, kept, ids_BT, mask_BS)
+    return _answered(network, _Batch(rows, kept, mask_BS), reads, states_BTD, ends, stops, loops_end)
+
+
+def _answered(
     network: Network,
-    prompts: Sequence[list[int]],
-    rooms: Sequence[int],
-    drawn: Sequence[list[float] | None],
+    batch: _Batch,
+    reads: Sequence[_Read],
+    states_BTD: Tensor,
     ends: Collection[int],
     stops: Sequence[str],
     loops_end: bool,
-) -> list[list[int]]:
-    """The tokens that follow each prompt, at most `rooms` of them.
-
-    Args:
-        drawn: of a row that is sampled a number in [0, 1) for each token.
-    """
-    said: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))
-    kept, mask_BS, last_BD = decoder.prefilled(network, prompts, max(rooms), PREFILL_TOKENS)
-    reads = [_Read([prompt[-1]]) for prompt in prompts]  # as it was
-    states_BTD = last_BD[:, None]
-    while True:
-        start = mask_BS.shape[1] - states_BTD.shape[1]
-        stay = []
-        at = [None if (u := drawn[row]) is None else u[len(said[row])] for row in going]
-        for b, follow in enumerate(_follows(network, states_BTD, reads, at)):
-            sure = len(reads[b].ids) - reads[b].guesses
-            right = common_prefix(reads[b].ids[sure:], follow)
-            mask_BS[b, start + sure + right :] = 0
-            own = said[going[b]]
-            ended = loops_end and drawn[going[b]] is None
-            if _says(network, own, follow[: right + 1], rooms[going[b]], ends, stops) and not (ended and _loops(own)):
-                stay.append(b)
-        if not stay:
-            return said
-        if len(stay) < len(going):
-            order = _closed_up(stay)
-            kept.batch_select_indices(torch.tensor(order, device=network.device))
-            going, mask_BS = [going[b] for b in order], mask_BS[order]
-        if unused := int(mask_BS.any(0).flip(0).int().argmax()):  # columns at the end in which no row has a token
-            kept.crop(-unused)
-            mask_BS = mask_BS[:, :-unused]
-        left = [rooms[row] - len(said[row]) for row in going]
-        spare = decoder.window(network) - 1 - mask_BS.shape[1] - max(left)  # for gaps, which count towards a window
-        most = int(min(GUESSING_TOKENS // len(going) - 1, spare))
-        reads = []
-        for row, room in zip(going, left, strict=True):
-            guesses = _guesses([*prompts[row], *said[row]], min(most, room - 1)) if drawn[row] is None else []
-            reads.append(_Read([said[row][-1], *guesses], len(guesses)))
-        width = max(len(read.ids) for read in reads)
-        ids_BT = torch.tensor([[*read.ids, *[0] * (width - len(read.ids))] for read in reads])
-        read_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
-        mask_BS = torch.cat([mask_BS, read_BT], 1)
-        states_BTD = decoder.step(network, kept, ids_BT, mask_BS)
+) -> _Batch | None:
+    """The rows with what follows what they have read, without those that have ended and without wrong guesses."""
+    rows, kept, mask_BS = batch
+    start, stay = mask_BS.shape[1] - states_BTD.shape[1], []
+    drawn = [None if row.drawn is None else row.drawn[len(row.said)] for row in rows]
+    for b, (row, follow) in enumerate(zip(rows, _follows(network, states_BTD, reads, drawn), strict=True)):
+        sure = len(reads[b].ids) - reads[b].guesses
+        right = common_prefix(reads[b].ids[sure:], follow)
+        mask_BS[b, start + sure + right :] = 0
+        looping = loops_end and row.drawn is None
+        if _says(network, row.said, follow[: right + 1], row.room, ends, stops) and not (looping and _loops(row.said)):
+            stay.append(b)
+    if not stay:
+        return None
+    if len(stay) < len(rows):
+        order = _closed_up(stay)
+        kept.batch_select_indices(torch.tensor(order, device=network.device))
+        rows, mask_BS = [rows[b] for b in order], mask_BS[order]
+    if unused := int(mask_BS.any(0).flip(0).int().argmax()):  # columns at the end in which no row has a token
+        kept.crop(-unused)
+        mask_BS = mask_BS[:, :-unused]
+    return _Batch(rows, kept, mask_BS)
 
 
 def _closed_up(stay: Sequence[int]) -> list[int]:
@@ -156,11 +221,12 @@ def _closed_up(stay: Sequence[int]) -> list[int]:
     return [b if b in here else next(behind) for b in range(len(stay))]
 
 
-class _Read(NamedTuple):
-    """What a row reads in a pass."""
-
-    ids: list[int]
-    guesses: int = 0  # so many of them, at the end
+def _joined(one: _Batch, other: _Batch) -> _Batch:
+    rows = [*one.rows, *other.rows]
+    kept, mask_BS = decoder.joined(
+        [(one.kept, one.mask_BS), (other.kept, other.mask_BS)], max(row.left for row in rows)
+    )
+    return _Batch(rows, kept, mask_BS)
 
 
 def _follows(

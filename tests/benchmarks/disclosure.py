@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging
 
 from service.domain.job import Audit, Lora, ModelEntry, PromptFormat
-from worker import audit, data, disclosure, disclosures, evaluate, measure, model
+from worker import audit, data, disclosure, disclosures, evaluate, measure, model, scoring
 from worker.losses.retain.nll import nll
 from worker.model import Network
 from worker.suite import Row, examples
@@ -39,14 +39,18 @@ def parts(network: Network, forget: Sequence[Row], retain: Sequence[Row]) -> dic
     usual = disclosures.usual(network, plan)
     known = disclosures.Before([], [])
 
+    given: dict[str, dict[int, list[int]]] = {}
+
     def evaluation() -> None:
         measure.measure(network, both.whole)
-        evaluate.run(network, request.suite, request.sets)
+        seen = scoring.look(network, request.suite.asks(request.sets))
+        request.suite.results(request.sets, seen, None)
+        given.update(evaluate.given(request, seen))
 
     return {
         "evaluation": evaluation,
         "attacks": lambda: audit.audit(network, tried, request.sets["forget"], None, 0, lambda: False),
-        "disclosure": lambda: disclosures.after(network, plan, known, usual, tried.quantise_bits, [], {}),
+        "disclosure": lambda: disclosures.after(network, plan, given, known, usual, tried.quantise_bits, [], {}),
     }
 
 

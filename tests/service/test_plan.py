@@ -402,12 +402,15 @@ def test_the_memory_of_answers_by_hand() -> None:
     at_once = 4 * (2 * 4 + 5 * 6)  # of a position of a prompt
     assert found.activations == 15 * ((prompt + room) * 32 + prompt * (32 + at_once))
     assert found.head == 10 * (15 * 4 + 8 * 20), "logits of fifteen answers, eight of them drawn in float64"
-    many = memory.phases(SIZES, a_load(forget=one._replace(rows=10_000), retain=one), memory.CPU)["generating"]
-    rows, length = memory.GENERATED_TOKENS // (5 + 5 + 16), 5 + 5 + 16
-    assert many.activations == rows * length * (32 + 4 * 2 * 4), (
-        "as many samples as fit, and what one layer repeats of them"
-    )
-    assert many.head == 10 * rows * (4 + 20)
+    each = {answers.Answer(prompt, room): 1e7}
+    many = memory.generating(SIZES, each, memory.CPU)
+    rows = memory.GENERATED_BYTES // 32 // (prompt + room)  # they are small: more than the usual 32,768 positions
+    repeated = rows * (prompt + room) * 4 * 2 * 4  # by one layer, for all heads
+    assert many.activations == rows * (prompt + room) * 32 * 2.5 + repeated, "those that wait join half of a batch"
+    large = SIZES.model_copy(update={"layers": 2000})
+    rows = memory.GENERATED_TOKENS // (prompt + room)
+    storage = rows * (prompt + room) * 32_000 * 2.5
+    assert memory.generating(large, each, memory.CPU).activations == storage + 4096 * (32_000 + at_once)
 
 
 def test_a_copy_with_rounded_weights_is_counted_while_it_is_judged() -> None:

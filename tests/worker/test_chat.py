@@ -367,7 +367,8 @@ def test_an_answer_ends_with_its_turn(
     assert "in the year" in on
     prompt = one.encode(ROW).prompts[0]
     drawn = [disclosure.Probe(0, "sample", prompt, 60, seed=seed) for seed in range(4)]
-    outputs = disclosure.answers(network, [disclosure.Probe(0, "question", prompt, 60), *drawn])
+    probes = [disclosure.Probe(0, "question", prompt, 60), *drawn]
+    outputs = [one.text for one in disclosure.generated(network, probes)]
     assert outputs[0] == ANSWER
     assert outputs.count(ANSWER) >= 4, "of five: what is drawn may slip"
     assert "in the year" not in "".join(outputs)

@@ -76,7 +76,29 @@ def test_batches_and_the_order_of_prompts_change_nothing(
     prompts = PROMPTS + OTHERS
     expected = generate(tiny, prompts, 12)
     monkeypatch.setattr(generation, "GENERATION_TOKENS", tokens)
+    monkeypatch.setattr(generation, "GENERATION_BYTES", 0)
     assert generate(tiny, prompts[::-1], 12) == expected[::-1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "bloom"])
+def test_rows_that_wait_take_the_places_of_those_that_have_ended(
+    architecture: str, register: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside rows of other lengths, which have said more."""
+    network = load(register, architecture)
+    prompts, rooms = [*PROMPTS, *OTHERS], [3, 12, 1, 12, 4, 2, 12, 5, 12]
+    rows: list[tuple[int, ...]] = []
+    own = decoder.joined
+    monkeypatch.setattr(
+        decoder,
+        "joined",
+        lambda parts, room: rows.append(tuple(len(mask_BS) for _, mask_BS in parts)) or own(parts, room),  # type: ignore[func-returns-value]
+    )
+    monkeypatch.setattr(generation, "GENERATION_TOKENS", 4 * 40)
+    monkeypatch.setattr(generation, "GENERATION_BYTES", 0)
+    expected = [by_the_library(network, prompt, room) for prompt, room in zip(prompts, rooms, strict=True)]
+    assert ids(generate(network, prompts, rooms)) == expected
+    assert rows, "beside those that went on"
 
 
 def ending_early(network: Network, *after: int) -> list[list[int]]:
