@@ -22,17 +22,16 @@ long as they may be), in MiB, against what is counted here, for Llamas of 135 mi
                                 135M measured  counted      260K measured  counted
     step of the longest rows            1,468    1,340          237 to 274      306
     check                                 225      311            39 to 51       45
-    answers for figures                 1,770    1,656            79 to 99       64
-    disclosure                          1,629    1,975          159 to 181       72
-    neighbours                            458      990            55 to 69       64
-    rounded: likelihoods                  492      611            22 to 25       46
-    rounded: answers                      683      787            31 to 36       38
+    answers for figures                     -    3,941                 100       74
+    disclosure                              -    4,228                 604      746
+    neighbours                              -    1,273                  90       96
+    rounded: likelihoods           492 to 936    1,016            22 to 33       47
+    rounded: answers           1,232 to 1,278    1,281                  61       46
 
 What a step of the two keeps for its gradient is counted within 1 %, as torch's hooks see it, and is the peak of the resident
 memory where each tensor has pages of its own (MALLOC_MMAP_THRESHOLD_=65536). As glibc allocates by default the peak is 1.8 to
-2.2 times as high on both, for what is kept lies between holes that temporaries of other sizes left: hence HOLES, for training
-and measuring. Generation leaves such holes in the small model alone. An accelerator's own allocator, which was not measured, is
-taken to leave none.
+2.2 times as high on both, for what is kept lies between holes that temporaries of other sizes left: hence HOLES, for training,
+measuring and rounding. An accelerator's own allocator, which was not measured, is taken to leave none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
