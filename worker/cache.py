@@ -8,30 +8,32 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
+SPARE_COLUMNS = 32  # after so many steps everything is copied once
+
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Of rows padded on the left, [B, H, S, d], in storage with free columns at the end.
+    """Of rows padded on the left, [B, H, S, d], in storage with some free columns at the end.
 
     Args:
         keys_BHTd, values_BHTd: of another layer, for their form.
-        width, room: columns at the beginning, and those that are likely to follow.
+        width: columns at the beginning.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys_BHTd: Tensor, values_BHTd: Tensor, rows: int, width: int, room: int) -> None:
+    def __init__(self, keys_BHTd: Tensor, values_BHTd: Tensor, rows: int, width: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys_BHTd, values_BHTd)
         self._keys, self._values = (
-            of.new_zeros(rows, of.shape[1], width + room, of.shape[3]) for of in (keys_BHTd, values_BHTd)
+            of.new_zeros(rows, of.shape[1], width + SPARE_COLUMNS, of.shape[3]) for of in (keys_BHTd, values_BHTd)
         )
         self._show(rows, width)
 
     @classmethod
-    def joined(cls, parts: Sequence[Self], width: int, room: int) -> Self:
+    def joined(cls, parts: Sequence[Self], width: int) -> Self:
         """The rows of all. Of each the last columns are taken, so many as it has of `width`."""
-        made = cls(parts[0].keys, parts[0].values, sum(len(part.keys) for part in parts), width, room)
+        made = cls(parts[0].keys, parts[0].values, sum(len(part.keys) for part in parts), width)
         first = 0
         for part in parts:
             rows, own = slice(first, first + len(part.keys)), min(width, part.keys.shape[2])
@@ -52,8 +54,9 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         rows, _heads, start, _size = self.keys.shape
         end = start + key_states.shape[2]
         if end > self._keys.shape[2]:
-            more = (0, 0, 0, end)
-            self._keys, self._values = pad(self._keys, more), pad(self._values, more)
+            more = (0, 0, 0, end - start + SPARE_COLUMNS)  # of the rows that go on alone
+            self._keys = pad(self.keys, more)
+            self._values = pad(self.values, more)
         self._keys[:rows, :, start:end], self._values[:rows, :, start:end] = key_states, value_states
         self._show(rows, end)
         return self.keys, self.values

@@ -124,7 +124,7 @@ def caches(network: Network, longest: int) -> bool:
     short, long = PROBE[1:]
     wrong = 2
     try:
-        begun = prefilled(network, [short[:-1], long[:-1]], 2, PROBE_TOKENS)
+        begun = prefilled(network, [short[:-1], long[:-1]], PROBE_TOKENS)
         mask_BS = torch.cat([begun.mask_BS, torch.ones(2, 2, dtype=torch.int64)], 1)
         last_BTD = step(network, begun.kept, torch.tensor([[short[-1], wrong], [long[-1], wrong]]), mask_BS)[:, :1]
         begun.kept.crop(-1)
@@ -149,8 +149,8 @@ class Prefilled(NamedTuple):
     last_BD: Tensor  # states of the rows' last tokens
 
 
-def prefilled(network: Network, rows: Sequence[list[int]], room: int, at_once: int) -> Prefilled:
-    """Keys and values of the rows, with room for so many more tokens; what rows begin with in common is read once.
+def prefilled(network: Network, rows: Sequence[list[int]], at_once: int) -> Prefilled:
+    """Keys and values of the rows; what rows begin with in common is read once.
 
     Layers that attend to a window keep all tokens, too: what lies outside it their mask hides.
 
@@ -171,7 +171,7 @@ def prefilled(network: Network, rows: Sequence[list[int]], room: int, at_once: i
         }
         at_RS = torch.tensor([[0] * (width - len(path)) + path for path in paths.values()], device=network.device)
         last |= dict(zip(paths, last_PD[at_RS[:, -1]], strict=True))
-        layers = layers or [PreallocatedLayer(one.keys, one.values, len(rows), width, room) for one in read_layers]
+        layers = layers or [PreallocatedLayer(one.keys, one.values, len(rows), width) for one in read_layers]
         for layer, one in zip(layers, read_layers, strict=True):
             layer.fill(list(paths), one.keys, one.values, at_RS)
     kept = DynamicCache()
@@ -180,15 +180,16 @@ def prefilled(network: Network, rows: Sequence[list[int]], room: int, at_once: i
     return Prefilled(kept, mask_BS, torch.stack([last[i] for i in range(len(rows))]))
 
 
-def joined(parts: Sequence[tuple[DynamicCache, Tensor]], room: int) -> tuple[DynamicCache, Tensor]:
-    """Rows of several prefilled caches, with their masks, in one, with room for so many more tokens."""
-    trimmed = [(kept, mask_BS[:, int(mask_BS.any(0).int().argmax()) :]) for kept, mask_BS in parts]
-    width = max(mask_BS.shape[1] for _, mask_BS in trimmed)
-    mask_BS = torch.cat([pad(mask_BS, (width - mask_BS.shape[1], 0)) for _, mask_BS in trimmed])
-    layers = zip(*(kept.layers for kept, _ in parts), strict=True)
-    found = DynamicCache()
-    found.layers.extend(PreallocatedLayer.joined(of, width, room) for of in layers)
-    return found, mask_BS
+def joined(parts: Sequence[tuple[DynamicCache, Tensor]]) -> tuple[DynamicCache, Tensor]:
+    """Rows of several prefilled caches, with their masks, in one. They are emptied: no more than a layer is there twice."""
+    trimmed = [mask_BS[:, int(mask_BS.any(0).int().argmax()) :] for _, mask_BS in parts]
+    width = max(mask_BS.shape[1] for mask_BS in trimmed)
+    layers, found = [list[Any](kept.layers) for kept, _ in parts], DynamicCache()
+    for kept, _ in parts:
+        kept.layers.clear()
+    while layers[0]:
+        found.layers.append(PreallocatedLayer.joined([of.pop(0) for of in layers], width))
+    return found, torch.cat([pad(mask_BS, (width - mask_BS.shape[1], 0)) for mask_BS in trimmed])
 
 
 def step(network: Network, kept: DynamicCache, ids_BT: Tensor, mask_BS: Tensor) -> Tensor:

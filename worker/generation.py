@@ -151,9 +151,7 @@ def _begin(
     network: Network, rows: list[_Row], ends: Collection[int], stops: Sequence[str], loops_end: bool
 ) -> _Batch | None:
     """Reads the prompts. None: no answer has more than one token."""
-    kept, mask_BS, last_BD = decoder.prefilled(
-        network, [row.prompt for row in rows], max(row.room for row in rows), PREFILL_TOKENS
-    )
+    kept, mask_BS, last_BD = decoder.prefilled(network, [row.prompt for row in rows], PREFILL_TOKENS)
     reads = [_Read(row.prompt[-1:]) for row in rows]
     return _answered(network, _Batch(rows, kept, mask_BS), reads, last_BD[:, None], ends, stops, loops_end)
 
@@ -222,11 +220,8 @@ def _closed_up(stay: Sequence[int]) -> list[int]:
 
 
 def _joined(one: _Batch, other: _Batch) -> _Batch:
-    rows = [*one.rows, *other.rows]
-    kept, mask_BS = decoder.joined(
-        [(one.kept, one.mask_BS), (other.kept, other.mask_BS)], max(row.left for row in rows)
-    )
-    return _Batch(rows, kept, mask_BS)
+    kept, mask_BS = decoder.joined([(one.kept, one.mask_BS), (other.kept, other.mask_BS)])
+    return _Batch([*one.rows, *other.rows], kept, mask_BS)
 
 
 def _follows(

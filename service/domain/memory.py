@@ -49,7 +49,6 @@ FLOAT = 4
 MEASURED_TOKENS = 4_096  # padded positions at once, in the worker's passes without gradients
 GENERATED_TOKENS = 32_768  # the same of answers, each with all its room
 GENERATED_BYTES = 256 * 2**20  # or more positions, as far as their keys and values take no more than this
-JOINED = 2.5  # times a batch's keys and values: of the batch, of half as many rows that join it, and of both in one
 PREFILLED_TOKENS = 4_096  # the same of prompts that are read at once
 # By name, as the catalogue has them: solvers that ask for differences of gradients in float32, and losses that read whole
 # distributions, a large chunk at a time.
@@ -256,7 +255,6 @@ def generating(sizes: Sizes, together: Answers, on: Machine) -> Phase:
     kept = 2 * sizes.layers * sizes.keys * on.weight_bytes
     at_once = max(GENERATED_TOKENS, GENERATED_BYTES // kept)
     longest = max((one.prompt for one in together), default=0) + max((one.room for one in together), default=0)
-    times = JOINED if sum(together.values()) * longest > at_once else 1  # all at once: nothing waits
     upto = sampled_upto = 0.0
     prompt = room = 0
     batches = [Phase(0, 0)]
@@ -264,7 +262,7 @@ def generating(sizes: Sizes, together: Answers, on: Machine) -> Phase:
         upto, sampled_upto = upto + count, sampled_upto + count * answer.sampled
         prompt, room = max(prompt, answer.prompt), max(room, answer.room)
         rows = min(upto, max(1, at_once // (prompt + room)))
-        storage = rows * (prompt + room) * kept * times
+        storage = rows * (prompt + room) * kept
         reading = min(rows * prompt, max(prompt, PREFILLED_TOKENS)) * (kept + _transient_per_token(sizes))
         answering = rows * (prompt + room) * 2 * sizes.attention * on.weight_bytes
         head = sizes.vocabulary * (rows * on.weight_bytes + min(rows, sampled_upto) * SAMPLED)

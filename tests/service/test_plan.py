@@ -406,10 +406,12 @@ def test_the_memory_of_answers_by_hand() -> None:
     many = memory.generating(SIZES, each, memory.CPU)
     rows = memory.GENERATED_BYTES // 32 // (prompt + room)  # they are small: more than the usual 32,768 positions
     repeated = rows * (prompt + room) * 4 * 2 * 4  # by one layer, for all heads
-    assert many.activations == rows * (prompt + room) * 32 * 2.5 + repeated, "those that wait join half of a batch"
+    assert many.activations == rows * (prompt + room) * 32 + repeated, (
+        "those that wait take the places of those that have ended"
+    )
     large = SIZES.model_copy(update={"layers": 2000})
     rows = memory.GENERATED_TOKENS // (prompt + room)
-    storage = rows * (prompt + room) * 32_000 * 2.5
+    storage = rows * (prompt + room) * 32_000
     assert memory.generating(large, each, memory.CPU).activations == storage + 4096 * (32_000 + at_once)
 
 

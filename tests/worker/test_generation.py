@@ -92,7 +92,7 @@ def test_rows_that_wait_take_the_places_of_those_that_have_ended(
     monkeypatch.setattr(
         decoder,
         "joined",
-        lambda parts, room: rows.append(tuple(len(mask_BS) for _, mask_BS in parts)) or own(parts, room),  # type: ignore[func-returns-value]
+        lambda parts: rows.append(tuple(len(mask_BS) for _, mask_BS in parts)) or own(parts),  # type: ignore[func-returns-value]
     )
     monkeypatch.setattr(generation, "GENERATION_TOKENS", 4 * 40)
     monkeypatch.setattr(generation, "GENERATION_BYTES", 0)
