@@ -31,7 +31,8 @@ from worker.problem import Params
 from worker.tokens import Predictions
 
 LOADED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
-TOKENIZER_FILES = sorted(modelfiles.TOKENIZER_FILES)
+TOKENIZER_FILES = [*sorted(modelfiles.TOKENIZER_FILES), f"{modelfiles.TEMPLATES}/*.jinja"]
+UNUSED_FILES = ["consolidated*.safetensors"]  # the weights once more
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # of mixture models; their choices are not adapted
 CAPS_AND_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of the logits, in a model's config
 PROBE_TOKENS = 8
@@ -83,10 +84,13 @@ def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Netwo
     except InvalidRequest as error:
         raise _unsupported(str(error)) from error
     if entry.digest is not None and facts.digest != entry.digest:
-        raise JobFailure(
-            FailureCode.MODEL_REVISION_MISMATCH,
-            f"the files of {entry.name} digest to {facts.digest}, registered was {entry.digest}",
-        )
+        why = f"the files of {entry.name} digest to {facts.digest}, registered was {entry.digest}"
+        if modelfiles.digest_at_the_top(folder) == entry.digest:
+            why += (
+                ". It was registered when digests left out weights in subfolders, or counted consolidated.safetensors: "
+                "compare its files with their source, and register it again"
+            )
+        raise JobFailure(FailureCode.MODEL_REVISION_MISMATCH, why)
     tokenizer, causal = _read(folder, entry, dtype)
     causal.to(device).eval().requires_grad_(False)
     for part in causal.modules():
@@ -165,7 +169,12 @@ def _folder(entry: ModelEntry, models_root: Path) -> Path:
         return folder
     try:
         return Path(
-            snapshot_download(entry.location, revision=entry.revision, allow_patterns=LOADED_FILES + TOKENIZER_FILES)
+            snapshot_download(
+                entry.location,
+                revision=entry.revision,
+                allow_patterns=LOADED_FILES + TOKENIZER_FILES,
+                ignore_patterns=UNUSED_FILES,
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if known := failure(error):

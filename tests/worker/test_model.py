@@ -147,6 +147,34 @@ def test_other_files_than_those_registered_are_refused(register: Any, tmp_path: 
     assert failure.value.code is FailureCode.MODEL_REVISION_MISMATCH
 
 
+def test_weights_in_subfolders_are_held_against_the_digest(register: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(register().folder, tmp_path / "tiny"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"shards/{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    index = {"metadata": {"total_size": 0}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "shards").mkdir()
+
+    def write(factor: float) -> None:
+        for path in set(names.values()):
+            own = {name: factor * tensor for name, tensor in tensors.items() if names[name] == path}
+            save_file(own, folder / path, metadata={"format": "pt"})
+
+    write(1.0)
+    entry = register().entry.model_copy(update={"digest": modelfiles.digest_model(folder)[0]})
+    loaded = model.load(entry, tmp_path, "cpu", "float32")
+    torch.testing.assert_close(logits(loaded), logits(register().load("float32")), rtol=0, atol=0)
+    assert set(names.values()) < loaded.files.keys()
+    write(0.5)
+    with pytest.raises(JobFailure, match="registered was sha256:") as failure:
+        model.load(entry, tmp_path, "cpu", "float32")
+    assert "again" not in str(failure.value)
+    earlier = entry.model_copy(update={"digest": modelfiles.digest_at_the_top(folder)})
+    with pytest.raises(JobFailure, match="register it again"):
+        model.load(earlier, tmp_path, "cpu", "float32")
+
+
 @pytest.mark.parametrize("location", ["gone", "../outside", "."])
 def test_only_folders_below_the_models_root_are_read(register: Any, tmp_path: Path, location: str) -> None:
     (tmp_path / "root").mkdir()
