@@ -15,7 +15,7 @@ import sqlalchemy.exc
 import typer
 import uvicorn
 
-from service import logs, register, remote, remote_compliance, remote_webhooks, terminal
+from service import logs, printing, register, remote, remote_compliance, remote_webhooks, terminal
 from service.app import create_app
 from service.domain import modelfiles
 from service.domain.errors import UnlearnError
@@ -110,7 +110,7 @@ def migrate(revision: str = "head", grant_to: GrantTo = None) -> None:
 
     with _told():
         upgrade(Settings().database_url, revision, grant_to)
-    typer.echo(f"the database is at {revision}")
+    printing.line(f"the database is at {revision}")
 
 
 @app.command()
@@ -159,9 +159,9 @@ def add(
         )
         with _sessions(settings) as sessions, sessions.begin() as s:
             models.add(s, entry)
-    typer.echo(_line(entry))
+    printing.line(_line(entry))
     if entry.prompt_format.ends_in_space:
-        typer.echo(f"warning: {SPACE_WARNING}", err=True)
+        printing.line(f"warning: {SPACE_WARNING}", error=True)
 
 
 Approvals = Annotated[int, typer.Option(min=0, max=2, help="persons who must approve a deletion request")]
@@ -202,7 +202,7 @@ def add_tenant(
             max_running_jobs=max_running or None,
             max_open_jobs=max_open or None,
         )
-    typer.echo(name)
+    printing.line(name)
 
 
 @tenants_app.command("change")
@@ -230,7 +230,7 @@ def list_tenants() -> None:
         for tenant in tenants.every(s):
             kept = "for ever" if tenant.keep_files_days is None else f"{tenant.keep_files_days} days"
             running, open_ = (bound or "any" for bound in (tenant.max_running_jobs, tenant.max_open_jobs))
-            typer.echo(
+            printing.line(
                 f"{tenant.id}  approvals {tenant.approvals}  keeps files {kept}, forgotten rows "
                 f"{tenant.keep_forgotten_days} days  jobs running {running}, open {open_}"
             )
@@ -243,7 +243,7 @@ def tenant_key(
 ) -> None:
     """Make a key on this machine, the first of a tenant, and show it: once. More are made with it, over HTTP."""
     with _told():
-        typer.echo(register.first_key(Settings(), name, role))
+        printing.line(register.first_key(Settings(), name, role))
 
 
 @keys_app.command("rotate")
@@ -251,7 +251,7 @@ def rotate_signing_key() -> None:
     """Sign with another key from now on; prints its id. Certificates that are out stay valid."""
     settings = Settings()
     with _told(), _sessions(settings) as sessions, sessions.begin() as s:
-        typer.echo(evidence_keys.rotate(s, secrets_of(settings)))
+        printing.line(evidence_keys.rotate(s, secrets_of(settings)))
 
 
 @keys_app.command("list")
@@ -260,7 +260,7 @@ def list_signing_keys() -> None:
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
         for key in evidence_keys.every(s):
             until = f"retired {key.retired_at:%Y-%m-%d %H:%M} UTC" if key.retired_at else "signs"
-            typer.echo(f"{key.id}  made {key.created_at:%Y-%m-%d %H:%M} UTC  {until}")
+            printing.line(f"{key.id}  made {key.created_at:%Y-%m-%d %H:%M} UTC  {until}")
 
 
 @models_app.command("list")
@@ -268,7 +268,7 @@ def list_models() -> None:
     """Show the registry."""
     with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
         for entry in models.every(s):
-            typer.echo(_line(entry))
+            printing.line(_line(entry))
 
 
 @models_app.command("remove")

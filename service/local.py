@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from service import embedded, migrate, register
+from service import embedded, migrate, printing, register
 from service.processes import free_port, interruptible, is_free, running, tail
 from service.settings import Settings
 from service.store.secrets import KEY_BYTES
@@ -112,12 +112,12 @@ def up(folder: Path) -> None:
         lines = [f"export {name}='{here.environment[name]}'" for name in names]
         lines += [f"export UNLEARN_URL='{here.url}'", f"export UNLEARN_API_KEY='{here.key}'"]
         (folder / "environment").write_text("\n".join(lines) + "\n")
-        _say(f"API      {here.url}/docs")
-        _say(f"worker   {here.worker_metrics_url}")
-        _say(f"logs     {folder / 'logs'}")
-        _say("For other commands, in another terminal:")
-        _say(f"  . {folder / 'environment'}")
-        _say("Ctrl-C stops everything.")
+        printing.line(f"API      {here.url}/docs")
+        printing.line(f"worker   {here.worker_metrics_url}")
+        printing.line(f"logs     {folder / 'logs'}")
+        printing.line("For other commands, in another terminal:")
+        printing.line(f"  . {folder / 'environment'}")
+        printing.line("Ctrl-C stops everything.")
         while True:
             here.check()
             time.sleep(0.5)
@@ -155,8 +155,3 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=5, trust_env=False).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

@@ -467,8 +467,7 @@ def suite_sets(url: str, name: str) -> dict[str, SuiteSet]:
     return suite.sets
 
 
-@pytest.fixture
-def tofu(url: str, tmp_path: Path) -> list[object]:
+def tofu_sets(url: str, tmp_path: Path) -> list[object]:
     """The options that name the required sets of TOFU; the forget set's is one JSON array."""
     options: list[object] = []
     for name, form in suite_sets(url, "tofu").items():
@@ -477,6 +476,11 @@ def tofu(url: str, tmp_path: Path) -> list[object]:
         path.write_text(json.dumps([row, row], indent=1) if name == "forget" else json.dumps(row))
         options += ["--set", f"{name}={path}"] if form.required else []
     return options
+
+
+@pytest.fixture
+def tofu(url: str, tmp_path: Path) -> list[object]:
+    return tofu_sets(url, tmp_path)
 
 
 def test_a_benchmark_is_added_listed_and_removed_with_its_files(
