@@ -65,8 +65,8 @@ def demo(folder: Path, seed: int = 0) -> int:
         interruptible(),
         _emptied(folder) as folder,
         _model_maker(folder, seed) as maker,
-        stack(folder, api_port=free_port(), worker_threads=1) as here,
         _status(console) as show,
+        stack(folder, show, api_port=free_port(), worker_threads=1) as here,
     ):
         console.print(f"The service runs at {here.url} ({time.monotonic() - began:.0f} s)")
         _await_model(maker, folder / "logs" / "model.log", here, show)

@@ -12,8 +12,6 @@ from typing import Annotated, Any, TypeVar
 
 import httpx
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
 
 from service import printing
 from service.client import ApiError, Client, Job, Step
@@ -120,6 +118,9 @@ def _followed(api: Client, job_id: str, as_json: bool) -> int:
 
 
 def bar(looks: Iterator[tuple[Job, list[Step]]]) -> Job:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
     where = TextColumn("{task.description}", markup=False)
     figures = TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False))
     with Progress(where, BarColumn(20), MofNCompleteColumn(), figures) as progress:
