@@ -24,6 +24,7 @@ from service.domain import modelfiles
 from service.domain.errors import InvalidRequest, JobFailure
 from service.domain.job import MICRO_BATCH_TOKENS, FailureCode, Lora, ModelEntry
 from service.domain.report import BaseModelFacts
+from worker import card
 from worker.concatenation import write_concatenated
 from worker.failures import failure
 from worker.head import FusedPredictions, Head, PlainPredictions
@@ -65,11 +66,6 @@ class Network(NamedTuple):
         if self.head is not None:
             return FusedPredictions(last_ND, target_N, self.head, inner_ND)
         return PlainPredictions(last_ND, target_N, own_logits(self.causal), self.vocabulary, inner_ND)
-
-    @property
-    def name(self) -> str:
-        """What an adapter's config calls its base: a Hub id, or the registered name; never a path."""
-        return self.entry.location if self.entry.source == "hub" else self.entry.name
 
 
 def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Network:
@@ -332,7 +328,10 @@ def adapt(
         if parent is not None:
             peft.load_adapter(str(parent), PARENT, torch_device=str(base.device))
             _activate(peft, [PARENT, TRAINED])
-    config.base_model_name_or_path, config.revision = base.name, base.entry.revision  # PEFT would publish a path
+    config.base_model_name_or_path, config.revision = (
+        card.base_name(base),
+        base.entry.revision,
+    )  # PEFT would publish a path
     peft.eval()
     return base._replace(peft=peft)
 
@@ -402,7 +401,7 @@ def assign(network: Network, values: Mapping[str, Tensor]) -> None:
 
 
 def save(network: Network, folder: Path) -> None:
-    """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors, and a model card.
+    """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors; and beside it the base and how it is asked.
 
     One that has a parent is written as one with it: it goes onto the base alone.
     """
@@ -412,7 +411,8 @@ def save(network: Network, folder: Path) -> None:
     else:  # "auto" would look on the Hub whether the base's vocabulary has changed
         peft.save_pretrained(str(folder), save_embedding_layers=False)
     _put_in_order(folder / "adapter_config.json")
-    (folder / "README.md").write_text(_card(network), encoding="utf-8")
+    (folder / card.FILE).write_text(card.describe(network), encoding="utf-8")
+    (folder / "README.md").write_text(card.card(network, PARENT in peft.peft_config), encoding="utf-8")
 
 
 def _put_in_order(path: Path) -> None:
@@ -435,21 +435,3 @@ def load_adapter(network: Network, folder: Path) -> Network:
 def _peft(network: Network) -> PeftModel:
     assert network.peft is not None, "the network has no adapter"
     return network.peft
-
-
-def _card(network: Network) -> str:
-    base = network.name
-    front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, unlearning]"]
-    if network.entry.source == "hub":  # a card's base_model must be a Hub id
-        front.insert(1, f"base_model: {base}")
-    contains = (
-        "It contains the adapter of the earlier job that it started from: apply it to the base, in place of that one.\n"
-    )
-    return (
-        "---\n" + "\n".join(front) + "\n---\n\n"
-        f"# Unlearning adapter for {base}\n\n"
-        "A LoRA adapter, trained to make its base forget a set of rows while its loss on a retain set stays within a bound.\n"
-        "What was measured, and what was not, is in the report of the job that made it.\n"
-        + contains
-        * (PARENT in _peft(network).peft_config)
-    )
