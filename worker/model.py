@@ -83,8 +83,8 @@ def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Netwo
         why = f"the files of {entry.name} digest to {facts.digest}, registered was {entry.digest}"
         if modelfiles.digest_at_the_top(folder) == entry.digest:
             why += (
-                ". It was registered when digests left out weights in subfolders, or counted consolidated.safetensors: "
-                "compare its files with their source, and register it again"
+                ". It was registered when digests did not cover all that is loaded, such as weights in subfolders, or counted "
+                "consolidated.safetensors: compare its files with their source, and register it again"
             )
         raise JobFailure(FailureCode.MODEL_REVISION_MISMATCH, why)
     tokenizer, causal = _read(folder, entry, dtype)

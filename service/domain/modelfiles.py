@@ -19,6 +19,8 @@ TOKENIZER_FILES = frozenset(
     {*TOKENIZERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
     | {"chat_template.jinja", "chat_template.json"}
 )
+# Read and converted where there is no tokenizer.json, under whichever of these names its class or transformers looks for.
+UNCONVERTED = re.compile(r"tekken\.json|[^/]+\.model(\.[^/]+)?")
 TEMPLATES = "additional_chat_templates"  # a folder of *.jinja beside the tokeniser
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG_FILES = frozenset({"config.json", "generation_config.json", INDEX})
@@ -84,7 +86,7 @@ def weights(folder: Path) -> list[str]:
 
 
 def digest_at_the_top(folder: Path) -> str:
-    """The digest that folders had before it covered weights in subfolders: a model may be registered with it."""
+    """The digest that folders had before it covered all that is loaded: a model may be registered with it."""
     top = _top(folder)
     names = top & (CONFIG_FILES | TOKENIZER_FILES) | {name for name in top if name.endswith(".safetensors")}
     return _digest((name, _sha256(folder / name)) for name in sorted(names))
@@ -149,12 +151,14 @@ def _top(folder: Path) -> set[str]:
 
 
 def _tokenizer(folder: Path) -> set[str]:
+    top = _top(folder)
+    other = set() if "tokenizer.json" in top else {name for name in top if UNCONVERTED.fullmatch(name)}
     beside = (f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
-    return _top(folder) & TOKENIZER_FILES | {_inside(folder, name, "the tokeniser") for name in beside}
+    return top & TOKENIZER_FILES | other | {_inside(folder, name, "the tokeniser") for name in beside}
 
 
 def _of_tokenizer(name: str) -> bool:
-    return name in TOKENIZER_FILES or name.startswith(f"{TEMPLATES}/")
+    return name in TOKENIZER_FILES or name.startswith(f"{TEMPLATES}/") or UNCONVERTED.fullmatch(name) is not None
 
 
 def _inside(folder: Path, name: object, named_by: str) -> str:

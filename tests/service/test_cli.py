@@ -24,7 +24,7 @@ from service.cli import app
 from service.client.shapes import SuiteSet
 from service.domain import rows
 from service.domain.job import Audit, Failure, FailureCode, Gate, JobSpec, ModelEntry, PromptFormat, Verdict
-from service.domain.modelfiles import digest_at_the_top, digest_model, digest_tokenizer, inspect, loaded
+from service.domain.modelfiles import digest_at_the_top, digest_files, digest_model, digest_tokenizer, inspect, loaded
 from service.settings import Settings
 from service.store import benchmarks, files, jobs, models
 from service.store.session import Sessions
@@ -174,6 +174,8 @@ def spoil(name: str, folder: Path, tmp_path: Path) -> Path:
         (folder / "config.json").write_text(json.dumps(CONFIG | {"auto_map": {"AutoModel": "m.M"}}))
     if name == "remote code of the tokeniser":
         (folder / "tokenizer_config.json").write_text('{"auto_map": {}}')
+    if name == "tokeniser by version":
+        (folder / "tokenizer_config.json").write_text('{"fast_tokenizer_files": ["tokenizer.4.0.json"]}')
     if name == "classifier":
         (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["BertForSequenceClassification"]}))
     if name == "adapter":
@@ -198,6 +200,7 @@ def test_what_must_not_be_loaded_is_refused_by_name(
         "broken config": "not JSON",
         "remote code": "auto_map",
         "remote code of the tokeniser": "auto_map",
+        "tokeniser by version": "fast_tokenizer_files",
         "classifier": "BertForSequenceClassification",
         "adapter": "is an adapter",
     }.items():
@@ -282,6 +285,20 @@ def test_weights_and_templates_that_configs_name_are_part_of_the_digest(folder: 
         after = digest_model(folder)
         assert (after[0] != before[0], after[1] != before[1]) == (True, of_tokenizer), name
     assert digest_tokenizer(folder) == digest_model(folder)[1]
+
+
+def test_what_a_tokeniser_is_converted_from_is_part_of_the_digest_where_it_is_read(folder: Path) -> None:
+    with_it = digest_model(folder)
+    (folder / "tekken.json").write_text("{}")
+    assert digest_model(folder) == with_it, "tokenizer.json is read in its place"
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    for name in ("tekken.json", "sentencepiece.bpe.model", "tokenizer.model.v3", "tokenizer.model"):
+        before = digest_model(folder)
+        (folder / name).write_bytes(b"other")
+        after = digest_model(folder)
+        assert (after[0] != before[0], after[1] != before[1]) == (True, True), name
+        assert digest_tokenizer(folder) == after[1] == digest_files(inspect(folder).files)[1]
 
 
 def test_the_digest_of_a_flat_folder_is_what_it_was(folder: Path) -> None:
