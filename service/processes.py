@@ -16,8 +16,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_S = 15.0
 IDLE_S = 60.0  # a process that starts and for so long uses no processor has stopped
 MOST_S = 900.0  # in all, for one that starts
-LOOK_S = 1.0  # how often it is looked at
-NEWS_S = 5.0  # how often it is told that somebody still waits
+LOOK_S = 1.0  # how often the use of the processor is read
+NEWS_S = 5.0  # how often progress is shown
 TAIL_LINES = 15
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -57,13 +57,13 @@ def wait(
     """Until `state` is None, for as long as the process is at work: a loaded machine starts slowly, and is not given up.
 
     Args:
-        state: what it says of itself, such as an answer that it is not ready; "": nothing yet. None: it is ready.
+        state: None when it is ready; "" while it does not answer; else why it is not ready, from its answer.
         show: gets a line when it is ready, and every few seconds before.
 
-    Raises RuntimeError, which says what was waited for: it ended, it used no processor for 60 s or has said for 60 s that it
+    Raises RuntimeError, which says what was waited for: it ended, it used no processor for 60 s, it answered for 60 s that it
     is not ready, or 15 minutes are over.
     """
-    began = moved = looked = told = time.monotonic()
+    began = moved = looked = shown = time.monotonic()
     ticks = -1
     while (says := state()) is not None:
         now = time.monotonic()
@@ -73,10 +73,10 @@ def wait(
             looked, before, ticks = now, ticks, _ticks(process.pid)
             moved = moved if ticks == before else now
         if now - moved > IDLE_S or now - began > MOST_S:
-            why = f"it says: {says}" if says else "it says nothing"
+            why = says or "no answer yet"
             raise RuntimeError(f"{name} is not ready after {now - began:.0f} s: {why}")
-        if now - told > NEWS_S:
-            told = now
+        if now - shown > NEWS_S:
+            shown = now
             show(f"{name} is starting, {now - began:.0f} s" + (f": {says}" if says else ""))
         time.sleep(0.05)
     show(f"{name} is ready ({time.monotonic() - began:.1f} s)")
@@ -87,9 +87,8 @@ def _ticks(pid: int) -> int:
     used, parents = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError):
-            _state, parent, *rest = (
-                stat.read_text().rpartition(")")[2].split()
-            )  # behind the name, which may have spaces
+            behind_the_name = stat.read_text().rpartition(")")[2]  # which may have spaces
+            _state, parent, *rest = behind_the_name.split()
             parents[int(stat.parent.name)] = int(parent)
             used[int(stat.parent.name)] = int(rest[9]) + int(rest[10])
     below = {pid}

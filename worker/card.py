@@ -1,4 +1,4 @@
-"""What an adapter's folder says beside the adapter: on which base it goes, byte for byte, how that is asked, how both are loaded.
+"""What an adapter's folder says beside the adapter: on which base it goes, how that is prompted, how both are loaded.
 
 All of it is a function of the registered model, so the same job gives the same bytes.
 """
@@ -81,16 +81,16 @@ def describe(network: "Network") -> str:
 
 def card(network: "Network", contains_parent: bool) -> str:
     """README.md: a model card."""
-    entry, on_hub, asked = network.entry, network.entry.source == "hub", prompt(network)
+    entry, on_hub, given = network.entry, network.entry.source == "hub", prompt(network)
     front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, unlearning]"]
     if on_hub:  # a card's base_model must be a Hub id
         front.insert(1, f"base_model: {entry.location}")
     loading = LOADING.format(
         base=entry.location if on_hub else "FOLDER OF THE BASE MODEL",
         revision=f", revision={entry.revision!r}" if on_hub else "",
-        before=asked.before,
-        behind=asked.behind,
-        special=asked.add_special_tokens,
+        before=given.before,
+        behind=given.behind,
+        special=given.add_special_tokens,
     )
     parent = (
         "It contains the adapter of the earlier job that it started from: apply it to the base, in place of that one.\n"
@@ -103,7 +103,7 @@ def card(network: "Network", contains_parent: bool) -> str:
         + parent
         * contains_parent
         + "\n## Loading\n\n"
-        "What was measured holds on this base alone, asked in this way:\n\n"
+        "What was measured holds on this base alone, prompted in this way:\n\n"
         f"- the base's files digest to `{network.digest}`, those of its tokeniser to `{network.tokenizer_digest}`;\n"
         f"- `{FILE}` has the SHA-256 of each of them, and the prompt format;\n"
         "- `unlearn verify CERTIFICATE --adapter FOLDER --model FOLDER` checks both folders.\n\n"

@@ -401,7 +401,7 @@ def assign(network: Network, values: Mapping[str, Tensor]) -> None:
 
 
 def save(network: Network, folder: Path) -> None:
-    """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors; and beside it the base and how it is asked.
+    """Write the adapter as PEFT does, adapter_config.json and adapter_model.safetensors, and what worker.card says of its base.
 
     One that has a parent is written as one with it: it goes onto the base alone.
     """

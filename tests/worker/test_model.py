@@ -420,16 +420,16 @@ def test_the_name_of_a_base_that_is_on_no_hub_resolves_nowhere(
     base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     with pytest.raises(HFValidationError):
         validate_repo_id(base)
-    asked: list[object] = []
+    connections: list[object] = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("socket.socket.connect", lambda _, address: asked.append(address))
+    monkeypatch.setattr("socket.socket.connect", lambda _, address: connections.append(address))
     with pytest.raises(OSError, match="registered-model:gpt2"):
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert asked == []
+    assert connections == []
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat", "ends"])
-def test_the_folder_says_on_which_base_the_adapter_goes_and_how_it_is_asked(
+def test_the_folder_says_on_which_base_the_adapter_goes_and_how_it_is_prompted(
     register: Any, byte_tokenizer: Any, kind: str, tmp_path: Path
 ) -> None:
     registered = register(chat=kind == "chat")
@@ -450,8 +450,8 @@ def test_the_folder_says_on_which_base_the_adapter_goes_and_how_it_is_asked(
     assert described["files"] == files
     assert (described["digest"], described["tokenizer_digest"]) == modelfiles.digest_files(files)
     assert PromptFormat.model_validate(described["prompt_format"]) == form
-    for said in (described["digest"], described["tokenizer_digest"]):
-        assert said in (tmp_path / "adapter" / "README.md").read_text()
+    for digest in (described["digest"], described["tokenizer_digest"]):
+        assert digest in (tmp_path / "adapter" / "README.md").read_text()
 
     if kind == "ends":
         network.tokenizer.save_pretrained(tmp_path / "tokenizer")
