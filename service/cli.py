@@ -1,4 +1,7 @@
-"""unlearn: what an administrator does on the machine, and what a user does over HTTP."""
+"""unlearn: what an administrator does on the machine, and what a user does over HTTP.
+
+What needs the database, a server or torch is imported by the command that needs it: the others answer at once.
+"""
 
 import json
 import os
@@ -9,25 +12,24 @@ from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import sqlalchemy.exc
 import typer
-import uvicorn
 
-from service import logs, register, remote, remote_compliance, remote_webhooks, terminal
-from service.app import create_app
+from service import printing, remote, remote_compliance, remote_webhooks, terminal
 from service.domain import modelfiles
 from service.domain.errors import UnlearnError
 from service.domain.identity import ROLES
 from service.domain.job import SPACE_WARNING, ModelEntry, PromptFormat
 from service.evidence import command
-from service.settings import Settings
-from service.store import evidence_keys, models, tenants
-from service.store.secrets import secrets_of
-from service.store.session import Sessions, make_engine, make_sessions
+from service.importing import importing
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from service.settings import Settings
+
+app = typer.Typer(help=__doc__.partition("\n")[0], no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 tenants_app = typer.Typer(
     help="Whom the service serves; a tenant's first key.", no_args_is_help=True, rich_markup_mode=None
 )
@@ -81,6 +83,13 @@ AssistantStart = Annotated[str | None, typer.Option(help="plain: before the answ
 @app.command()
 def api() -> None:
     """Serve the API."""
+    with importing():
+        import uvicorn
+
+        from service import logs
+        from service.app import create_app
+        from service.settings import Settings
+
     settings = Settings()
     logs.configure(settings.log_level)
     served = create_app(settings)
@@ -106,17 +115,21 @@ def api() -> None:
 @app.command()
 def migrate(revision: str = "head", grant_to: GrantTo = None) -> None:
     """Bring the database to a revision of the schema, as the owner of its tables."""
-    from service.migrate import upgrade
+    with importing():
+        from service.migrate import upgrade
+        from service.settings import Settings
 
     with _told():
         upgrade(Settings().database_url, revision, grant_to)
-    typer.echo(f"the database is at {revision}")
+    printing.line(f"the database is at {revision}")
 
 
 @app.command()
 def up(folder: Path = Path(".unlearn")) -> None:
     """Run the whole service on this machine: Postgres, Valkey, API, worker, sweep."""
-    from service.local import up
+    printing.line("Starting Postgres, Valkey, the API, a worker and the sweep; the first time takes longest.")
+    with importing():
+        from service.local import up
 
     with _told():
         up(folder)
@@ -125,7 +138,9 @@ def up(folder: Path = Path(".unlearn")) -> None:
 @app.command()
 def demo(folder: Path = Path(".unlearn/demo"), seed: int = 0) -> None:
     """Make a model that has memorised people, and have it forget some of them."""
-    from service.demo import demo
+    printing.line("Starting the service, and training a small model that knows people by heart.")
+    with importing():
+        from service.demo import demo
 
     with _told():
         code = demo(folder, seed)
@@ -150,6 +165,11 @@ def add(
     if (path is None) == (hub is None):
         raise typer.BadParameter("give exactly one of --path and --hub")
     form = _form(prompt_format, _chat(system, template_argument, template_date), user_start, user_end, assistant_start)
+    with importing():
+        from service import register
+        from service.settings import Settings
+        from service.store import models
+
     settings = Settings()
     with _told():
         entry = (
@@ -157,11 +177,11 @@ def add(
             if path
             else register.hub_entry(settings, name, hub or "", form, gpu_class)
         )
-        with _sessions(settings) as sessions, sessions.begin() as s:
+        with _database() as (s, _):
             models.add(s, entry)
-    typer.echo(_line(entry))
+    printing.line(_line(entry))
     if entry.prompt_format.ends_in_space:
-        typer.echo(f"warning: {SPACE_WARNING}", err=True)
+        printing.line(f"warning: {SPACE_WARNING}", error=True)
 
 
 Approvals = Annotated[int, typer.Option(min=0, max=2, help="persons who must approve a deletion request")]
@@ -192,7 +212,10 @@ def add_tenant(
     """Serve another tenant. Nothing of one is seen by another."""
     if TENANT.fullmatch(name) is None:
         raise typer.BadParameter("a tenant's name has lower-case letters, digits and '-', at most 63")
-    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+    with importing():
+        from service.store import tenants
+
+    with _told(), _database() as (s, _):
         tenants.add(
             s,
             name,
@@ -202,7 +225,7 @@ def add_tenant(
             max_running_jobs=max_running or None,
             max_open_jobs=max_open or None,
         )
-    typer.echo(name)
+    printing.line(name)
 
 
 @tenants_app.command("change")
@@ -217,7 +240,10 @@ def change_tenant(
     """What is given, for what is asked from now on. --keep-files -1: as long as nobody purges them."""
     rules = {"approvals": approvals, "keep_files_days": keep_files, "keep_forgotten_days": keep_forgotten}
     quotas = {"max_running_jobs": max_running, "max_open_jobs": max_open}
-    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+    with importing():
+        from service.store import tenants
+
+    with _told(), _database() as (s, _):
         given = {rule: None if value == -1 else value for rule, value in rules.items() if value is not None}
         given |= {quota: value or None for quota, value in quotas.items() if value is not None}
         tenants.change(s, name, **given)
@@ -226,11 +252,14 @@ def change_tenant(
 @tenants_app.command("list")
 def list_tenants() -> None:
     """A line each."""
-    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+    with importing():
+        from service.store import tenants
+
+    with _told(), _database() as (s, _):
         for tenant in tenants.every(s):
             kept = "for ever" if tenant.keep_files_days is None else f"{tenant.keep_files_days} days"
             running, open_ = (bound or "any" for bound in (tenant.max_running_jobs, tenant.max_open_jobs))
-            typer.echo(
+            printing.line(
                 f"{tenant.id}  approvals {tenant.approvals}  keeps files {kept}, forgotten rows "
                 f"{tenant.keep_forgotten_days} days  jobs running {running}, open {open_}"
             )
@@ -238,43 +267,60 @@ def list_tenants() -> None:
 
 @tenants_app.command("key")
 def tenant_key(
-    name: Annotated[str, typer.Argument()] = tenants.DEFAULT,
+    name: Annotated[str | None, typer.Argument(help="none: the tenant that is there from the beginning")] = None,
     role: Annotated[str, typer.Option(help=", ".join(ROLES))] = "admin",
 ) -> None:
     """Make a key on this machine, the first of a tenant, and show it: once. More are made with it, over HTTP."""
+    with importing():
+        from service import register
+        from service.settings import Settings
+        from service.store import tenants
+
     with _told():
-        typer.echo(register.first_key(Settings(), name, role))
+        printing.line(register.first_key(Settings(), name or tenants.DEFAULT, role))
 
 
 @keys_app.command("rotate")
 def rotate_signing_key() -> None:
     """Sign with another key from now on; prints its id. Certificates that are out stay valid."""
-    settings = Settings()
-    with _told(), _sessions(settings) as sessions, sessions.begin() as s:
-        typer.echo(evidence_keys.rotate(s, secrets_of(settings)))
+    with importing():
+        from service.store import evidence_keys
+        from service.store.secrets import secrets_of
+
+    with _told(), _database() as (s, settings):
+        printing.line(evidence_keys.rotate(s, secrets_of(settings)))
 
 
 @keys_app.command("list")
 def list_signing_keys() -> None:
     """A line each: the id, since when it signs, until when it did."""
-    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+    with importing():
+        from service.store import evidence_keys
+
+    with _told(), _database() as (s, _):
         for key in evidence_keys.every(s):
             until = f"retired {key.retired_at:%Y-%m-%d %H:%M} UTC" if key.retired_at else "signs"
-            typer.echo(f"{key.id}  made {key.created_at:%Y-%m-%d %H:%M} UTC  {until}")
+            printing.line(f"{key.id}  made {key.created_at:%Y-%m-%d %H:%M} UTC  {until}")
 
 
 @models_app.command("list")
 def list_models() -> None:
     """Show the registry."""
-    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+    with importing():
+        from service.store import models
+
+    with _told(), _database() as (s, _):
         for entry in models.every(s):
-            typer.echo(_line(entry))
+            printing.line(_line(entry))
 
 
 @models_app.command("remove")
 def remove(name: str) -> None:
     """Forget a model's name. Its files stay where they are."""
-    with _told(), _sessions(Settings()) as sessions, sessions.begin() as s:
+    with importing():
+        from service.store import models
+
+    with _told(), _database() as (s, _):
         models.remove(s, name)
 
 
@@ -362,8 +408,10 @@ def _model(model: str, form: PromptFormat | None) -> tuple[Path, PromptFormat]:
         return Path(model), form or PromptFormat(type="chat" if chat else "plain")
     if os.sep in model:
         raise UnlearnError(f"there is no folder {model}")
-    settings = Settings()
-    with _sessions(settings) as sessions, sessions.begin() as s:
+    with importing():
+        from service.store import models
+
+    with _database() as (s, settings):
         entry = models.get(s, model)
     if entry.source == "hub":
         raise UnlearnError(f"{model} is a Hub model: give the folder of its revision {entry.revision}")
@@ -371,10 +419,17 @@ def _model(model: str, form: PromptFormat | None) -> tuple[Path, PromptFormat]:
 
 
 @contextmanager
-def _sessions(settings: Settings) -> Iterator[Sessions]:
+def _database() -> "Iterator[tuple[Session, Settings]]":
+    """A transaction on the database of the settings, and the settings."""
+    with importing():
+        from service.settings import Settings
+        from service.store.session import make_engine, make_sessions
+
+    settings = Settings()
     engine = make_engine(settings.database_url)
     try:
-        yield make_sessions(engine)
+        with make_sessions(engine).begin() as s:
+            yield s, settings
     finally:
         engine.dispose()
 
@@ -385,7 +440,13 @@ def _told() -> Iterator[None]:
     with terminal.told():
         try:
             yield
-        except sqlalchemy.exc.DBAPIError as error:
+        except terminal.TOLD:
+            raise
+        except Exception as error:
+            from sqlalchemy.exc import DBAPIError
+
+            if not isinstance(error, DBAPIError):
+                raise
             said = str(error.orig).partition("\n")[0]
             where = "; DATABASE_URL says where it is, and `. .unlearn/environment` sets it after `unlearn up`"
             unreached = error.orig is not None and getattr(error.orig, "sqlstate", None) is None

@@ -20,12 +20,14 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from service import register
 from service.client import Client, Job, Step
 from service.domain.job import RELEASED, PromptFormat
 from service.local import Stack, stack
+from service.printing import visible
 from service.processes import free_port, interruptible, running, tail
 from service.settings import Settings
 from service.store import models
@@ -63,8 +65,8 @@ def demo(folder: Path, seed: int = 0) -> int:
         interruptible(),
         _emptied(folder) as folder,
         _model_maker(folder, seed) as maker,
-        stack(folder, api_port=free_port(), worker_threads=1) as here,
         _status(console) as show,
+        stack(folder, show, api_port=free_port(), worker_threads=1) as here,
     ):
         console.print(f"The service runs at {here.url} ({time.monotonic() - began:.0f} s)")
         _await_model(maker, folder / "logs" / "model.log", here, show)
@@ -76,7 +78,7 @@ def demo(folder: Path, seed: int = 0) -> int:
             if job.status == "succeeded":
                 _download(api, job, folder)
     if job.status != "succeeded":
-        console.print(f"[bold red]The job {job.status}: {job.failure.message if job.failure else ''}[/]")
+        console.print(f"[bold red]The job {job.status}: {_plain(job.failure.message) if job.failure else ''}[/]")
         return 1
     report = json.loads((folder / "report.json").read_text())
     _tell(report, folder, console)
@@ -195,15 +197,15 @@ def _tell(report: Json, folder: Path, console: Console) -> None:
     _tell_disclosure(report["disclosure"], console)
     verdict = report["verdict"]
     colour = {"PASSED": "green", "WARNED": "yellow"}.get(verdict["result"], "red")
-    console.print(f"[bold {colour}]{verdict['result']}[/]  {verdict['message']}")
-    console.print(f"stopped: {report['stop']['message']}\n")
+    console.print(f"[bold {colour}]{verdict['result']}[/]  {_plain(verdict['message'])}")
+    console.print(f"stopped: {_plain(report['stop']['message'])}\n")
     for what, name in (("adapter", "adapter"), ("report", "report.html"), ("as JSON", "report.json"), ("logs", "logs")):
         console.print(f"{what:8} {folder / name}")
     if report["released"]["published"]:
         console.print("\nLoad the adapter, and ask about somebody whom it was to forget, without it and with it:\n")
         console.print(load_command(folder), markup=False)
     else:
-        console.print(f"\nNo adapter was published: {report['released']['message']}")
+        console.print(f"\nNo adapter was published: {_plain(report['released']['message'])}")
 
 
 def _tell_audit(audit: list[Json], console: Console) -> None:
@@ -226,6 +228,11 @@ def _tell_disclosure(disclosure: list[Json], console: Console) -> None:
             numbers = (way["outputs"], way["disclosing"], f"up to {way['by_chance']}")
             table.add_row(found["model"], way["description"], *map(str, numbers))
     console.print(table)
+
+
+def _plain(text: str) -> str:
+    """Neither the terminal nor rich's markup obeys it."""
+    return escape(visible(text))
 
 
 def load_command(folder: Path) -> str:

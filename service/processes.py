@@ -6,13 +6,18 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_S = 15.0
+IDLE_S = 60.0  # a process that starts and for so long uses no processor has stopped
+MOST_S = 900.0  # in all, for one that starts
+LOOK_S = 1.0  # how often the use of the processor is read
+NEWS_S = 5.0  # how often progress is shown
 TAIL_LINES = 15
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -44,6 +49,52 @@ def running(command: Sequence[str], log: Path, environment: Mapping[str, str]) -
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def wait(
+    process: subprocess.Popen[bytes], name: str, state: Callable[[], str | None], show: Callable[[str], None]
+) -> None:
+    """Until `state` is None, for as long as the process is at work: a loaded machine starts slowly, and is not given up.
+
+    Args:
+        state: None when it is ready; "" while it does not answer; else why it is not ready, from its answer.
+        show: gets a line when it is ready, and every few seconds before.
+
+    Raises RuntimeError, which says what was waited for: it ended, it used no processor for 60 s, it answered for 60 s that it
+    is not ready, or 15 minutes are over.
+    """
+    began = moved = looked = shown = time.monotonic()
+    ticks = -1
+    while (says := state()) is not None:
+        now = time.monotonic()
+        if process.poll() is not None:
+            raise RuntimeError(f"{name} ended with exit status {process.returncode} before it was ready")
+        if not says and now - looked > LOOK_S:
+            looked, before, ticks = now, ticks, _ticks(process.pid)
+            moved = moved if ticks == before else now
+        if now - moved > IDLE_S or now - began > MOST_S:
+            why = says or "no answer yet"
+            raise RuntimeError(f"{name} is not ready after {now - began:.0f} s: {why}")
+        if now - shown > NEWS_S:
+            shown = now
+            show(f"{name} is starting, {now - began:.0f} s" + (f": {says}" if says else ""))
+        time.sleep(0.05)
+    show(f"{name} is ready ({time.monotonic() - began:.1f} s)")
+
+
+def _ticks(pid: int) -> int:
+    """What the process and all below it have used of processors, in the kernel's ticks."""
+    used, parents = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):
+            behind_the_name = stat.read_text().rpartition(")")[2]  # which may have spaces
+            _state, parent, *rest = behind_the_name.split()
+            parents[int(stat.parent.name)] = int(parent)
+            used[int(stat.parent.name)] = int(rest[9]) + int(rest[10])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sum(used.get(one, 0) for one in below)
 
 
 @contextmanager

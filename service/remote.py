@@ -1,6 +1,5 @@
 """unlearn: what a user does over HTTP."""
 
-import json
 import re
 from contextlib import suppress
 from itertools import islice
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from service import planned
+from service import planned, printing
 from service.client import Benchmark, HubSet, Job
 from service.terminal import DEFAULT_URL, Out, Rows, Url, connected, follow, pair, show, stamp
 
@@ -82,12 +81,13 @@ def submit(
     given = {name: (name, path) for name, path in paths.items() if path is not None}
     with connected(url) as api, api.files.uploaded(given, keep=not dry_run) as ids:
         if dry_run:
-            typer.echo("\n".join(planned.lines(api.dry_run(body | ids))))
+            for line in planned.lines(api.dry_run(body | ids)):
+                printing.line(line)
             return
         job = api.create_job(body | ids)
         for warning in job.warnings:
-            typer.echo(f"warning: {warning.message}", err=True)
-        typer.echo(job.id)
+            printing.line(f"warning: {warning.message}", error=True)
+        printing.line(job.id)
     if stay:
         with connected(url) as api:
             raise typer.Exit(follow(api, job.id))
@@ -113,7 +113,7 @@ def status(
     """Show one job as JSON, or the latest ones, a line each."""
     with connected(url) as api:
         if job_id:
-            typer.echo(json.dumps(api.job(job_id).raw, indent=2))
+            printing.as_json(api.job(job_id).raw, indent=2)
             return
         show(islice(api.jobs(), LATEST), as_json, _job_line)
 
@@ -122,28 +122,28 @@ def status(
 def cancel(job_id: str, url: Url = DEFAULT_URL) -> None:
     """End a job that waits, or ask one that runs to stop; prints its status."""
     with connected(url) as api:
-        typer.echo(api.cancel(job_id).status)
+        printing.line(api.cancel(job_id).status)
 
 
 @app.command()
 def pause(job_id: str, url: Url = DEFAULT_URL) -> None:
     """Keep a job until it is resumed; one that runs saves a checkpoint first. Prints its status."""
     with connected(url) as api:
-        typer.echo(api.pause(job_id).status)
+        printing.line(api.pause(job_id).status)
 
 
 @app.command()
 def resume(job_id: str, url: Url = DEFAULT_URL) -> None:
     """Put a paused job back into the line, at its old place; prints its status."""
     with connected(url) as api:
-        typer.echo(api.resume(job_id).status)
+        printing.line(api.resume(job_id).status)
 
 
 @app.command()
 def retry(job_id: str, url: Url = DEFAULT_URL) -> None:
     """Put a job that failed at the end of the line; prints its status."""
     with connected(url) as api:
-        typer.echo(api.retry(job_id).status)
+        printing.line(api.retry(job_id).status)
 
 
 @app.command()
@@ -155,7 +155,7 @@ def reverify(
     """Evaluate a job's adapter again, under the current verdict rules, while its rows are kept; prints the new job's id."""
     with connected(url) as api:
         job = api.reverify(job_id)
-        typer.echo(job.id)
+        printing.line(job.id)
         if stay:
             raise typer.Exit(follow(api, job.id))
 
@@ -207,7 +207,7 @@ def add(
             retrained_model=retrained_model,
             retrained_scores=retrained_scores,
         )
-    typer.echo(_benchmark_line(added))
+    printing.line(_benchmark_line(added))
 
 
 @benchmarks_app.command("list")
@@ -215,7 +215,7 @@ def list_benchmarks(url: Url = DEFAULT_URL) -> None:
     """Show those that are registered."""
     with connected(url) as api:
         for benchmark in api.benchmarks.list():
-            typer.echo(_benchmark_line(benchmark))
+            printing.line(_benchmark_line(benchmark))
 
 
 @benchmarks_app.command("suites")
@@ -223,11 +223,11 @@ def suites(url: Url = DEFAULT_URL) -> None:
     """Show what the suites take: each set with its columns; those in brackets can be left out."""
     with connected(url) as api:
         for suite in api.benchmarks.suites():
-            typer.echo(f"{suite.id}: {suite.summary}")
+            printing.line(f"{suite.id}: {suite.summary}")
             for name, form in suite.sets.items():
                 shown = name if form.required else f"[{name}]"
                 columns = [*form.columns, *(f"[{column}]" for column in form.optional)]
-                typer.echo(f"  {shown:20} {', '.join(columns)}: {form.what}")
+                printing.line(f"  {shown:20} {', '.join(columns)}: {form.what}")
 
 
 @benchmarks_app.command("remove")

@@ -1,6 +1,5 @@
 """unlearn: what a compliance team does over HTTP: keys, deletion requests and their plans, evidence, purges."""
 
-import json
 import shlex
 from contextlib import suppress
 from datetime import datetime
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from service import printing
 from service.client import Client, DeletionRequest, Key
 from service.domain.deletion import DenialReason, RequestStatus
 from service.domain.errors import UnlearnError
@@ -48,7 +48,7 @@ def create_key(
 ) -> None:
     """Make a key and print its secret: it is shown once. Its scopes are at most those of the key that makes it."""
     with connected(url) as api:
-        typer.echo(api.keys.create(name, role=role, scopes=scope or (), expires_at=expires).secret)
+        printing.line(api.keys.create(name, role=role, scopes=scope or (), expires_at=expires).secret or "")
 
 
 @keys_app.command("list")
@@ -96,7 +96,7 @@ def submit_request(
             received_at=received,
             due_at=due,
         )
-        typer.echo(request.id)
+        printing.line(request.id)
         if reference:
             _warn_of_others(api, request.id, reference)
 
@@ -106,10 +106,10 @@ def _warn_of_others(api: Client, request_id: str, reference: str) -> None:
     with suppress(UnlearnError, httpx.TransportError):  # the new one is there, whatever becomes of the look
         for other in api.requests.list(external_reference=reference):
             if other.id != request_id and other.finished_at is None:
-                typer.echo(
+                printing.line(
                     f"warning: {other.id} ({other.status}) has the reference {reference}, too; "
                     "`unlearn requests cancel` takes one of them back",
-                    err=True,
+                    error=True,
                 )
 
 
@@ -132,7 +132,7 @@ def list_requests(
 def show_request(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """As JSON, with its jobs, approvals and deadlines."""
     with connected(url) as api:
-        typer.echo(json.dumps(api.requests.get(request_id).raw, indent=2))
+        printing.as_json(api.requests.get(request_id).raw, indent=2)
 
 
 @requests_app.command("rows")
@@ -140,14 +140,14 @@ def show_rows(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """Number and keyed digest of each row, a line each; reports name their rows by it. Both outlast the purge."""
     with connected(url) as api:
         for number, digest in enumerate(api.requests.rows(request_id), 1):
-            typer.echo(f"{number}  {digest}")
+            printing.line(f"{number}  {digest}")
 
 
 @requests_app.command("approve")
 def approve(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """As somebody else than who submitted it."""
     with connected(url) as api:
-        typer.echo(api.requests.approve(request_id).status)
+        printing.line(api.requests.approve(request_id).status)
 
 
 @requests_app.command("deny")
@@ -159,28 +159,28 @@ def deny(
 ) -> None:
     """Before a job serves it. Its rows are purged."""
     with connected(url) as api:
-        typer.echo(api.requests.deny(request_id, reason, note).status)
+        printing.line(api.requests.deny(request_id, reason, note).status)
 
 
 @requests_app.command("cancel")
 def cancel(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
     """Take it back. Its rows are purged."""
     with connected(url) as api:
-        typer.echo(api.requests.cancel(request_id).status)
+        printing.line(api.requests.cancel(request_id).status)
 
 
 @requests_app.command("extend")
 def extend(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> None:
     """Once, as far as the regulation allows; prints the new deadline."""
     with connected(url) as api:
-        typer.echo(stamp(api.requests.extend(request_id, reason).due_at))
+        printing.line(stamp(api.requests.extend(request_id, reason).due_at))
 
 
 @requests_app.command("close")
 def close(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> None:
     """Call it completed, in your name, though no job has passed for each of its models."""
     with connected(url) as api:
-        typer.echo(api.requests.close(request_id, reason).status)
+        printing.line(api.requests.close(request_id, reason).status)
 
 
 def _request_line(one: DeletionRequest) -> str:
@@ -220,7 +220,7 @@ def set_plan(
 def show_plan(model: str, url: Url = DEFAULT_URL) -> None:
     """As JSON; `status_reason`: what its next job waits for."""
     with connected(url) as api:
-        typer.echo(json.dumps(api.plans.get(model).raw, indent=2))
+        printing.as_json(api.plans.get(model).raw, indent=2)
 
 
 @plans_app.command("remove")
@@ -251,9 +251,9 @@ def evidence(
         found = api.evidence(job_id, out)
     given = {name: path for name, path in found._asdict().items() if name != "certificate" and path is not None}
     options = [str(part) for name, path in given.items() for part in (f"--{name}", path)]
-    typer.echo(shlex.join(["unlearn", "verify", str(found.certificate), *options]))
+    printing.line(shlex.join(["unlearn", "verify", str(found.certificate), *options]))
     if found.adapter is None:
-        typer.echo("The certificate is about the base model's files: add --model FOLDER to check them.", err=True)
+        printing.line("The certificate is about the base model's files: add --model FOLDER to check them.", error=True)
 
 
 @app.command()

@@ -1,10 +1,10 @@
 """unlearn webhooks: where the service tells what happens."""
 
-import json
 from typing import Annotated
 
 import typer
 
+from service import printing
 from service.client import Delivery, Endpoint
 from service.terminal import DEFAULT_URL, Url, connected, show, stamp
 
@@ -23,7 +23,7 @@ def add(
     """Make an endpoint; prints its id and its secret, which is shown once."""
     with connected(url) as api:
         made = api.webhooks.add(endpoint, event_types=event or (), description=description)
-    typer.echo(f"{made.id}  {made.secret}")
+    printing.line(f"{made.id}  {made.secret}")
 
 
 @app.command("list")
@@ -44,7 +44,7 @@ def remove(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
 def rotate(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
     """Print a new secret. The old one signs beside it for a day."""
     with connected(url) as api:
-        typer.echo(api.webhooks.rotate(endpoint_id).secret)
+        printing.line(api.webhooks.rotate(endpoint_id).secret or "")
 
 
 @app.command()
@@ -58,7 +58,7 @@ def enable(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
 def send_test(endpoint_id: str, url: Url = DEFAULT_URL) -> None:
     """Have a test sent; prints the delivery's id."""
     with connected(url) as api:
-        typer.echo(api.webhooks.test(endpoint_id).id)
+        printing.line(api.webhooks.test(endpoint_id).id)
 
 
 @app.command()
@@ -72,7 +72,7 @@ def deliveries(
     with connected(url) as api:
         found = list(api.webhooks.deliveries(endpoint_id, limit))
     if as_json:
-        typer.echo(json.dumps([one.raw for one in found], indent=2))
+        printing.as_json([one.raw for one in found], indent=2)
     else:
         show(found, False, _delivery_line)
 
@@ -81,7 +81,7 @@ def deliveries(
 def replay(delivery_id: str, url: Url = DEFAULT_URL) -> None:
     """Deliver a message again; prints the new delivery's id."""
     with connected(url) as api:
-        typer.echo(api.webhooks.replay(delivery_id).id)
+        printing.line(api.webhooks.replay(delivery_id).id)
 
 
 def _endpoint_line(one: Endpoint) -> str:

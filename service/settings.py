@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     oidc_jwks_url: str | None = Field(default=None, description="where the issuer publishes its keys")
     oidc_tenant_claim: str = "tenant"
     oidc_roles_claim: str = Field(default="roles", description="a list with names of roles (see README)")
+    oidc_key_max_s: float = Field(
+        default=86400.0, ge=0, description="longest life of an API key that a token makes; 0: tokens make none"
+    )
 
     # queue: one bell queue per class. A job of class "any" may run anywhere; a worker hears its own classes and "any".
     gpu_classes: list[str] = ["any", "cpu"]

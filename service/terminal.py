@@ -12,12 +12,12 @@ from typing import Annotated, Any, TypeVar
 
 import httpx
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
 
-from service.client import Client, Job, Step
+from service import printing
+from service.client import ApiError, Client, Job, Step
 from service.client.shapes import Answer
 from service.domain.errors import UnlearnError
+from service.printing import visible
 
 A = TypeVar("A", bound=Answer)
 
@@ -65,7 +65,9 @@ def told() -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):  # no errors of ours: whoever reads may stop reading
         raise
     except TOLD as error:
-        typer.echo(f"error: {error}", err=True)
+        first, *others = error.lines if isinstance(error, ApiError) else str(error).split("\n")
+        for text in (f"error: {first}", *others):
+            printing.line(text, error=True)
         raise typer.Exit(2) from error
 
 
@@ -82,7 +84,10 @@ def pair(text: str) -> tuple[str, Any]:
 def show(found: Iterable[A], as_json: bool, line: Callable[[A], str]) -> None:
     """One by one, as the pages come."""
     for one in found:
-        typer.echo(json.dumps(one.raw) if as_json else line(one))
+        if as_json:
+            printing.as_json(one.raw)
+        else:
+            printing.line(line(one))
 
 
 def stamp(when: datetime) -> str:
@@ -94,34 +99,39 @@ def follow(api: Client, job_id: str, as_json: bool = False) -> int:
     try:
         return _followed(api, job_id, as_json)
     except KeyboardInterrupt:
-        typer.echo(f"{job_id} goes on: `unlearn watch` follows it again, `unlearn cancel` ends it", err=True)
+        printing.line(f"{job_id} goes on: `unlearn watch` follows it again, `unlearn cancel` ends it", error=True)
         raise
 
 
 def _followed(api: Client, job_id: str, as_json: bool) -> int:
     if as_json:
         for event in api.events(job_id):
-            typer.echo(json.dumps(event.raw))
+            printing.as_json(event.raw)
         return 0 if api.job(job_id).forgotten else 1
     looks = api.watch(job_id, POLL_S)
     job = bar(looks) if sys.stdout.isatty() else lines(looks)
     if job.failure:
-        typer.echo(f"{job.failure.code}: {job.failure.message}")
+        printing.line(f"{job.failure.code}: {job.failure.message}")
     if job.verdict:
-        typer.echo(f"{job.verdict.result}: {job.verdict.message}")
+        printing.line(f"{job.verdict.result}: {job.verdict.message}")
     return 0 if job.forgotten else 1
 
 
 def bar(looks: Iterator[tuple[Job, list[Step]]]) -> Job:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
+
     where = TextColumn("{task.description}", markup=False)
     figures = TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False))
     with Progress(where, BarColumn(20), MofNCompleteColumn(), figures) as progress:
         task = progress.add_task("", total=None, figures="")
         for job, steps in looks:
             done = job.progress
-            progress.update(task, description=job.stage or job.status, completed=done.completed, total=done.total)
+            progress.update(
+                task, description=visible(job.stage or job.status), completed=done.completed, total=done.total
+            )
             if steps:
-                progress.update(task, figures=_figures(job, steps[-1]))
+                progress.update(task, figures=visible(_figures(job, steps[-1])))
     return job
 
 
@@ -132,7 +142,7 @@ def lines(looks: Iterator[tuple[Job, list[Step]]]) -> Job:
         if job.stage == "unlearning" and (steps or shown.startswith("step")):
             line = f"step {steps[-1].step}/{job.progress.total}  {_figures(job, steps[-1])}" if steps else shown
         if line != shown:
-            typer.echo(line)
+            printing.line(line)
             shown = line
     return job
 

@@ -81,7 +81,7 @@ RULES = (
     Rule(
         "evidence's command",
         r"service\.evidence\.command",
-        {"typer", "service.evidence"},
+        {"typer", "service.evidence", "service.printing"},
         TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "httpx"},
     ),
     Rule(
@@ -89,6 +89,12 @@ RULES = (
         r"service\.evidence(\..*)?",
         {"pydantic", "cryptography", "rfc8785", "service.domain", "service.evidence"},
         TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "typer", "httpx"},
+    ),
+    Rule(
+        "printing",
+        r"service\.printing",
+        {"typer"},
+        TORCH | DATABASE | QUEUE | WEB | {"worker", "service.store", "service.settings", "httpx"},
     ),
     Rule(
         "prompts",  # rows as text and as tokens, for the dry run and the worker alike

@@ -24,6 +24,7 @@ from service.domain import modelfiles
 from service.domain.errors import InvalidRequest, JobFailure
 from service.domain.job import MICRO_BATCH_TOKENS, FailureCode, Lora, ModelEntry
 from service.domain.report import BaseModelFacts
+from worker import card
 from worker.concatenation import write_concatenated
 from worker.failures import failure
 from worker.head import FusedPredictions, Head, PlainPredictions
@@ -31,7 +32,8 @@ from worker.problem import Params
 from worker.tokens import Predictions
 
 LOADED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
-TOKENIZER_FILES = sorted(modelfiles.TOKENIZER_FILES)
+TOKENIZER_FILES = [*sorted(modelfiles.TOKENIZER_FILES), f"{modelfiles.TEMPLATES}/*.jinja"]
+UNUSED_FILES = ["consolidated*.safetensors"]  # the weights once more
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # of mixture models; their choices are not adapted
 CAPS_AND_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of the logits, in a model's config
 PROBE_TOKENS = 8
@@ -65,11 +67,6 @@ class Network(NamedTuple):
             return FusedPredictions(last_ND, target_N, self.head, inner_ND)
         return PlainPredictions(last_ND, target_N, own_logits(self.causal), self.vocabulary, inner_ND)
 
-    @property
-    def name(self) -> str:
-        """What an adapter's config calls its base: a Hub id, or the registered name; never a path."""
-        return self.entry.location if self.entry.source == "hub" else self.entry.name
-
 
 def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Network:
     """Load a registered model, frozen.
@@ -83,10 +80,13 @@ def load(entry: ModelEntry, models_root: Path, device: str, dtype: str) -> Netwo
     except InvalidRequest as error:
         raise _unsupported(str(error)) from error
     if entry.digest is not None and facts.digest != entry.digest:
-        raise JobFailure(
-            FailureCode.MODEL_REVISION_MISMATCH,
-            f"the files of {entry.name} digest to {facts.digest}, registered was {entry.digest}",
-        )
+        why = f"the files of {entry.name} digest to {facts.digest}, registered was {entry.digest}"
+        if modelfiles.digest_at_the_top(folder) == entry.digest:
+            why += (
+                ". It was registered when digests did not cover all that is loaded, such as weights in subfolders, or counted "
+                "consolidated.safetensors: compare its files with their source, and register it again"
+            )
+        raise JobFailure(FailureCode.MODEL_REVISION_MISMATCH, why)
     tokenizer, causal = _read(folder, entry, dtype)
     causal.to(device).eval().requires_grad_(False)
     for part in causal.modules():
@@ -165,7 +165,12 @@ def _folder(entry: ModelEntry, models_root: Path) -> Path:
         return folder
     try:
         return Path(
-            snapshot_download(entry.location, revision=entry.revision, allow_patterns=LOADED_FILES + TOKENIZER_FILES)
+            snapshot_download(
+                entry.location,
+                revision=entry.revision,
+                allow_patterns=LOADED_FILES + TOKENIZER_FILES,
+                ignore_patterns=UNUSED_FILES,
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if known := failure(error):
@@ -323,7 +328,10 @@ def adapt(
         if parent is not None:
             peft.load_adapter(str(parent), PARENT, torch_device=str(base.device))
             _activate(peft, [PARENT, TRAINED])
-    config.base_model_name_or_path, config.revision = base.name, base.entry.revision  # PEFT would publish a path
+    config.base_model_name_or_path, config.revision = (
+        card.base_name(base),
+        base.entry.revision,
+    )  # PEFT would publish a path
     peft.eval()
     return base._replace(peft=peft)
 
@@ -393,7 +401,7 @@ def assign(network: Network, values: Mapping[str, Tensor]) -> None:
 
 
 def save(network: Network, folder: Path) -> None:
-    """Write the adapter as PEFT does: adapter_config.json, adapter_model.safetensors, and a model card.
+    """Write the adapter as PEFT does, adapter_config.json and adapter_model.safetensors, and what worker.card says of its base.
 
     One that has a parent is written as one with it: it goes onto the base alone.
     """
@@ -403,7 +411,8 @@ def save(network: Network, folder: Path) -> None:
     else:  # "auto" would look on the Hub whether the base's vocabulary has changed
         peft.save_pretrained(str(folder), save_embedding_layers=False)
     _put_in_order(folder / "adapter_config.json")
-    (folder / "README.md").write_text(_card(network), encoding="utf-8")
+    (folder / card.FILE).write_text(card.describe(network), encoding="utf-8")
+    (folder / "README.md").write_text(card.card(network, PARENT in peft.peft_config), encoding="utf-8")
 
 
 def _put_in_order(path: Path) -> None:
@@ -426,21 +435,3 @@ def load_adapter(network: Network, folder: Path) -> Network:
 def _peft(network: Network) -> PeftModel:
     assert network.peft is not None, "the network has no adapter"
     return network.peft
-
-
-def _card(network: Network) -> str:
-    base = network.name
-    front = ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, unlearning]"]
-    if network.entry.source == "hub":  # a card's base_model must be a Hub id
-        front.insert(1, f"base_model: {base}")
-    contains = (
-        "It contains the adapter of the earlier job that it started from: apply it to the base, in place of that one.\n"
-    )
-    return (
-        "---\n" + "\n".join(front) + "\n---\n\n"
-        f"# Unlearning adapter for {base}\n\n"
-        "A LoRA adapter, trained to make its base forget a set of rows while its loss on a retain set stays within a bound.\n"
-        "What was measured, and what was not, is in the report of the job that made it.\n"
-        + contains
-        * (PARENT in _peft(network).peft_config)
-    )

@@ -24,7 +24,9 @@ class KeyCreate(Strict):
     name: str = Field(min_length=1, max_length=255, description="for people: whose it is, and for what")
     role: str | None = Field(default=None, description=f"{', '.join(ROLES)}: stands for its scopes")
     scopes: list[Scope] = Field(default_factory=list, max_length=len(Scope), description="beside those of the role")
-    expires_at: Time | None = Field(default=None, description="null: never")
+    expires_at: Time | None = Field(
+        default=None, description="null: never, which only a key without an end may ask for"
+    )
 
 
 class KeyObject(BaseModel):
@@ -52,7 +54,11 @@ class NewKeyObject(KeyObject):
     responses=declared(400, 409, 413, 415, 503),
 )
 def create(here: Here, who: Who, once: OnceOnly, request: KeyCreate, response: Response) -> NewKeyObject:
-    """For the same tenant, with scopes that the key which makes it has itself. To rotate a key: make another, revoke it."""
+    """For the same tenant, with scopes that the key or token which makes it has itself, and no longer than a key that expires.
+
+    A token makes only keys that expire soon: within a day, unless the deployment says otherwise. To rotate a key: make
+    another, revoke it.
+    """
     if request.role is not None and request.role not in ROLES:
         raise InvalidRequest(FieldProblem("/role", f"the roles are: {', '.join(ROLES)}", "enum"))
     scopes = frozenset(request.scopes) | ROLES.get(request.role or "", frozenset())
@@ -64,7 +70,15 @@ def create(here: Here, who: Who, once: OnceOnly, request: KeyCreate, response: R
         raise InvalidRequest(FieldProblem("/expires_at", "lies in the past", "past"))
     with here.sessions.begin() as s:
         once.first(s)
-        made = keys.create(s, here.secrets, name=request.name, scopes=scopes, expires_at=request.expires_at, maker=who)
+        made = keys.create(
+            s,
+            here.secrets,
+            name=request.name,
+            scopes=scopes,
+            expires_at=request.expires_at,
+            maker=who,
+            token_key_max=timedelta(seconds=here.settings.oidc_key_max_s),
+        )
         answer = NewKeyObject(**key_object(made.row).model_dump(), secret=made.secret)
         headers = {"Location": f"{KEYS_PATH}/{made.row.id}", "Cache-Control": "no-store"}
         once.keep(s, answer, headers)

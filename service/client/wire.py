@@ -40,9 +40,10 @@ class ApiError(UnlearnError):
         )
         self.request_id: str | None = problem.get("request_id")
         self.raw = dict(problem)
-        told = f"{problem.get('title')} ({status})"
+        title = f"{problem.get('title')} ({status})"
         faults = [f"  {one.pointer}: {one.detail}" if one.pointer else f"  {one.detail}" for one in self.errors]
-        super().__init__("\n".join([told, *faults]) if faults else f"{told}: {self.detail}")
+        self.lines = (title, *faults) if faults else (f"{title}: {self.detail}",)
+        super().__init__("\n".join(self.lines))
 
 
 class Wire:

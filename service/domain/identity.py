@@ -59,6 +59,10 @@ class Principal(NamedTuple):
     tenant: str
     scopes: frozenset[Scope]
 
+    @property
+    def is_person(self) -> bool:
+        return self.id.startswith("oidc:")
+
     def lacks(self, needed: frozenset[Scope]) -> frozenset[Scope]:
         """`admin` is all of them."""
         return frozenset() if Scope.ADMIN in self.scopes else needed - self.scopes

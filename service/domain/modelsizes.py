@@ -8,8 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from service.domain import modelfiles
+from service.domain.errors import InvalidRequest
+
 HEADER_MAX_BYTES = 100_000_000  # the format's own limit
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # of mixture models; they get no adapter
 HEADS = ("lm_head.weight", "embed_out.weight", "output_projection.weight")
 # Names of one size in the configs of different architectures, the first that is there counts.
@@ -61,7 +63,7 @@ def read(folder: Path) -> Sizes | None:
             mixture=any(text.get(name) for name in EXPERTS),
             linear=_linear(shapes),
         )
-    except (ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, InvalidRequest, KeyError, OSError, RecursionError, TypeError, ValueError):
         return None
 
 
@@ -74,11 +76,10 @@ def _size(config: Mapping[str, Any], names: tuple[str, ...], default: int | None
 
 def _shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
     """Name and shape of every parameter of the files that are loaded. Masks, which are four-dimensional, are none."""
-    files = {SINGLE}
-    if not (folder / SINGLE).exists():
-        files = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
-    for name in sorted(files):
-        with (folder / Path(name).name).open("rb") as file:
+    for name in modelfiles.weights(folder):
+        if not name.endswith(".safetensors"):
+            continue
+        with (folder / name).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > HEADER_MAX_BYTES:
                 raise ValueError(name)

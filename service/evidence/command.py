@@ -1,11 +1,11 @@
 """unlearn verify: what a certificate proves, checked here, without the service and without a network."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from service import printing
 from service.evidence import verify as evidence
 from service.evidence.certificate import Reverification, Unlearning
 from service.evidence.verify import Verification
@@ -36,16 +36,16 @@ def verify(
     Exit status 0: all that was given holds, the signature too; 1: something does not; 3: no keys were given.
     """
     found = evidence.verify(evidence.Given(certificate, adapter, report, keys, audit, model))
-    typer.echo(_json(found) if as_json else _text(found))
+    if as_json:
+        says = found.says.model_dump() if found.says else None
+        printing.as_json({"findings": [one._asdict() for one in found.findings], "certificate": says}, indent=2)
+    else:
+        for line in _lines(found):
+            printing.line(line)
     raise typer.Exit(found.exit_status)
 
 
-def _json(found: Verification) -> str:
-    says = found.says.model_dump() if found.says else None
-    return json.dumps({"findings": [one._asdict() for one in found.findings], "certificate": says}, indent=2)
-
-
-def _text(found: Verification) -> str:
+def _lines(found: Verification) -> list[str]:
     lines = [f"{WORDS[one.proven]:12} {one.what}: {one.detail}" for one in found.findings]
     if not found.signed:
         lines += ["", UNSIGNED]
@@ -57,12 +57,7 @@ def _text(found: Verification) -> str:
             "What it does not prove:",
             *(f"- {one}" for one in found.says.limitations),
         ]
-    return "\n".join(map(_plain, lines))
-
-
-def _plain(line: str) -> str:
-    """Names come from files that anybody may have written: none of them may begin a line, or move the cursor."""
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+    return lines
 
 
 def _said(says: Unlearning) -> list[str]:

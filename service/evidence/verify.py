@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from service.domain import modelfiles
+from service.domain.errors import InvalidRequest
 from service.evidence import canonical, certificate, chain, dsse, keys
 from service.evidence.certificate import Certificate, Unlearning
 
@@ -122,7 +123,12 @@ def _model(statement: Certificate, folder: Path | None) -> Iterator[Finding]:
         if statement.predicate.of_base_model:
             yield Finding(MODEL, "not checked", f"the certificate is about its files, and {NOT_GIVEN} (--model)")
         return
-    certified, found = statement.predicate.base_model.digest, modelfiles.digest_model(folder)[0]
+    try:
+        names, found = modelfiles.loaded(folder), modelfiles.digest_model(folder)[0]
+    except InvalidRequest as error:
+        yield Finding(MODEL, "no", str(error))
+        return
+    certified = statement.predicate.base_model.digest
     if not statement.predicate.of_base_model:
         kept = found == certified
         yield Finding(
@@ -131,7 +137,7 @@ def _model(statement: Certificate, folder: Path | None) -> Iterator[Finding]:
         return
     expected = _expected(statement)
     wrong = list(_differing(MODEL, folder, expected))
-    wrong += [_strange(MODEL, name) for name in sorted(set(modelfiles.loaded(folder)) - expected.keys())]
+    wrong += [_strange(MODEL, name) for name in sorted(set(names) - expected.keys())]
     yield from wrong or [_same(MODEL, expected)]
 
 

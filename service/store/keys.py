@@ -8,7 +8,7 @@ import re
 import secrets as random
 import zlib
 from collections.abc import Collection, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from hmac import compare_digest
 from typing import Any, NamedTuple
 
@@ -57,18 +57,19 @@ def create(
     scopes: Collection[Scope],
     expires_at: datetime | None = None,
     maker: Principal | None = None,
+    token_key_max: timedelta = timedelta(0),
 ) -> NewKey:
     """For the tenant that the session is bound to. Raises InvalidRequest for a scope or a time that its maker has not.
 
     Args:
         maker: None: an administrator on the deployment's machine.
+        token_key_max: how long a key lives at most that a person's token makes, which itself ends in minutes; 0: there is none.
     """
     if maker is not None and (more := maker.lacks(frozenset(scopes))):
         detail = f"a key makes only keys with scopes of its own; it lacks: {', '.join(sorted(more))}"
         raise InvalidRequest(FieldProblem("/scopes", detail, "scope"))
-    if maker is not None and (latest := _expires(s, maker)) is not None and (expires_at is None or expires_at > latest):
-        detail = f"a key makes only keys that expire no later than itself, {latest:%Y-%m-%d %H:%M:%S} UTC"
-        raise InvalidRequest(FieldProblem("/expires_at", detail, "late"))
+    if maker is not None:
+        _check_end(s, maker, expires_at, token_key_max)
     prefix = f"ulk_{_random(8)}"
     body = f"{prefix}_{_random(43)}"
     secret = f"{body}_{_check(body)}"
@@ -137,8 +138,20 @@ def revoke(s: Session, key_id: str) -> ApiKey:
     return row
 
 
-def _expires(s: Session, maker: Principal) -> datetime | None:
-    return s.scalar(select(ApiKey.expires_at).where(ApiKey.id == maker.id))
+def _check_end(s: Session, maker: Principal, expires_at: datetime | None, token_key_max: timedelta) -> None:
+    """Raises InvalidRequest for a key that would outlive what its maker may make."""
+    if maker.is_person:
+        if not token_key_max:
+            detail = "tokens make no keys in this deployment (OIDC_KEY_MAX_S): a key with keys:manage does"
+            raise InvalidRequest(FieldProblem("", detail, "token"))
+        latest = datetime.now(UTC) + token_key_max
+        hours = token_key_max.total_seconds() / 3600
+        rule = f"a token makes only keys that expire within {hours:g} h (OIDC_KEY_MAX_S), by now no later than"
+    else:
+        latest = s.scalar(select(ApiKey.expires_at).where(ApiKey.id == maker.id))
+        rule = "a key makes only keys that expire no later than itself,"
+    if latest is not None and (expires_at is None or expires_at > latest):
+        raise InvalidRequest(FieldProblem("/expires_at", f"{rule} {latest:%Y-%m-%d %H:%M:%S} UTC", "late"))
 
 
 def _random(length: int) -> str:

@@ -97,7 +97,7 @@ def report(network: Network, forget: Sequence[Row], retain: Sequence[Row], repea
     }
     others = 2 * each["evaluation"] + each["attacks"]
     sys.stdout.write(
-        f"{network.name}: {len(forget)} + {len(retain)} rows; {answers['forget']} answers, {answers['retain']} neighbours\n"
+        f"{network.entry.name}: {len(forget)} + {len(retain)} rows; {answers['forget']} answers, {answers['retain']} neighbours\n"
         + "".join(f"  {name:12} {value:8.2f} s\n" for name, value in each.items())
         + f"  disclosure is {each['disclosure'] / each['evaluation']:.2f} of an evaluation, "
         f"{each['disclosure'] / others:.2f} of all else that a job measures\n"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from service.cli import app
 from service.client.shapes import SuiteSet
 from service.domain import rows
 from service.domain.job import Audit, Failure, FailureCode, Gate, JobSpec, ModelEntry, PromptFormat, Verdict
-from service.domain.modelfiles import digest_model, inspect
+from service.domain.modelfiles import digest_at_the_top, digest_files, digest_model, digest_tokenizer, inspect, loaded
 from service.settings import Settings
 from service.store import benchmarks, files, jobs, models
 from service.store.session import Sessions
@@ -173,6 +174,8 @@ def spoil(name: str, folder: Path, tmp_path: Path) -> Path:
         (folder / "config.json").write_text(json.dumps(CONFIG | {"auto_map": {"AutoModel": "m.M"}}))
     if name == "remote code of the tokeniser":
         (folder / "tokenizer_config.json").write_text('{"auto_map": {}}')
+    if name == "tokeniser by version":
+        (folder / "tokenizer_config.json").write_text('{"fast_tokenizer_files": ["tokenizer.4.0.json"]}')
     if name == "classifier":
         (folder / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["BertForSequenceClassification"]}))
     if name == "adapter":
@@ -197,6 +200,7 @@ def test_what_must_not_be_loaded_is_refused_by_name(
         "broken config": "not JSON",
         "remote code": "auto_map",
         "remote code of the tokeniser": "auto_map",
+        "tokeniser by version": "fast_tokenizer_files",
         "classifier": "BertForSequenceClassification",
         "adapter": "is an adapter",
     }.items():
@@ -234,6 +238,113 @@ def test_the_digest_is_of_what_is_loaded(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"other weights")
     assert digest_model(folder)[1] == tokenizer
     assert digest_model(folder)[0] != before[0]
+
+
+def shard(folder: Path, *names: str) -> None:
+    """The weights under these names, which may lie in folders, and the index that names them."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    index = {"metadata": {}, "weight_map": {f"w{number}": name for number, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in names:
+        path = folder / name
+        if ".." not in path.parts and not Path(name).is_absolute():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())
+
+
+def test_weights_in_subfolders_are_part_of_the_digest(folder: Path) -> None:
+    shard(folder, "a/one.safetensors", "two.safetensors")
+    (folder / "a" / "unnamed.safetensors").write_bytes(b"no index names it")
+    found = inspect(folder)
+    named = {"a/one.safetensors", "two.safetensors", "model.safetensors.index.json", "config.json"}
+    assert named < found.files.keys()
+    assert "a/unnamed.safetensors" not in found.files
+    lines = "".join(f"{sha}  {name}\n" for name, sha in sorted(found.files.items()))
+    assert found.digest == "sha256:" + sha256(lines.encode()).hexdigest(), "what sha256sum prints, hashed"
+    (folder / "a" / "one.safetensors").write_bytes(b"halved")
+    assert digest_model(folder)[0] != found.digest
+
+
+def test_weights_and_templates_that_configs_name_are_part_of_the_digest(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"transformers_weights": "a/other.safetensors.index.json"}))
+    (folder / "a").mkdir()
+    index = {"metadata": {}, "weight_map": {"w": "b/one.safetensors"}}
+    (folder / "a" / "other.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "b").mkdir()
+    (folder / "b" / "one.safetensors").write_bytes(b"weights")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    for name, of_tokenizer in (
+        ("a/other.safetensors.index.json", False),
+        ("b/one.safetensors", False),
+        ("additional_chat_templates/tools.jinja", True),
+    ):
+        before = digest_model(folder)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content + b" ")
+        after = digest_model(folder)
+        assert (after[0] != before[0], after[1] != before[1]) == (True, of_tokenizer), name
+    assert digest_tokenizer(folder) == digest_model(folder)[1]
+
+
+def test_what_a_tokeniser_is_converted_from_is_part_of_the_digest_where_it_is_read(folder: Path) -> None:
+    with_it = digest_model(folder)
+    (folder / "tekken.json").write_text("{}")
+    assert digest_model(folder) == with_it, "tokenizer.json is read in its place"
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    for name in ("tekken.json", "sentencepiece.bpe.model", "tokenizer.model.v3", "tokenizer.model"):
+        before = digest_model(folder)
+        (folder / name).write_bytes(b"other")
+        after = digest_model(folder)
+        assert (after[0] != before[0], after[1] != before[1]) == (True, True), name
+        assert digest_tokenizer(folder) == after[1] == digest_files(inspect(folder).files)[1]
+
+
+def test_the_digest_of_a_flat_folder_is_what_it_was(folder: Path) -> None:
+    shard(folder, "model-1.safetensors", "model-2.safetensors")
+    assert digest_model(folder)[0] == digest_at_the_top(folder)
+    assert digest_model(folder)[0] == "sha256:2ee798813fe8675d3b4be848ccc3b6b44f0ee2640dd04f74c29064707ddec824"
+    (folder / "consolidated.safetensors").write_bytes(b"the weights once more")
+    assert digest_model(folder)[0] == "sha256:2ee798813fe8675d3b4be848ccc3b6b44f0ee2640dd04f74c29064707ddec824"
+
+
+def test_weights_outside_the_folder_or_missing_are_refused(run: Callable[..., Result], folder: Path) -> None:
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes(b"not of this model")
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "x.safetensors").write_bytes(b"not of this model")
+    (folder / "link.safetensors").symlink_to(outside)
+    (folder / "linked").symlink_to(folder.parent / "elsewhere")
+    for name, words in {
+        "../outside.safetensors": "not a path below",
+        str(outside): "not a path below",
+        "a/../../outside.safetensors": "not a path below",
+        "./one.safetensors": "not a path below",
+        "gone.safetensors": "missing",
+        "one.bin": "safetensors only",
+        "new\nline.safetensors": "no path",
+        "linked/x.safetensors": "a link that leaves",
+        "link.safetensors": "a link that leaves",
+    }.items():
+        shard(folder, "one.safetensors")
+        index = {"metadata": {}, "weight_map": {"a": "one.safetensors", "b": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "one.bin").touch()
+        refused = run("models", "add", "x", "--path", folder)
+        assert (refused.exit_code, words in refused.stderr) == (2, True), (name, refused.output)
+        assert "model.safetensors.index.json names" in refused.stderr
+
+
+def test_the_links_of_the_hubs_cache_stay_within_the_model(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--o--n" / "snapshots" / SHA
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--o--n" / "blobs").mkdir()
+    (snapshot / "config.json").write_text(json.dumps(CONFIG))
+    shard(snapshot, "a/one.safetensors")
+    (snapshot / "a" / "one.safetensors").rename(tmp_path / "models--o--n" / "blobs" / "0a")
+    (snapshot / "a" / "one.safetensors").symlink_to("../../../blobs/0a")
+    assert "a/one.safetensors" in loaded(snapshot)
 
 
 def test_without_a_database_the_command_says_so(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,8 +484,7 @@ def suite_sets(url: str, name: str) -> dict[str, SuiteSet]:
     return suite.sets
 
 
-@pytest.fixture
-def tofu(url: str, tmp_path: Path) -> list[object]:
+def tofu_sets(url: str, tmp_path: Path) -> list[object]:
     """The options that name the required sets of TOFU; the forget set's is one JSON array."""
     options: list[object] = []
     for name, form in suite_sets(url, "tofu").items():
@@ -383,6 +493,11 @@ def tofu(url: str, tmp_path: Path) -> list[object]:
         path.write_text(json.dumps([row, row], indent=1) if name == "forget" else json.dumps(row))
         options += ["--set", f"{name}={path}"] if form.required else []
     return options
+
+
+@pytest.fixture
+def tofu(url: str, tmp_path: Path) -> list[object]:
+    return tofu_sets(url, tmp_path)
 
 
 def test_a_benchmark_is_added_listed_and_removed_with_its_files(

@@ -522,6 +522,15 @@ def test_the_base_model_of_an_adapter_is_checked_by_its_digest(evidence: Given, 
     assert wrong(verify(evidence._replace(model=tmp_path / "model"))) == ["base model"]
 
 
+def test_a_base_model_whose_weights_lie_elsewhere_does_not_match(evidence: Given, of_model: Given) -> None:
+    assert of_model.model is not None
+    (of_model.model / "model.safetensors").rename(of_model.model.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"w": "../outside.safetensors"}}
+    (of_model.model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert wrong(verify(of_model)) == ["base model"]
+    assert "below the model's folder" in str(verify(of_model).findings)
+
+
 def test_policy_engines_are_warned_of_what_was_not_known() -> None:
     report = reports.untrained()
     told = certificate.generic_result(

@@ -9,6 +9,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from fastapi import FastAPI
+from httpx import Response
 from pytest_httpserver import HTTPServer
 from sqlalchemy import text
 from starlette.routing import BaseRoute
@@ -312,6 +313,37 @@ def test_a_token_of_the_provider_is_a_person_with_the_scopes_of_his_roles(
         assert last is not None
         assert (last.actor, last.action, last.object_id) == ("oidc:ada", "job.cancelled", job_id)
         assert s.get(Job, job_id) is not None
+
+
+def test_a_key_that_a_token_makes_ends_within_what_the_deployment_sets(
+    provider: tuple[Settings, Callable[..., str]], client_of: ClientOf
+) -> None:
+    settings, token = provider
+    admin = bearer(token(roles=["admin"]))
+
+    def at(hours: float) -> str:
+        return (datetime.now(UTC) + timedelta(hours=hours)).isoformat()
+
+    def make(http: TestClient, expires_at: str | None, headers: dict[str, str] = admin) -> Response:
+        return http.post("/v1/api-keys", json={"name": "k", "role": "admin", "expires_at": expires_at}, headers=headers)
+
+    with client_of(settings) as http:
+        for late in (None, at(24.1), at(10_000)):
+            refused = make(http, late)
+            assert refused.status_code == 422
+            assert [(one["pointer"], one["code"]) for one in refused.json()["errors"]] == [("/expires_at", "late")]
+            assert "expire within 24 h (OIDC_KEY_MAX_S)" in refused.json()["errors"][0]["detail"]
+        made = make(http, at(23.9))
+        assert made.status_code == 201
+        own = bearer(made.json()["secret"])
+        assert make(http, None, own).status_code == 422, "nor does what it made make one without an end"
+        assert make(http, at(23.95), own).status_code == 422
+        assert make(http, at(1), own).status_code == 201
+    with client_of(settings.model_copy(update={"oidc_key_max_s": 3600})) as http:
+        assert [make(http, at(hours)).status_code for hours in (0.9, 1.1)] == [201, 422]
+    with client_of(settings.model_copy(update={"oidc_key_max_s": 0})) as http:
+        refused = make(http, at(0.1))
+        assert (refused.status_code, refused.json()["errors"][0]["code"]) == (422, "token")
 
 
 WRONG_CLAIMS: list[dict[str, Any]] = [

@@ -94,6 +94,11 @@ def test_it_comes_up_whole_and_ctrl_c_leaves_nothing(reachable_folder: Path) -> 
         told = "".join(wait_until_up(process, reachable_folder))
         api = re.search(r"http://\S+(?=/docs)", told)
         worker = re.search(r"http://\S+/metrics", told)
+        for part in ("Postgres", "Valkey", "api", "worker"):
+            assert re.search(rf"^{part} is ready \([\d.]+ s\)$", told, re.MULTILINE), told
+        shell = f". {shlex.quote(str(reachable_folder / 'environment'))} && command -v python && printenv UNLEARN_URL"
+        sourced = subprocess.run(["sh", "-c", shell], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+        assert sourced.stdout.split() == [str(Path(sys.executable).parent / "python"), api[0] if api else ""]
         assert api is not None
         assert worker is not None
         assert httpx.get(f"{api[0]}/readyz").status_code == 200

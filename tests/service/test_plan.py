@@ -454,6 +454,11 @@ def test_sizes_are_read_from_headers(folder: Path) -> None:
         Linear(modules=2, inputs=8, outputs=4),
     )
     assert set(sizes.linear) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    index = {"weight_map": dict.fromkeys(SHAPES, "weights/part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "weights").mkdir()
+    (folder / "model.safetensors").rename(folder / "weights" / "part.safetensors")
+    assert modelsizes.read(folder) == sizes, "where the index says"
     tied = SHAPES | {"lm_head.weight": [14, 4]}
     (folder / "model.safetensors").write_bytes(weights(tied))
     assert modelsizes.read(folder) == sizes, "a head that is the embeddings counts once"

@@ -137,7 +137,7 @@ def test_the_published_adapter_is_both_at_once_exactly(register: Any, saved: Any
     assert (config["r"], config["lora_alpha"]) == (lora.r + later.r,) * 2, "any reader of LoRA gets a scale of one"
     assert not config["rank_pattern"]
     assert not config["alpha_pattern"]
-    assert config["base_model_name_or_path"] == "tiny-model"
+    assert config["base_model_name_or_path"] == f"registered-model:tiny-model@{registered.entry.digest}"
     assert {path.name for path in folder.iterdir()} == {path.name for path in parent.iterdir()}
     assert "apply it to the base, in place of that one" in (folder / "README.md").read_text()
     assert "in place of that one" not in (parent / "README.md").read_text()

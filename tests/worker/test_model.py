@@ -1,8 +1,10 @@
 """Loading what was registered and nothing else; the head as the model has it; the adapter as PEFT has it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
-from peft import PeftModel
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -147,6 +151,34 @@ def test_other_files_than_those_registered_are_refused(register: Any, tmp_path: 
     assert failure.value.code is FailureCode.MODEL_REVISION_MISMATCH
 
 
+def test_weights_in_subfolders_are_held_against_the_digest(register: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(register().folder, tmp_path / "tiny"))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {name: f"shards/{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    index = {"metadata": {"total_size": 0}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "shards").mkdir()
+
+    def write(factor: float) -> None:
+        for path in set(names.values()):
+            own = {name: factor * tensor for name, tensor in tensors.items() if names[name] == path}
+            save_file(own, folder / path, metadata={"format": "pt"})
+
+    write(1.0)
+    entry = register().entry.model_copy(update={"digest": modelfiles.digest_model(folder)[0]})
+    loaded = model.load(entry, tmp_path, "cpu", "float32")
+    torch.testing.assert_close(logits(loaded), logits(register().load("float32")), rtol=0, atol=0)
+    assert set(names.values()) < loaded.files.keys()
+    write(0.5)
+    with pytest.raises(JobFailure, match="registered was sha256:") as failure:
+        model.load(entry, tmp_path, "cpu", "float32")
+    assert "again" not in str(failure.value)
+    earlier = entry.model_copy(update={"digest": modelfiles.digest_at_the_top(folder)})
+    with pytest.raises(JobFailure, match="register it again"):
+        model.load(earlier, tmp_path, "cpu", "float32")
+
+
 @pytest.mark.parametrize("location", ["gone", "../outside", "."])
 def test_only_folders_below_the_models_root_are_read(register: Any, tmp_path: Path, location: str) -> None:
     (tmp_path / "root").mkdir()
@@ -184,6 +216,14 @@ def test_a_hub_model_is_read_at_its_revision_and_named_by_its_id(hub: Path, regi
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "0" * 40)
     assert card_front(tmp_path / "adapter")["base_model"] == "owner/name"
+    described = json.loads((tmp_path / "adapter" / "base_model.json").read_text())
+    assert (described["hub_id"], described["revision"]) == ("owner/name", "0" * 40)
+    elsewhere = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = elsewhere(input_ids=IDS).logits
+    torch.testing.assert_close(
+        theirs, logits(network), rtol=0, atol=1e-6, msg="found at its revision: no other is here"
+    )
 
 
 # --- the head
@@ -346,11 +386,13 @@ def test_what_is_saved_loads_anywhere_and_says_the_same(register: Any, tmp_path:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base_model.json",
     }
     text = (tmp_path / "adapter" / "adapter_config.json").read_text()
     assert str(registered.root) not in text
     config = json.loads(text)
-    assert config["base_model_name_or_path"] == "tiny-model"
+    assert config["base_model_name_or_path"] == f"registered-model:tiny-model@{registered.entry.digest}"
+    assert config["revision"] is None
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.0)
     front = card_front(tmp_path / "adapter")
     assert front["library_name"] == "peft"
@@ -366,6 +408,81 @@ def test_what_is_saved_loads_anywhere_and_says_the_same(register: Any, tmp_path:
         reloaded = model.load_adapter(start, tmp_path / "adapter")
         torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=0)
         assert not model.trainable(reloaded), "what was published is not trained on"
+
+
+def test_the_name_of_a_base_that_is_on_no_hub_resolves_nowhere(
+    register: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though "gpt2" may be registered here, and is on the Hub."""
+    entry = register().entry.model_copy(update={"name": "gpt2"})
+    network = model.adapt(register().load("float32")._replace(entry=entry), Lora(), 0)
+    model.save(network, tmp_path / "adapter")
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    with pytest.raises(HFValidationError):
+        validate_repo_id(base)
+    connections: list[object] = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.socket.connect", lambda _, address: connections.append(address))
+    with pytest.raises(OSError, match="registered-model:gpt2"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert connections == []
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat", "ends"])
+def test_the_folder_says_on_which_base_the_adapter_goes_and_how_it_is_prompted(
+    register: Any, byte_tokenizer: Any, kind: str, tmp_path: Path
+) -> None:
+    registered = register(chat=kind == "chat")
+    network = registered.load("float32")
+    if kind == "chat":
+        form = PromptFormat(type="chat", system="Be kind.", template_date=date(2025, 3, 9))
+    else:
+        form = PromptFormat(user_start="Q: ", user_end="\n", assistant_start="Answer:")
+    if kind == "ends":
+        network = network._replace(tokenizer=byte_tokenizer(ends=True))
+    network = network._replace(entry=registered.entry.model_copy(update={"prompt_format": form}))
+    adapted = model.adapt(network, Lora(), 0)
+    disturb(adapted)
+    model.save(adapted, tmp_path / "adapter")
+
+    described = json.loads((tmp_path / "adapter" / "base_model.json").read_text())
+    files = modelfiles.sums(registered.folder)
+    assert described["files"] == files
+    assert (described["digest"], described["tokenizer_digest"]) == modelfiles.digest_files(files)
+    assert PromptFormat.model_validate(described["prompt_format"]) == form
+    for digest in (described["digest"], described["tokenizer_digest"]):
+        assert digest in (tmp_path / "adapter" / "README.md").read_text()
+
+    if kind == "ends":
+        network.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (loading,) = re.findall("```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.DOTALL)
+    for placeholder, given in {
+        "FOLDER OF THE BASE MODEL": str(registered.folder),
+        "FOLDER OF THIS FILE": str(tmp_path / "adapter"),
+        "QUESTION": "Who?",
+        "AutoTokenizer.from_pretrained(base)": f"AutoTokenizer.from_pretrained({str(tmp_path / 'tokenizer')!r})"
+        if kind == "ends"
+        else "AutoTokenizer.from_pretrained(base)",
+    }.items():
+        assert placeholder in loading
+        loading = loading.replace(placeholder, given)
+    loaded: dict[str, Any] = {}
+    exec(loading, loaded)
+    (expected,) = data.encode([Example("question", "Who?", " Lima")], network.tokenizer, form, 128).prompts
+    assert loaded["ids"].tolist() == [expected]
+    with torch.no_grad():
+        theirs = loaded["model"](input_ids=IDS).logits
+    torch.testing.assert_close(theirs, logits(adapted), rtol=0, atol=1e-6)
+
+
+def test_the_same_adapter_is_saved_as_the_same_bytes(register: Any, tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        network = model.adapt(register().load("float32"), Lora(), 0)
+        disturb(network)
+        model.save(network, tmp_path / folder)
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("first", "second"))
+    assert first == second
+    assert str(tmp_path).encode() not in b"".join(first.values())
 
 
 def test_the_digest_is_that_of_the_files_that_are_loaded(register: Any) -> None:

@@ -444,4 +444,8 @@ def test_the_published_adapter_is_the_one_that_is_named_and_measured(assign: Ass
     for file in last.artifacts:
         content = b"".join(storage.read(file.key))
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file.bytes, file.sha256)
-    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= {f.name for f in last.artifacts}
+    adapter = {file.name: file.sha256 for file in last.artifacts if file.name.startswith("adapter/")}
+    names = ("README.md", "adapter_config.json", "adapter_model.safetensors", "base_model.json")
+    assert adapter.keys() == {f"adapter/{name}" for name in names}
+    report = report_of(job)
+    assert {file.name: file.sha256 for file in report.released.files} == adapter, "what a certificate is about"
