@@ -35,6 +35,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd migrations/versions && sha256sum --check --quiet ../versions.sha256
 	$(BIN)/python -m worker.registry --check service/catalog.json
 	$(BIN)/python -m service.openapi --check service/openapi.json
 

@@ -113,14 +113,25 @@ def api() -> None:
 
 
 @app.command()
-def migrate(revision: str = "head", grant_to: GrantTo = None) -> None:
+def migrate(
+    revision: str = "head",
+    grant_to: GrantTo = None,
+    yes: Annotated[bool, typer.Option("--yes", help="go on where uploaded files would be lost")] = False,
+) -> None:
     """Bring the database to a revision of the schema, as the owner of its tables."""
     with importing():
-        from service.migrate import upgrade
+        from service.migrate import DataLoss, upgrade
         from service.settings import Settings
 
     with _told():
-        upgrade(Settings().database_url, revision, grant_to)
+        url = Settings().database_url
+        try:
+            upgrade(url, revision, grant_to, accept_loss=yes)
+        except DataLoss as loss:
+            if not sys.stdin.isatty():
+                raise UnlearnError(f"{loss}, then use --yes") from loss
+            typer.confirm(f"{loss}. Go on?", abort=True)
+            upgrade(url, revision, grant_to, accept_loss=True)
     printing.line(f"the database is at {revision}")
 
 

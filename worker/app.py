@@ -41,6 +41,7 @@ from worker.supervise import RUNNER, Slot, supervise
 from worker.telemetry import Telemetry
 
 SLOT_WAIT_S = 1.0
+LISTEN_AGAIN_S = 2.0
 
 log = structlog.get_logger(__name__)
 
@@ -165,11 +166,15 @@ def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
 
 
 def _listen(settings: Settings, work: Callable[[], None], stopping: Event) -> int:
-    """Celery, until it is told to stop; its pool's threads have ended then."""
+    """Celery, until it is told to stop; its pool's threads have ended then.
+
+    It waits by itself for a broker that cannot be reached. One that refuses a command, as a full one does, ends it: then it is
+    started anew. Polling goes on meanwhile.
+    """
     app = Celery("unlearn", set_as_current=False)
     app.conf.update(celery_config(settings))
     app.conf.update(
-        broker_connection_max_retries=None,  # for ever: polling goes on meanwhile
+        broker_connection_max_retries=None,  # for ever
         worker_enable_remote_control=False,
         worker_redirect_stdouts=False,
     )
@@ -183,18 +188,23 @@ def _listen(settings: Settings, work: Callable[[], None], stopping: Event) -> in
 
     signals.worker_shutting_down.connect(stop)
     signals.worker_ready.connect(hang_up)
-    worker = app.Worker(
-        pool="threads",
-        concurrency=settings.worker_slots,
-        queues=[queue_name(name) for name in sorted({*settings.worker_gpu_classes, "any"})],
-        without_gossip=True,
-        without_mingle=True,
-        without_heartbeat=True,
-        loglevel=settings.log_level,
-        quiet=True,
-    )
-    worker.start()
-    return int(worker.exitcode or 0)
+    while True:
+        worker = app.Worker(
+            pool="threads",
+            concurrency=settings.worker_slots,
+            queues=[queue_name(name) for name in sorted({*settings.worker_gpu_classes, "any"})],
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+            loglevel=settings.log_level,
+            quiet=True,
+        )
+        worker.start()
+        if stopping.is_set():
+            return int(worker.exitcode or 0)
+        log.warning("the broker's connection was lost", listens_again_s=LISTEN_AGAIN_S)
+        if stopping.wait(LISTEN_AGAIN_S):
+            return 0
 
 
 @contextmanager

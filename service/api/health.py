@@ -13,7 +13,7 @@ from service.api.errors import declared
 from service.api.guard import Guarded, needs
 from service.domain.identity import Scope
 from service.settings import Settings
-from service.store.session import at_most, schema_revision
+from service.store.session import at_most, schema_fits, schema_revision
 from service.store.tables import HEAD
 
 router = APIRouter(tags=["operation"])
@@ -78,11 +78,11 @@ def _database(here: Parts) -> str:
     try:
         with here.sessions.begin() as s:
             at_most(s, DATABASE_TIMEOUT_S)
-            revision = schema_revision(s)
+            fits, revision = schema_fits(s, HEAD), schema_revision(s)
     except Exception as error:
         log.warning("the database does not answer", error=str(error))
         return "does not answer"
-    return "ok" if revision == HEAD else f"schema {revision or 'missing'}, expected {HEAD}: run `unlearn migrate`"
+    return "ok" if fits else f"schema {revision or 'missing'}, expected {HEAD}: run `unlearn migrate`"
 
 
 def _broker(here: Parts) -> str:

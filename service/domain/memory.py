@@ -254,7 +254,6 @@ def generating(sizes: Sizes, together: Answers, on: Machine) -> Phase:
     """
     kept = 2 * sizes.layers * sizes.keys * on.weight_bytes
     at_once = max(GENERATED_TOKENS, GENERATED_BYTES // kept)
-    longest = max((one.prompt for one in together), default=0) + max((one.room for one in together), default=0)
     upto = sampled_upto = 0.0
     prompt = room = 0
     batches = [Phase(0, 0)]

@@ -146,3 +146,15 @@ def schema_revision(s: Session) -> str | None:
         return None
     revision: str | None = s.scalar(text("SELECT version_num FROM alembic_version"))
     return revision
+
+
+def schema_fits(s: Session, head: str) -> bool:
+    """Whether code whose own revision is `head` works with the schema: it is that one, or a later one that says so.
+
+    During a rolling upgrade the schema is the new one while the code before it still runs. See service.migrate.
+    """
+    revision = schema_revision(s)
+    if revision is None or revision == head:
+        return revision == head
+    oldest_code: str | None = s.scalar(text("SELECT obj_description('alembic_version'::regclass, 'pg_class')"))
+    return revision > head and oldest_code is not None and oldest_code <= head

@@ -1,20 +1,26 @@
-"""The schema: up, down, up again, and the migrations make exactly what the tables declare."""
+"""The schema: up, down, up again, and the migrations make exactly what the tables declare, wherever they start."""
 
+import hashlib
 import importlib
 import threading
 from pathlib import Path
 
+import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, select, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 import migrations
 from service import migrate
-from service.store.session import make_engine, make_sessions, schema_revision
+from service.store import tables
+from service.store.session import Sessions, make_engine, make_sessions, schema_fits, schema_revision
 from service.store.tables import HEAD, Base
+from tests.conftest import owner
 
 DEFINITIONS = """
 SELECT 'constraint', conrelid::regclass::text, conname, pg_get_constraintdef(oid)
@@ -45,6 +51,74 @@ def test_the_tables_name_the_last_revision() -> None:
 def test_a_revision_file_is_a_module_of_the_package() -> None:
     for revision in scripts().walk_revisions():
         assert importlib.import_module(f"migrations.versions.{Path(revision.path).stem}").revision == revision.revision
+
+
+def test_a_revision_that_has_landed_is_not_changed() -> None:
+    """Databases that went through it would lack the change. A new revision's line is added to the list."""
+    folder = Path(migrations.__path__[0])
+    listed = dict(line.split()[::-1] for line in (folder / "versions.sha256").read_text().splitlines())
+    files = {file.name: file.read_bytes() for file in (folder / "versions").glob("r*.py")}
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in files.items()} == listed
+
+
+@pytest.mark.parametrize("dump", sorted((Path(__file__).parent / "schemas").glob("*.sql")), ids=lambda path: path.stem)
+def test_a_database_of_an_earlier_version_is_upgraded_and_used(
+    dump: Path, engine: Engine, empty_database_url: str
+) -> None:
+    """Its rows, too: a job, a file, a worker and a deletion request of the time."""
+    old = make_engine(empty_database_url)
+    with psycopg.connect(
+        make_url(empty_database_url).set(drivername="postgresql").render_as_string(False)
+    ) as connection:
+        connection.execute(dump.read_bytes())
+    migrate.upgrade(empty_database_url)
+    with old.connect() as upgraded, engine.connect() as fresh:
+        assert definitions(upgraded) == definitions(fresh)
+    with make_sessions(old)() as s:
+        counts = {mapper.class_: len(s.scalars(select(mapper.class_)).all()) for mapper in Base.registry.mappers}
+    assert all(counts[table] == 1 for table in (tables.Job, tables.File, tables.Worker, tables.DeletionRequest))
+    old.dispose()
+
+
+@pytest.mark.parametrize(
+    ("revision", "oldest_code", "fits"),
+    [
+        (HEAD, HEAD, True),
+        ("9999", HEAD, True),  # of a rolling upgrade: the next version's, which this code can work with
+        ("9999", "0001", True),
+        ("9999", "9998", False),
+        ("9999", None, False),
+        ("0001", "0001", False),
+    ],
+)
+def test_code_works_with_its_own_schema_and_later_ones_that_say_so(
+    engine: Engine, sessions: Sessions, revision: str, oldest_code: str | None, fits: bool
+) -> None:
+    comment = "NULL" if oldest_code is None else f"'{oldest_code}'"
+    with owner(sessions).begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
+        connection.execute(text(f"COMMENT ON TABLE alembic_version IS {comment}"))
+    with sessions() as s:
+        assert schema_fits(s, HEAD) is fits
+
+
+def test_a_migration_names_the_oldest_code_that_works_with_it(sessions: Sessions) -> None:
+    with sessions() as s:
+        comment = s.scalar(text("SELECT obj_description('alembic_version'::regclass, 'pg_class')"))
+    assert comment == HEAD
+
+
+def test_it_does_not_wait_for_a_table_that_is_in_use(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statements of everybody else would queue up behind it."""
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_S", 1)
+    migrate.upgrade(empty_database_url, "0009")
+    engine = make_engine(empty_database_url)
+    with engine.begin() as connection:
+        connection.execute(text("LOCK TABLE workers"))
+        with pytest.raises(OperationalError, match="lock timeout"):
+            migrate.upgrade(empty_database_url)
+    migrate.upgrade(empty_database_url)
+    engine.dispose()
 
 
 def test_models_equal_migrations(engine: Engine, empty_database_url: str) -> None:
@@ -111,7 +185,11 @@ def test_a_version_without_benchmarks_can_read_what_it_finds(empty_database_url:
             "eval_scores": "eval_set",
             "holdout_set": "eval_set",
         }
-    migrate.upgrade(empty_database_url)
+    with pytest.raises(migrate.DataLoss, match="3 uploaded files were stored unencrypted"):
+        migrate.upgrade(empty_database_url)
+    with make_sessions(engine)() as s:
+        assert schema_revision(s) == "0003", "nothing was changed"
+    migrate.upgrade(empty_database_url, accept_loss=True)
     with engine.connect() as connection:  # what was stored in the clear is not read any more
         assert set(connection.execute(text("SELECT sealed, purged_at IS NULL, tenant_id FROM files")).all()) == {
             (None, False, "default")

@@ -15,6 +15,7 @@ from threading import Thread
 from typing import NamedTuple
 
 import pytest
+import redis
 from prometheus_client import CollectorRegistry
 from sqlalchemy import func, select
 
@@ -260,6 +261,29 @@ def test_without_a_broker_it_polls_and_still_hears_signals(
         running.popen.send_signal(signal.SIGINT)
         running.popen.wait(10)
     assert "Unrecoverable" not in running.output.read_text()
+
+
+@pytest.mark.parametrize("memory", [1, 0], ids=["full", "with room again"])
+def test_a_broker_that_is_full_does_not_end_it(
+    settings: Settings, sessions: Sessions, new_job: Callable[..., str], tmp_path: Path, memory: int
+) -> None:
+    """It refuses to write down which message is being read. Jobs are found by polling, and by the bell once there is room."""
+    dispatcher = CeleryDispatcher(settings)
+    assert dispatcher.ring("any")
+    with redis.Redis.from_url(settings.broker_url) as broker:
+        broker.config_set("maxmemory", 1)
+        try:
+            with process(settings, tmp_path, WORKER_POLL_S="0.3" if memory else "600") as running:
+                until(lambda: "the broker's connection was lost" in running.output.read_text())
+                job_id = new_job()
+                broker.config_set("maxmemory", memory)
+                assert memory or dispatcher.ring("any")
+                until(lambda: status(sessions, job_id) is Status.SUCCEEDED)
+                running.popen.send_signal(signal.SIGTERM)
+                assert running.popen.wait(10) == 0, running.output.read_text()
+        finally:
+            broker.config_set("maxmemory", 0)
+    dispatcher.close()
 
 
 def test_two_workers_on_one_machine_have_folders_of_their_own(tmp_path: Path) -> None:
