@@ -62,17 +62,26 @@ def generate(
         for i, prompt in enumerate(prompts)
     ]
     ends = {*(network.causal.generation_config.eos_token_id or ()), *(() if end_of_turn is None else (end_of_turn,))}
+    ending = _Ending(ends, stops, loops_end)
     asked = [row for row in rows if row.room > 0]
     if not asked:
         pass
     elif decoder.caches(network, max(len(row.prompt) + row.room for row in asked)):
         at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
         at_once = max(at_once, GENERATION_BYTES // decoder.position_bytes(network))
-        _answer(network, asked, at_once, ends, stops, loops_end)
+        _answer(network, asked, at_once, ending)
     else:
         for row in asked:
-            row.said = _uncached(network, row.prompt, row.room, row.drawn, ends, loops_end)
+            row.said = _uncached(network, row, ending)
     return [Generated(_cut(_decoded(network, row.said), stops).strip(), row.said) for row in rows]
+
+
+class _Ending(NamedTuple):
+    """What ends an answer beside the end of its room."""
+
+    tokens: Collection[int]
+    texts: Sequence[str]
+    loops: bool  # of a greedy one, to have gone round in circles for a while
 
 
 class _Row:
@@ -99,22 +108,18 @@ def room(network: Network, prompt: Sequence[int], beyond_context: bool) -> int:
     return max(0, longest - len(prompt)) if prompt else 0
 
 
-def _answer(
-    network: Network, rows: Sequence[_Row], at_once: int, ends: Collection[int], stops: Sequence[str], loops_end: bool
-) -> None:
+def _answer(network: Network, rows: Sequence[_Row], at_once: int, ending: _Ending) -> None:
     """All rows to their ends. Once half of a batch has ended, rows that wait take their places."""
-    waiting = sorted(
-        rows, key=lambda row: len(row.prompt) + row.room
-    )  # the longest, at the end, go first: none of them is late
+    waiting = sorted(rows, key=lambda row: len(row.prompt) + row.room)  # the longest, at the end, go first
     batch, full = None, 0
     while waiting or batch:
         new = _fitting(waiting, batch, at_once) if not batch or 2 * len(batch.rows) <= full else []
         if new:
-            begun = _begin(network, new, ends, stops, loops_end)
+            begun = _begin(network, new, ending)
             batch = _joined(batch, begun) if batch and begun else batch or begun
             full = len(batch.rows) if batch else 0
         elif batch:
-            batch = _go_on(network, batch, ends, stops, loops_end)
+            batch = _go_on(network, batch, ending)
 
 
 class _Batch(NamedTuple):
@@ -147,18 +152,14 @@ def _fitting(waiting: list[_Row], batch: _Batch | None, at_once: int) -> list[_R
     return new
 
 
-def _begin(
-    network: Network, rows: list[_Row], ends: Collection[int], stops: Sequence[str], loops_end: bool
-) -> _Batch | None:
+def _begin(network: Network, rows: list[_Row], ending: _Ending) -> _Batch | None:
     """Reads the prompts. None: no answer has more than one token."""
     kept, mask_BS, last_BD = decoder.prefilled(network, [row.prompt for row in rows], PREFILL_TOKENS)
     reads = [_Read(row.prompt[-1:]) for row in rows]
-    return _answered(network, _Batch(rows, kept, mask_BS), reads, last_BD[:, None], ends, stops, loops_end)
+    return _answered(network, _Batch(rows, kept, mask_BS), reads, last_BD[:, None], ending)
 
 
-def _go_on(
-    network: Network, batch: _Batch, ends: Collection[int], stops: Sequence[str], loops_end: bool
-) -> _Batch | None:
+def _go_on(network: Network, batch: _Batch, ending: _Ending) -> _Batch | None:
     """Reads what was last said, and guesses. None: all rows have ended."""
     rows, kept, mask_BS = batch
     # gaps, which wrong guesses leave, count towards a window
@@ -173,17 +174,11 @@ def _go_on(
     read_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
     mask_BS = torch.cat([mask_BS, read_BT], 1)
     states_BTD = decoder.step(network, kept, ids_BT, mask_BS)
-    return _answered(network, _Batch(rows, kept, mask_BS), reads, states_BTD, ends, stops, loops_end)
+    return _answered(network, _Batch(rows, kept, mask_BS), reads, states_BTD, ending)
 
 
 def _answered(
-    network: Network,
-    batch: _Batch,
-    reads: Sequence[_Read],
-    states_BTD: Tensor,
-    ends: Collection[int],
-    stops: Sequence[str],
-    loops_end: bool,
+    network: Network, batch: _Batch, reads: Sequence[_Read], states_BTD: Tensor, ending: _Ending
 ) -> _Batch | None:
     """The rows with what follows what they have read, without those that have ended and without wrong guesses."""
     rows, kept, mask_BS = batch
@@ -193,8 +188,7 @@ def _answered(
         sure = len(reads[b].ids) - reads[b].guesses
         right = common_prefix(reads[b].ids[sure:], follow)
         mask_BS[b, start + sure + right :] = 0
-        looping = loops_end and row.drawn is None
-        if _says(network, row.said, follow[: right + 1], row.room, ends, stops) and not (looping and _loops(row.said)):
+        if _says(network, row, follow[: right + 1], ending):
             stay.append(b)
     if not stay:
         return None
@@ -281,17 +275,15 @@ def _loops(ids: Sequence[int]) -> bool:
     return len(tail) == LOOP_TOKENS and any(tail[period:] == tail[:-period] for period in range(1, PERIOD_MAX + 1))
 
 
-def _says(
-    network: Network, said: list[int], tokens: Sequence[int], room: int, ends: Collection[int], stops: Sequence[str]
-) -> bool:
+def _says(network: Network, row: _Row, tokens: Sequence[int], ending: _Ending) -> bool:
     """Adds the tokens to what is said, as far as the row goes; whether it goes on behind them."""
     for token in tokens:
-        if token in ends:
+        if token in ending.tokens:
             return False
-        said.append(token)
-        if len(said) == room or _stopped(network, said, stops):
+        row.said.append(token)
+        if not row.left or _stopped(network, row.said, ending.texts):
             return False
-    return True
+    return not (ending.loops and row.drawn is None and _loops(row.said))
 
 
 def _logits(network: Network, last_BD: Tensor) -> Tensor:
@@ -320,30 +312,23 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def _uncached(
-    network: Network,
-    prompt: Sequence[int],
-    room: int,
-    drawn: Sequence[float] | None,
-    ends: Collection[int],
-    loops_end: bool,
-) -> list[int]:
+def _uncached(network: Network, row: _Row, ending: _Ending) -> list[int]:
     """The same of one row, for a model whose cache is not understood: greedy ones are the library's."""
-    decoder.reset_positions(network, len(prompt) + room)
-    ids_1T = torch.tensor([prompt], device=network.device)
-    if drawn is not None:
-        return _drawn_by_rereading(network, ids_1T, drawn[:room], ends)
+    decoder.reset_positions(network, len(row.prompt) + row.room)
+    ids_1T = torch.tensor([row.prompt], device=network.device)
+    if row.drawn is not None:
+        return _drawn_by_rereading(network, ids_1T, row.drawn, ending.tokens)
     whole_1T = network.causal.generate(
         input_ids=ids_1T,
         attention_mask=torch.ones_like(ids_1T),
-        max_new_tokens=room,
+        max_new_tokens=row.room,
         do_sample=False,
-        eos_token_id=sorted(ends) or None,
+        eos_token_id=sorted(ending.tokens) or None,
         pad_token_id=network.tokenizer.eos_token_id or 0,
     )
-    ids: list[int] = whole_1T[0, len(prompt) :].tolist()
-    ids = next((ids[:k] for k, token in enumerate(ids) if token in ends), ids)
-    loops = (k for k in range(LOOP_TOKENS, len(ids)) if loops_end and _loops(ids[:k]))
+    ids: list[int] = whole_1T[0, len(row.prompt) :].tolist()
+    ids = next((ids[:k] for k, token in enumerate(ids) if token in ending.tokens), ids)
+    loops = (k for k in range(LOOP_TOKENS, len(ids)) if ending.loops and _loops(ids[:k]))
     return ids[: next(loops, len(ids))]
 
 
