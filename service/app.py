@@ -35,6 +35,7 @@ from service.api.provider import provider_of
 from service.dispatch import CeleryDispatcher, Dispatcher
 from service.domain import catalog
 from service.settings import Settings
+from service.store import evidence_keys
 from service.store.secrets import secrets_of
 from service.store.session import make_engine, make_looks, make_sessions
 from service.store.storage import Storage
@@ -49,7 +50,8 @@ DESCRIPTION = (
 def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> FastAPI:
     """The API. It connects when it starts; a dispatcher that is given is the caller's to close.
 
-    Raises RuntimeError for a deployment without a master key, or with half an identity provider.
+    Raises RuntimeError for a deployment without a master key, or with half an identity provider; at the start WrongMasterKey for
+    one with another deployment's.
     """
     registry = CollectorRegistry()
     secrets, provider = secrets_of(settings), provider_of(settings)
@@ -72,6 +74,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
             secrets,
             provider,
         )
+        evidence_keys.check_master_key(parts.sessions, secrets)
         app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
         app.state.looks, app.state.polls, app.state.lines = looks, polls, lines
         collector = metrics.JobFigures(parts)

@@ -17,7 +17,7 @@ from service.prompts import folder as files
 from service.prompts import template
 from service.prompts.template import TemplateRefused
 from service.settings import Settings
-from service.store import keys, tenancy, tenants
+from service.store import evidence_keys, keys, tenancy, tenants
 from service.store.secrets import secrets_of
 from service.store.session import make_engine, make_sessions
 from service.store.tenants import DEFAULT
@@ -89,12 +89,14 @@ def first_key(settings: Settings, tenant: str = DEFAULT, role: str = "admin", na
     """The secret. Raises NotFound for a tenant that is not there, InvalidRequest for a role that is none."""
     if role not in ROLES:
         raise InvalidRequest(FieldProblem("/role", f"the roles are: {', '.join(ROLES)}", "enum"))
-    engine = make_engine(settings.database_url)
+    engine, secrets = make_engine(settings.database_url), secrets_of(settings)
+    sessions = make_sessions(engine)
     try:
-        with make_sessions(engine).begin() as s:
+        evidence_keys.check_master_key(sessions, secrets)
+        with sessions.begin() as s:
             tenants.get(s, tenant)
             tenancy.bind(s, tenant)
-            return keys.create(s, secrets_of(settings), name=name, scopes=ROLES[role]).secret
+            return keys.create(s, secrets, name=name, scopes=ROLES[role]).secret
     finally:
         engine.dispose()
 

@@ -1,14 +1,45 @@
 """Where we run: every knob, from the environment, its unit in its name. What a user asks is in the job's spec."""
 
+import os
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+IN_FILES = ("database_url", "broker_url", "master_key")
+
+
+class Files(PydanticBaseSettingsSource):
+    """What has a secret in it may be the content of a file: MASTER_KEY_FILE=/run/secrets/master_key."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[str | None, str, bool]:
+        path = os.environ.get(f"{field_name.upper()}_FILE") if field_name in IN_FILES else None
+        try:
+            return Path(path).read_text(encoding="utf-8").strip() if path else None, field_name, False
+        except OSError as error:
+            raise SettingsError(f"{field_name.upper()}_FILE: {path} cannot be read: {error.strerror}") from error
+
+    def __call__(self) -> dict[str, str]:
+        found = {name: self.get_field_value(FieldInfo(), name)[0] for name in IN_FILES}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given in the code, the environment, then files."""
+        return init_settings, env_settings, Files(settings_cls)
 
     database_url: str = Field(
         default="postgresql+psycopg://unlearn@localhost/unlearn", description="SQLAlchemy URL of Postgres"

@@ -23,7 +23,7 @@ from service.domain import catalog
 from service.domain.errors import InvalidTransition, UnlearnError
 from service.orphans import delete_orphans
 from service.settings import Settings
-from service.store import deletions, files, idempotency, jobs, outbox
+from service.store import deletions, evidence_keys, files, idempotency, jobs, outbox
 from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
 from service.store.storage import Storage
@@ -94,6 +94,7 @@ def run(settings: Settings, stop: Event) -> None:
         secrets_of(settings),
         None,
     )
+    evidence_keys.check_master_key(parts.sessions, parts.secrets)
     duties: dict[str, Callable[[Parts], object]] = {
         "jobs": lambda here: sweep_once(here.sessions, here.dispatcher, here.settings),
         "deletion requests": serve_requests,

@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.dispatch import WAKE, celery_config, queue_name
 from service.domain import catalog
 from service.settings import Settings
-from service.store import jobs, workers
+from service.store import evidence_keys, jobs, workers
 from service.store.rows import Claim
 from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
@@ -137,19 +137,20 @@ class Worker:
 def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
     """Works until SIGTERM or SIGINT; then gives its jobs back. Returns the exit status. For the main thread alone."""
     process.keep_secrets()
+    engine = make_engine(settings.database_url)
+    sessions = make_sessions(engine)
     try:
-        secrets_of(settings)  # no job's files could be read
+        evidence_keys.check_master_key(sessions, secrets_of(settings))  # no job's files could be read
         devices = accelerators(settings)
     except RuntimeError as error:
         log.error("the worker cannot start", error=str(error))
         return 1
     if devices and settings.worker_slots > len(devices):
         log.warning("slots share accelerators", slots=settings.worker_slots, accelerators=devices)
-    engine = make_engine(settings.database_url)
     registry = CollectorRegistry()
     telemetry = Telemetry(registry, list(catalog.load().methods), settings.gpu_classes, settings.gauge_linger_s)
     with _own_folder(settings.worker_scratch_dir) as folder, _metrics(settings, registry) as url:
-        worker = Worker(make_sessions(engine), settings, telemetry, folder, devices, runner)
+        worker = Worker(sessions, settings, telemetry, folder, devices, runner)
         threads = [Thread(target=worker.poll, name=f"poll-{n}") for n in range(settings.worker_slots)]
         threads.append(Thread(target=worker.say, name="say"))
         for thread in threads:

@@ -13,6 +13,8 @@ from service.api.errors import declared
 from service.api.guard import Guarded, needs
 from service.domain.identity import Scope
 from service.settings import Settings
+from service.store import evidence_keys
+from service.store.secrets import SealBroken
 from service.store.session import at_most, schema_fits, schema_revision
 from service.store.tables import HEAD
 
@@ -79,6 +81,10 @@ def _database(here: Parts) -> str:
         with here.sessions.begin() as s:
             at_most(s, DATABASE_TIMEOUT_S)
             fits, revision = schema_fits(s, HEAD), schema_revision(s)
+            if fits:
+                evidence_keys.active(s, here.secrets)
+    except SealBroken:
+        return "was used with another MASTER_KEY"
     except Exception as error:
         log.warning("the database does not answer", error=str(error))
         return "does not answer"

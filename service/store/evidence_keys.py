@@ -1,16 +1,24 @@
 """The deployment's signing keys: one signs, those before it stay published. The caller commits."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import func, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service.evidence import keys
 from service.evidence.keys import SigningKey
 from service.store import audit, tables
-from service.store.secrets import Secrets
+from service.store.secrets import SealBroken, Secrets
+from service.store.session import Sessions
 from service.store.tenants import DEFAULT
+
+
+class WrongMasterKey(RuntimeError):
+    """Of a deployment."""
+
 
 IN_USE = tables.SigningKey.retired_at.is_(None)
 
@@ -22,6 +30,21 @@ def active(s: Session, secrets: Secrets) -> SigningKey:
         _alone(s)
         row = s.scalar(select(tables.SigningKey).where(IN_USE)) or _make(s, secrets)
     return _opened(secrets, row)
+
+
+def check_master_key(sessions: Sessions, secrets: Secrets) -> None:
+    """Raises WrongMasterKey where what is stored was sealed under another one. The first call makes what later ones open.
+
+    Nothing is raised while the database is away or not migrated: then nothing else can be done with the key either.
+    """
+    with suppress(SQLAlchemyError), sessions.begin() as s:
+        try:
+            active(s, secrets)
+        except SealBroken as error:
+            raise WrongMasterKey(
+                "MASTER_KEY is not the one under which this database's keys were sealed: no API key would be recognised, and no "
+                "stored set could be read"
+            ) from error
 
 
 def of_id(s: Session, secrets: Secrets, key_id: str) -> SigningKey:
