@@ -93,7 +93,7 @@ def scatter(of: str, points: Sequence[RowPoint]) -> Picture | None:
 def _moved(of: str, both: Sequence[tuple[int, float, float]], shown: int) -> str:
     middle = pair(*(_median([row[k] for row in both]) for k in (1, 2)))
     fell = sum(after <= 0.1 * before for _, before, after in both if after < before)
-    told = f"The median of {len(both):,} rows went from {middle[0]} to {middle[1]}. {fell:,} fell to a tenth or less."
+    told = f"The median of {len(both):,} rows went from {middle[0]} to {middle[1]}. {fell:,} fell to a tenth of before or less."
     if of == "forget":
         rose = sum(after > before for _, before, after in both)
         likeliest = sorted(both, key=lambda row: -row[2])[:WORST]

@@ -95,6 +95,7 @@ def summary(report: Report) -> str:
         slight = [SLIGHT.get(gate.metric) or _what_is_broken(gate) for gate in own if gate.result == "WARNED"]
         missed = slight + _returned(earlier) + _missed(others)
         found = [f"with the adapter that was released, {_met(own)}, but {', and '.join(missed)}"]
+        found += ["a warning does not fail the job: whether the adapter is used all the same is for you to decide"]
     else:
         tail = "the adapter must not be relied on" if report.released.published else "no adapter was released"
         missed = [*_broken(own), *_returned(earlier), *_missed(others)]
@@ -312,7 +313,7 @@ def _under_attack(report: Report) -> Fact:
     if worst.retrained is not None:
         sentence += f" A model that never saw them gives {percents(worst.retrained)[0]}."
     missed = len(likely) - len(tried)
-    return Fact(name, f"{released} → {attacked}", sentence + (f" {missed} could not be tried." if missed else ""))
+    return Fact(name, f"{attacked}, not {released}", sentence + (f" {missed} could not be tried." if missed else ""))
 
 
 # --- what could not be measured

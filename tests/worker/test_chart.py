@@ -138,7 +138,7 @@ def test_a_scatter_has_every_row_at_its_place_and_names_the_worst() -> None:
     (path,) = re.findall(r'<path d="((?:M[\d.]+ [\d.]+h0)+)"', picture.svg)
     dots = [tuple(map(float, dot)) for dot in re.findall(r"M([\d.]+) ([\d.]+)h0", path)]
     assert dots == [(216.0, 284.0), (386.0, 221.5)], "the frame is 340 wide from 46 and 250 high above 284"
-    assert "The median of 2 rows went from 0.75 to 0.125. 1 fell to a tenth or less." in picture.words
+    assert "The median of 2 rows went from 0.75 to 0.125. 1 fell to a tenth of before or less." in picture.words
     assert "Likeliest after: row 9 with 0.25, row 7 with 0." in picture.words
     assert pictures.scatter("forget", [RowPoint(row=1, before=None, after=0.5)]) is None
 
@@ -150,25 +150,30 @@ DOWN = [(0.9, 0.05), (0.9, 0.8), (0.8, 0.9), (0.99404, 0.99401), (0.0, 0.0), (0.
 @pytest.mark.parametrize(
     ("of", "moved", "says", "never"),
     [
-        ("retain", UP, " 0 fell to a tenth or less. No row got worse.", "Changed most"),
+        ("retain", UP, " 0 fell to a tenth of before or less. No row got worse.", "Changed most"),
         (
             "retain",
             [(0.0, 0.0)],
-            " 0 fell to a tenth or less. No row got worse.",
+            " 0 fell to a tenth of before or less. No row got worse.",
             "1 fell",
         ),  # from nothing nothing falls
-        ("retain", [(0.9, 0.9)], "went from 0.9 to 0.9. 0 fell to a tenth or less. No row got worse.", "Changed most"),
+        (
+            "retain",
+            [(0.9, 0.9)],
+            "went from 0.9 to 0.9. 0 fell to a tenth of before or less. No row got worse.",
+            "Changed most",
+        ),
         # of the rows that fell the three that fell most, and none that rose or stayed; numbers that differ look different
         (
             "retain",
             DOWN,
-            " 1 fell to a tenth or less. Changed most for the worse: row 1 (0.9 → 0.05), row 2 (0.9 → 0.8), "
+            " 1 fell to a tenth of before or less. Changed most for the worse: row 1 (0.9 → 0.05), row 2 (0.9 → 0.8), "
             "row 4 (0.99404 → 0.99401).",
             "row 3",
         ),
-        ("forget", UP, " 0 fell to a tenth or less. 2 rose. Likeliest after: row 1 with 0.9955", "worse"),
-        ("forget", [(0.9, 0.05)], " 1 fell to a tenth or less. Likeliest after: row 1 with 0.05.", "rose"),
-        ("forget", [(0.0, 0.0)], " 0 fell to a tenth or less. Likeliest after: row 1 with 0.", "1 fell"),
+        ("forget", UP, " 0 fell to a tenth of before or less. 2 rose. Likeliest after: row 1 with 0.9955", "worse"),
+        ("forget", [(0.9, 0.05)], " 1 fell to a tenth of before or less. Likeliest after: row 1 with 0.05.", "rose"),
+        ("forget", [(0.0, 0.0)], " 0 fell to a tenth of before or less. Likeliest after: row 1 with 0.", "1 fell"),
     ],
 )
 def test_what_is_said_of_rows_is_true_of_them(of: str, moved: list[tuple[float, float]], says: str, never: str) -> None:

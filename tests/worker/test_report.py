@@ -514,7 +514,7 @@ def test_the_three_numbers_are_the_plainest_that_were_measured() -> None:
     asked = figure("retain", "rouge_l_recall_unicode", 1.0, 0.99)
     assert words.three(whole(figures=[*likely, asked]))[1].big == "100% → 99%"
     assert "at least 47.2% was required, which is not kept." in words.three(whole(upper=0.9))[1].sentences
-    assert back.big == "4% → 20%"
+    assert back.big == "20%, not 4%"
     assert "the strongest of 3 attacks (fine-tuning on a part of the forget set)" in back.sentences
     assert (
         "without it, 4%. That is more than the 8.2% allowed without an attack. The base model under the same attack gives 80%."
