@@ -17,8 +17,8 @@ RUN pip install -c constraints.txt '.[service,s3]'
 
 USER unlearn
 WORKDIR /var/lib/unlearn
-ENV API_HOST=0.0.0.0 API_PORT=8000 STORAGE_URL=/var/lib/unlearn/storage MODELS_ROOT=/var/lib/unlearn/models
-EXPOSE 8000
+ENV API_HOST=0.0.0.0 API_PORT=8000 SWEEP_METRICS_HOST=0.0.0.0 STORAGE_URL=/var/lib/unlearn/storage MODELS_ROOT=/var/lib/unlearn/models
+EXPOSE 8000 9101
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:%s/livez' % os.environ['API_PORT'], timeout=2)"]
 # The others run as: unlearn migrate | python -m service.sweep

@@ -90,6 +90,7 @@ def stack(folder: Path, show: Callable[[str], None] = embedded.nothing, **knobs:
             "models_root": folder / "models",
             "worker_scratch_dir": folder / "scratch",
             "worker_metrics_port": free_port(),
+            "sweep_metrics_port": free_port(),
             "master_key": _kept(folder / "master.key", lambda: b64encode(os.urandom(KEY_BYTES)).decode()),
             "metrics_public": True,  # to this machine
         }

@@ -99,6 +99,9 @@ class Settings(BaseSettings):
         default=15.0, gt=0, description="a queue with due jobs is rung again after this silence"
     )
 
+    sweep_metrics_port: int = Field(default=9101, description="0: any free port")
+    sweep_metrics_host: str = "127.0.0.1"
+
     # webhooks
     webhook_threads: int = Field(default=4, ge=1, description="calls of endpoints at once, per sweep")
     webhook_timeout_s: float = Field(default=15.0, gt=0)

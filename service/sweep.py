@@ -7,11 +7,12 @@ python -m service.sweep. Several may run: rows that one works on, the others pas
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import NamedTuple
 
 import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from sqlalchemy.exc import SQLAlchemyError
 
 from service import logs
@@ -21,6 +22,7 @@ from service.batches import serve_deletions
 from service.dispatch import CeleryDispatcher, Dispatcher
 from service.domain import catalog
 from service.domain.errors import InvalidTransition, UnlearnError
+from service.exposition import exposed
 from service.orphans import delete_orphans
 from service.settings import Settings
 from service.store import deletions, evidence_keys, files, idempotency, jobs, outbox
@@ -31,10 +33,36 @@ from service.store.tables import Job
 from service.webhook_sender import keep_sending
 
 HOURLY_S = 3600.0
+BUCKETS_S = (0.01, 0.1, 0.5, 1, 5, 30, 120, 600)
 STOP_S = 2.0
 EXPECTED = (UnlearnError, SQLAlchemyError)  # the database or the storage is away, or not ready yet: it will come
 
 log = structlog.get_logger(__name__)
+
+
+class DutyFigures:
+    """When each duty was last done, how long it takes, and how often it fails."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        name, labels = "unlearn_sweep_duty", ["duty"]
+        self._done = Gauge(
+            f"{name}_last_success_timestamp_seconds", "end of the last time that it was done", labels, registry=registry
+        )
+        self._seconds = Histogram(
+            f"{name}_seconds", "how long it takes, also where it fails", labels, buckets=BUCKETS_S, registry=registry
+        )
+        self._failures = Counter(f"{name}_failures", "how often it failed", labels, registry=registry)
+
+    def begin(self, duty: str) -> None:
+        """Before the first time: one that is never done is late from here on."""
+        self._done.labels(duty).set_to_current_time()
+        self._failures.labels(duty)
+
+    @contextmanager
+    def of(self, duty: str) -> Iterator[None]:
+        with self._seconds.labels(duty).time(), self._failures.labels(duty).count_exceptions():
+            yield
+        self._done.labels(duty).set_to_current_time()
 
 
 class Swept(NamedTuple):
@@ -103,9 +131,11 @@ def run(settings: Settings, stop: Event) -> None:
         "purges": purge,
         "orphans": hourly(delete_what_is_left),
     }
+    registry = CollectorRegistry()
+    figures = DutyFigures(registry)
     threads = [
         *(
-            Thread(target=_keep, args=(parts, name, duty, stop), name=name, daemon=True)
+            Thread(target=_keep, args=(parts, name, duty, figures, stop), name=name, daemon=True)
             for name, duty in duties.items()
         ),
         *(
@@ -113,10 +143,11 @@ def run(settings: Settings, stop: Event) -> None:
             for number in range(settings.webhook_threads)
         ),
     ]
-    log.info("sweep started", interval_s=settings.sweep_interval_s)
-    for thread in threads:
-        thread.start()
-    stop.wait()
+    with exposed(settings.sweep_metrics_host, settings.sweep_metrics_port, registry) as url:
+        log.info("sweep started", interval_s=settings.sweep_interval_s, metrics=url)
+        for thread in threads:
+            thread.start()
+        stop.wait()
     stopped_at = time.monotonic()
     for thread in threads:  # what is cut off is taken up again
         thread.join(max(0.0, stopped_at + STOP_S - time.monotonic()))
@@ -125,10 +156,12 @@ def run(settings: Settings, stop: Event) -> None:
     log.info("sweep stopped")
 
 
-def _keep(here: Parts, name: str, duty: Callable[[Parts], object], stop: Event) -> None:
+def _keep(here: Parts, name: str, duty: Callable[[Parts], object], figures: DutyFigures, stop: Event) -> None:
+    figures.begin(name)
     while not stop.is_set():
         try:
-            duty(here)
+            with figures.of(name):
+                duty(here)
         except Exception as error:
             trace = not isinstance(error, EXPECTED)
             log.error("a duty failed", duty=name, error=str(error).partition("\n")[0], exc_info=trace)

@@ -211,6 +211,7 @@ def settings(database_url: str, broker_url: str, tmp_path: Path) -> Settings:
         models_root=tmp_path / "models",
         worker_scratch_dir=tmp_path / "scratch",
         worker_metrics_port=0,
+        sweep_metrics_port=0,
     )
 
 

@@ -142,7 +142,7 @@ RULES = (
         {"celery", "kombu", "prometheus_client", "structlog", "sqlalchemy", "pydantic", "fsspec"}
         | {f"worker.{name}" for name in ("app", "supervise", "assignment")}
         | {f"worker.{name}" for name in ("lease", "journal", "process", "telemetry", "records")}
-        | {f"service.{name}" for name in ("domain", "store", "dispatch", "settings")},
+        | {f"service.{name}" for name in ("domain", "store", "dispatch", "exposition", "settings")},
         TORCH | WEB | {"service.api", "service.app"},
     ),
     Rule(

@@ -19,16 +19,15 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import structlog
 from celery import Celery, signals
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.dispatch import WAKE, celery_config, queue_name
 from service.domain import catalog
+from service.exposition import exposed
 from service.settings import Settings
 from service.store import evidence_keys, jobs, workers
 from service.store.rows import Claim
@@ -149,7 +148,10 @@ def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
         log.warning("slots share accelerators", slots=settings.worker_slots, accelerators=devices)
     registry = CollectorRegistry()
     telemetry = Telemetry(registry, list(catalog.load().methods), settings.gpu_classes, settings.gauge_linger_s)
-    with _own_folder(settings.worker_scratch_dir) as folder, _metrics(settings, registry) as url:
+    with (
+        _own_folder(settings.worker_scratch_dir) as folder,
+        exposed(settings.worker_metrics_host, settings.worker_metrics_port, registry) as url,
+    ):
         worker = Worker(sessions, settings, telemetry, folder, devices, runner)
         threads = [Thread(target=worker.poll, name=f"poll-{n}") for n in range(settings.worker_slots)]
         threads.append(Thread(target=worker.say, name="say"))
@@ -227,36 +229,6 @@ def _own_folder(scratch: Path) -> Iterator[Path]:
             shutil.rmtree(own, ignore_errors=True)
             yield own
             return
-
-
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        pass
-
-
-@contextmanager
-def _metrics(settings: Settings, registry: CollectorRegistry) -> Iterator[str]:
-    """Serves /metrics, and /livez, which says that this process answers and nothing else. Yields the address."""
-    metrics = make_wsgi_app(registry)
-
-    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        match environ["PATH_INFO"]:
-            case "/metrics":
-                return metrics(environ, start_response)
-            case "/livez":
-                start_response("200 OK", [("Content-Type", "text/plain")])
-                return [b"ok\n"]
-        start_response("404 Not Found", [("Content-Type", "text/plain")])
-        return [b"here are /metrics and /livez\n"]
-
-    host, port = settings.worker_metrics_host, settings.worker_metrics_port
-    with make_server(host, port, answer, ThreadingWSGIServer, _Quiet) as server:
-        thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
-        thread.start()
-        try:
-            yield f"http://{host}:{server.server_port}/metrics"
-        finally:
-            server.shutdown()
 
 
 def main() -> None:

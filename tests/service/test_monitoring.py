@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.app import create_app
 from service.domain.job import Stage, Status
 from service.settings import Settings
+from service.sweep import DutyFigures
 from worker.records import ConstraintRecord, StageRecord, StepRecord
 from worker.telemetry import Telemetry
 
@@ -96,6 +97,13 @@ def of_a_worker(settings: Settings) -> Exports:
     return parsed(generate_latest(registry).decode())
 
 
+def of_the_sweep() -> Exports:
+    """What the sweep shows once it has begun."""
+    registry = CollectorRegistry()
+    DutyFigures(registry).begin("jobs")
+    return parsed(generate_latest(registry).decode())
+
+
 def of_the_api(settings: Settings) -> Exports:
     """What the API shows once it has answered a request."""
     with TestClient(create_app(settings.model_copy(update={"metrics_public": True}))) as client:
@@ -105,7 +113,7 @@ def of_the_api(settings: Settings) -> Exports:
 
 @pytest.fixture
 def exports(settings: Settings) -> Exports:
-    return of_a_worker(settings) | of_the_api(settings)
+    return of_a_worker(settings) | of_the_sweep() | of_the_api(settings)
 
 
 def test_every_metric_label_and_value_of_an_expression_is_exported(exports: Exports) -> None:

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
 import pytest
 import redis
 from celery import Celery
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from service import dispatch, embedded, sweep
@@ -252,6 +254,22 @@ def test_a_claim_in_the_making_is_passed_over(new_job: NewJob, sessions: Session
         assert s.execute(text("SELECT status, rung_at FROM jobs")).one() == ("running", None)
 
 
+class Duty(NamedTuple):
+    done: float  # when, last
+    failures: float
+
+
+def duties(url: str) -> dict[str, Duty]:
+    samples = [one for family in text_string_to_metric_families(httpx.get(url).text) for one in family.samples]
+    by_name = {
+        name: {one.labels["duty"]: one.value for one in samples if one.name == f"unlearn_sweep_duty_{name}"}
+        for name in ("last_success_timestamp_seconds", "failures_total")
+    }
+    done, failures = by_name.values()
+    assert done.keys() == failures.keys()
+    return {name: Duty(done[name], failures[name]) for name in done}
+
+
 @pytest.mark.timeout(60)
 def test_the_process_survives_outages_and_stops_when_told(
     new_job: NewJob, settings: Settings, tmp_path: Path, broker_url: str
@@ -261,7 +279,7 @@ def test_the_process_survives_outages_and_stops_when_told(
     there = settings.database_url.partition("host=")[2].replace("%2F", "/")
     late = settings.database_url.partition("host=")[0] + f"host={link}"
     environment = os.environ | {"DATABASE_URL": late, "BROKER_URL": broker_url, "SWEEP_INTERVAL_S": "0.1"}
-    environment |= {"STORAGE_URL": settings.storage_url, "MASTER_KEY": MASTER_KEY}
+    environment |= {"STORAGE_URL": settings.storage_url, "MASTER_KEY": MASTER_KEY, "SWEEP_METRICS_PORT": "0"}
     orphan = aged(Storage(settings.storage_url), files.file_key("ufile_1"), 2)
     new_job()
     process = subprocess.Popen(
@@ -269,9 +287,14 @@ def test_the_process_survives_outages_and_stops_when_told(
     )
     try:
         assert process.stderr is not None
-        assert json.loads(process.stderr.readline())["event"] == "sweep started"
+        started = json.loads(process.stderr.readline())
+        assert started["event"] == "sweep started"
+        url = started["metrics"]
+        assert httpx.get(url.replace("/metrics", "/livez")).text == "ok\n"
         told = {json.loads(process.stderr.readline())["event"] for _ in range(2)}
         assert told <= {"a duty failed", "no webhook was sent"}
+        away = duties(url)
+        assert away["jobs"].failures > 0
         link.symlink_to(there)
         deadline = time.monotonic() + 20
         while not bells(broker_url) and time.monotonic() < deadline:
@@ -280,6 +303,7 @@ def test_the_process_survives_outages_and_stops_when_told(
         while (Path(settings.storage_url) / orphan).exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert all(now.done > away[name].done for name, now in duties(url).items() if name != "orphans")
         process.send_signal(signal.SIGTERM)
         asked_at = time.monotonic()
         rest = process.stderr.read().splitlines()
