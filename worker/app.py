@@ -32,10 +32,10 @@ from service.settings import Settings
 from service.store import evidence_keys, jobs, workers
 from service.store.rows import Claim
 from service.store.secrets import secrets_of
-from service.store.session import Sessions, make_engine, make_sessions
+from service.store.session import AWAY, Sessions, make_engine, make_sessions
 from worker import process
 from worker.assignment import accelerators
-from worker.lease import RETRY_S, TRANSIENT
+from worker.lease import RETRY_S
 from worker.supervise import RUNNER, Slot, supervise
 from worker.telemetry import Telemetry
 
@@ -125,7 +125,7 @@ class Worker:
                     lease_s=settings.lease_s,
                 )
                 job = jobs.get(s, claim.job_id) if claim is not None else None
-        except TRANSIENT as error:
+        except AWAY as error:
             log.warning("nothing claimed: the database is away", error=str(error).partition("\n")[0])
             return None
         if job is not None and job.attempt == 1 and job.started_at and job.queued_at:

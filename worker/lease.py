@@ -5,15 +5,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import structlog
-from sqlalchemy import exc
 from sqlalchemy.orm import Session
 
 from service.store import jobs
 from service.store.rows import Beat, Claim
-from service.store.session import Sessions
+from service.store.session import AWAY, Sessions
 
 RETRY_S = 0.5
-TRANSIENT = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)  # the database is away, or busy
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -41,7 +39,7 @@ class Lease:
         try:
             with self._sessions.begin() as s:
                 return work(s)
-        except TRANSIENT as error:
+        except AWAY as error:
             reason = str(error).partition("\n")[0]
             log.warning("the database is away", job_id=self.claim.job_id, error=reason)
             if time.monotonic() > self._until:

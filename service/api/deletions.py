@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.api import intake
 from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next, page, versions
-from service.api.errors import DATABASE_DOWN, Problem, answer_to, declared
+from service.api.errors import Problem, answer_to, declared
 from service.api.guard import Guarded, needs
 from service.api.intake import REQUESTS_PATH, DeletionRequestObject
 from service.api.once import Once, OnceOnly, Replayed
@@ -27,12 +27,13 @@ from service.domain.errors import UnlearnError
 from service.domain.identity import Principal, Scope
 from service.domain.job import EXACT_MAX, Strict, Time
 from service.store import deletion_reads, deletions, digests
+from service.store.session import AWAY
 from service.store.tables import DeletionRequest
 
 router = APIRouter(prefix=REQUESTS_PATH, tags=["deletion requests"], route_class=Guarded)
 
 BATCH_MAX = 100
-EXPECTED = (UnlearnError, *DATABASE_DOWN)
+EXPECTED = (UnlearnError, *AWAY)
 Versions = Annotated[frozenset[int] | None, Depends(versions)]
 
 

@@ -6,7 +6,6 @@ from errno import EDQUOT, ENOSPC
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
-import sqlalchemy.exc
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -34,6 +33,7 @@ from service.domain.errors import (
     Unauthenticated,
     UnlearnError,
 )
+from service.store.session import AWAY
 
 MEDIA_TYPE = "application/problem+json"
 IANA = "https://iana.org/assignments/http-problem-types"
@@ -102,11 +102,6 @@ OF_KIND: Mapping[Kind, Mapping[str, str]] = {  # headers that always come with i
     KEY_IN_FLIGHT: {"Retry-After": "1"},
 }
 OF_SOME = ("errors", "required_scopes", "violated_policies")  # members that other problems do not have
-DATABASE_DOWN = (
-    sqlalchemy.exc.OperationalError,
-    sqlalchemy.exc.InterfaceError,
-    sqlalchemy.exc.TimeoutError,  # no connection became free
-)
 
 
 class ProblemError(BaseModel):
@@ -133,7 +128,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(UnlearnError, _answer)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _answer)
-    for error in DATABASE_DOWN:
+    for error in AWAY:
         app.add_exception_handler(error, _answer)
 
 
@@ -177,7 +172,7 @@ def answer_to(request: Request, error: Exception) -> JSONResponse:
         return _invalid(request, error)
     if isinstance(error, InvalidRequest):
         return _refused(request, error.problems)
-    if isinstance(error, DATABASE_DOWN):
+    if isinstance(error, AWAY):
         return problem(request.scope, SERVICE_UNAVAILABLE, "the database does not answer")
     kind = next((OF_ERROR[cls] for cls in type(error).__mro__ if cls in OF_ERROR), INTERNAL_ERROR)
     lacking = error.required_scopes if isinstance(error, Forbidden) else ()

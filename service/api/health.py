@@ -15,7 +15,7 @@ from service.domain.identity import Scope
 from service.settings import Settings
 from service.store import evidence_keys
 from service.store.secrets import SealBroken
-from service.store.session import at_most, schema_fits, schema_revision
+from service.store.session import at_most, schema_fits, schema_revision, takes_writes
 from service.store.tables import HEAD
 
 router = APIRouter(tags=["operation"])
@@ -81,6 +81,8 @@ def _database(here: Parts) -> str:
         with here.sessions.begin() as s:
             at_most(s, DATABASE_TIMEOUT_S)
             fits, revision = schema_fits(s, HEAD), schema_revision(s)
+            if not takes_writes(s):
+                return "takes no writes"
             if fits:
                 evidence_keys.active(s, here.secrets)
     except SealBroken:

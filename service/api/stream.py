@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from service.api import limits, shapes
 from service.api.deps import Parts
-from service.api.errors import DATABASE_DOWN
 from service.domain.identity import Principal
 from service.store import reads
+from service.store.session import AWAY
 from service.store.tables import JobEvent
 
 RETRY_MS = 3000
@@ -51,7 +51,7 @@ async def follow(here: Parts, job_id: str, after_seq: int, stopping: Callable[[]
     while not stopping() and time.monotonic() < ends:
         try:
             found, ended = await run_sync(_following, here, job_id, after_seq)
-        except DATABASE_DOWN:
+        except AWAY:
             return
         for event in found:
             yield _written(event)

@@ -13,6 +13,7 @@ from hmac import compare_digest
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, bindparam, func, or_, select, update
+from sqlalchemy.exc import InternalError
 from sqlalchemy.orm import Session
 
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
@@ -21,6 +22,7 @@ from service.store import audit, idempotency, tenancy
 from service.store.ids import new_id
 from service.store.paging import Order, fetch_page
 from service.store.secrets import Secrets
+from service.store.session import READ_ONLY
 from service.store.tables import ApiKey
 
 DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -108,9 +110,18 @@ def recognise(
     if row is None or not compare_digest(row.key_digest, secrets.digest(PURPOSE, secret.encode())):
         return None
     if row.long_ago:
-        free = select(ApiKey.id).where(ApiKey.id == row.key_id, LONG_AGO).with_for_update(skip_locked=True)
-        connection.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.now()))
+        _note_use(connection, row.key_id)
     return Recognised(Principal(row.key_id, row.tenant_id, frozenset(map(Scope, row.scopes))), row)
+
+
+def _note_use(connection: Connection, key_id: str) -> None:
+    """Unless the database takes no writes, or somebody else notes it."""
+    free = select(ApiKey.id).where(ApiKey.id == key_id, LONG_AGO).with_for_update(skip_locked=True)
+    try:
+        connection.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.now()))
+    except InternalError as error:
+        if getattr(error.orig, "sqlstate", None) != READ_ONLY:
+            raise
 
 
 def get(s: Session, key_id: str) -> ApiKey:

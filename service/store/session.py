@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, ExceptionContext, create_engine, event, text
-from sqlalchemy.exc import ArgumentError, InternalError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
@@ -19,6 +20,12 @@ from service.store.tenancy import TenantSession
 
 T = TypeVar("T")
 Sessions = sessionmaker[Session]
+
+# The database is away, busy, or takes no writes: to be asked again later, for the same may succeed then.
+AWAY = (OperationalError, InterfaceError, NoConnectionFree)
+READ_ONLY = (
+    "25006"  # SQLSTATE read_only_sql_transaction: a primary that became a standby, or a disk that is nearly full
+)
 
 # A statement that hangs, or a transaction that somebody forgot, must not hold a job's row for ever. Nor must a process that
 # was frozen in the midst of a statement, such as between the rows of an INSERT: for its rest the server waits, and only
@@ -96,9 +103,16 @@ def _ping_without_asking(engine: Engine) -> None:
 
 
 def _away(context: ExceptionContext) -> OperationalError | None:
-    """A server that has ended the connection is away, and to be asked again: psycopg calls its timeouts internal errors."""
+    """A server that has ended the connection is away: psycopg calls its timeouts internal errors.
+
+    One that takes no writes is, too. Its connections are given up: after a failover a new one leads to the server that does.
+    """
     error = context.sqlalchemy_exception
-    if not context.is_disconnect or not isinstance(error, InternalError) or error.orig is None:
+    if not isinstance(error, InternalError) or error.orig is None:
+        return None
+    if getattr(error.orig, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
+    if not context.is_disconnect:
         return None
     return OperationalError(error.statement, None, error.orig, hide_parameters=True, connection_invalidated=True)
 
@@ -115,6 +129,11 @@ def _lives(connection: Any) -> bool:
 def make_sessions(engine: Engine) -> Sessions:
     """Rows stay readable after the commit: an endpoint answers with them. They see every tenant (see tenancy.py)."""
     return sessionmaker(engine, class_=TenantSession, expire_on_commit=False)
+
+
+def takes_writes(s: Session) -> bool:
+    read_only: str | None = s.scalar(text("SHOW transaction_read_only"))
+    return read_only == "off"
 
 
 def at_most(s: Session, seconds: float) -> None:
