@@ -22,7 +22,7 @@ router = APIRouter(prefix=KEYS_PATH, tags=["API keys"], route_class=Guarded)
 
 class KeyCreate(Strict):
     name: str = Field(min_length=1, max_length=255, description="for people: whose it is, and for what")
-    role: str | None = Field(default=None, description=f"{', '.join(ROLES)}: stands for its scopes")
+    role: str | None = Field(default=None, max_length=64, description=f"{', '.join(ROLES)}: stands for its scopes")
     scopes: list[Scope] = Field(default_factory=list, max_length=len(Scope), description="beside those of the role")
     expires_at: Time | None = Field(
         default=None, description="null: never, which only a key without an end may ask for"

@@ -148,7 +148,7 @@ class Constraint(Strict):
 
 
 class MethodChoice(Strict):
-    type: str = Field(description="a name from GET /v1/methods")
+    type: str = Field(max_length=64, description="a name from GET /v1/methods")
     hyperparameters: dict[str, JsonValue] = Field(default_factory=dict)
 
 
@@ -166,7 +166,7 @@ class Budget(Strict):
 class Lora(Strict):
     r: int = Field(default=8, ge=1, le=1024)
     alpha: int = Field(default=16, ge=1, le=1_000_000)
-    target_modules: list[str] | None = Field(
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(
         default=None, min_length=1, max_length=64, description="module names; null: every linear layer but the head"
     )
 
@@ -451,7 +451,7 @@ class HubFile(Strict):
     )
     revision: Annotated[str, AfterValidator(_pinned), Field(json_schema_extra={"pattern": COMMIT})]
     path: str = Field(max_length=255, pattern=PLAIN_PATH, description="of the file, in the repository")
-    columns: dict[str, str] = Field(
+    columns: dict[str, Annotated[str, Field(max_length=255)]] = Field(
         default_factory=dict, max_length=16, description="our name of a column -> theirs, where they differ"
     )
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
+import service
 from service.api.errors import KINDS
 from service.app import create_app
 from service.settings import Settings
@@ -236,3 +238,65 @@ def test_openapi_declares_the_problems_of_every_operation(http: TestClient) -> N
             assert all(list(r["content"]) == ["application/problem+json"] for r in problems), path
     references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(api)))
     assert references <= set(api["components"]["schemas"])
+
+
+# --- characters that are none
+
+
+def unbounded(schemas: dict[str, Any], schema: dict[str, Any], where: str, seen: set[str]) -> Iterator[str]:
+    """Strings of a request that anything may stand in."""
+    name = schema.get("$ref", "").rpartition("/")[2]
+    if name and name not in seen:
+        seen.add(name)
+        yield from unbounded(schemas, schemas[name], name, seen)
+    bounds = {"maxLength", "pattern", "enum", "format", "const"}
+    if schema.get("type") == "string" and not bounds & schema.keys():
+        yield where
+    inner = [
+        *schema.get("anyOf", ()),
+        *schema.get("oneOf", ()),
+        schema.get("items"),
+        schema.get("additionalProperties"),
+    ]
+    for one in inner:
+        if isinstance(one, dict):
+            yield from unbounded(schemas, one, where, seen)
+    for field, one in schema.get("properties", {}).items():
+        yield from unbounded(schemas, one, f"{where}.{field}", seen)
+
+
+def test_every_string_of_a_request_but_a_rows_texts_is_bounded() -> None:
+    """One that is has to be text, too: half a surrogate pair, which no database takes, is refused where it stands."""
+    document = json.loads((Path(service.__path__[0]) / "openapi.json").read_text())
+    schemas, seen = document["components"]["schemas"], set[str]()
+    bodies = [
+        content["schema"]
+        for operations in document["paths"].values()
+        for operation in operations.values()
+        for kind, content in operation.get("requestBody", {}).get("content", {}).items()
+        if kind == "application/json"
+    ]
+    found = {where for body in bodies for where in unbounded(schemas, body, "", seen)}
+    assert {where.partition(".")[0] for where in found} == {"Row"}
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer"),
+    [
+        ({"lora": {"target_modules": ["\ud800"]}}, "/lora/target_modules/0"),
+        ({"method": {"type": "\ud800"}}, "/method/type"),
+        ({"metadata": {"\ud800": "v"}}, "/metadata"),
+        ({"metadata": {"k": "\ud800"}}, "/metadata/k"),
+        ({"external_id": "\ud800"}, "/external_id"),
+        ({"forget_set": [{"question": "Who?", "answer": "\ud800"}]}, "/forget_set/0"),
+        ({"forget_set": [{"question": "Who?", "answer": "A", "paraphrased_question": "\ud800"}]}, "/forget_set/0"),
+        ({"method": {"type": "pdu", "hyperparameters": {"\ud800": 1}}}, "/method/hyperparameters"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_where_it_stands(
+    http: TestClient, request_body: dict[str, Any], change: dict[str, Any], pointer: str
+) -> None:
+    content = json.dumps(request_body | change)  # as an escape, which JSON allows
+    reply = http.post(JOBS, content=content, headers=JSON)
+    assert reply.status_code == 422, reply.text
+    assert any(error["pointer"].startswith(pointer) for error in reply.json()["errors"]), reply.json()["errors"]
