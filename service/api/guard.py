@@ -11,7 +11,7 @@ from fastapi.security import HTTPBearer
 
 from service.api import limits
 from service.api.deps import Parts, revalidated
-from service.domain.errors import Forbidden, Unauthenticated
+from service.domain.errors import Forbidden, ProviderUnavailable, Unauthenticated
 from service.domain.identity import Principal, Scope
 from service.settings import Settings
 from service.store import keys, tenants
@@ -74,7 +74,7 @@ async def admit(request: Request, recognise: Recognise) -> Principal:
     address = limits.network(request)
     try:
         principal = await authenticate(request, recognise)
-    except Unauthenticated:  # who is known is never kept out by those who share his address
+    except (Unauthenticated, ProviderUnavailable):  # who is known is never kept out by those who share his address
         await limiter.count(request.state, limiter.failures, address)
         raise
     await limiter.count(request.state, limiter.default, limits.of(principal))
@@ -91,7 +91,8 @@ async def authenticate(request: Request, recognise: Recognise) -> Principal:
     if token.startswith("ulk_"):
         principal = await recognise(request, token) if keys.well_formed(token) else None
     else:
-        principal = await run_sync(parts.provider.recognise, token) if parts.provider else None
+        provider = parts.provider
+        principal = await run_sync(provider.recognise, token, limiter=provider.threads) if provider else None
         if principal is not None and not await look(request.app.state.looks, tenants.exists, principal.tenant):
             principal = None
     if principal is None:

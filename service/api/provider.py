@@ -1,7 +1,12 @@
 """People: tokens of an identity provider, verified against the keys that it publishes (OpenID Connect)."""
 
+import time
+from threading import Lock
+from typing import TypeGuard
+
 import jwt
 import structlog
+from anyio import CapacityLimiter
 
 from service.domain.errors import ProviderUnavailable
 from service.domain.identity import ROLES, Principal, Scope
@@ -17,17 +22,63 @@ ALGORITHMS = [
     "EdDSA",
 ]  # asymmetric alone: a public key signs nothing
 LEEWAY_S = 30  # of clocks
-KEYS_S = 300  # for which the provider's keys are kept
+KEYS_S = 300  # after which the provider's keys are fetched again
+STALE_S = 3600  # for which they are used while that fails
+AGAIN_S = 10  # between two fetches, whatever tokens come: anybody can invent a key's name
+WAIT_S = 1.0  # for a fetch that another token has begun
 TIMEOUT_S = 5
+THREADS = 4  # of all tokens at once: a provider that hangs keeps no thread from API keys
+SUBJECT_MAX = 255  # OpenID Connect Core 1.0, section 2
 
 log = structlog.get_logger(__name__)
+
+
+class Keys:
+    """What the provider publishes, by `kid`; fetched by one thread at a time."""
+
+    def __init__(self, url: str) -> None:
+        self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=TIMEOUT_S)
+        self._found: dict[str, jwt.PyJWK] = {}
+        self._fetched_at = self._tried_at = -float("inf")
+        self._fetching = Lock()
+
+    def of(self, token: str) -> jwt.PyJWK | None:
+        """None: there is no such key. Raises ProviderUnavailable where that cannot be known, PyJWTError for what is no token."""
+        kid = jwt.get_unverified_header(token).get("kid")
+        if (key := self._known(kid, KEYS_S)) is None and self._fetching.acquire(timeout=WAIT_S):
+            try:
+                key = self._known(kid, KEYS_S) or self._fetch(kid)
+            finally:
+                self._fetching.release()
+        if key is None and (key := self._known(kid, STALE_S)) is None and not self._fresh(KEYS_S):
+            raise ProviderUnavailable("the identity provider's keys cannot be had now")
+        return key
+
+    def _known(self, kid: str | None, seconds: float) -> jwt.PyJWK | None:
+        return self._found.get(kid) if kid is not None and self._fresh(seconds) else None
+
+    def _fresh(self, seconds: float) -> bool:
+        return time.monotonic() - self._fetched_at < seconds
+
+    def _fetch(self, kid: str | None) -> jwt.PyJWK | None:
+        if time.monotonic() - self._tried_at < AGAIN_S:
+            return None
+        self._tried_at = time.monotonic()
+        try:
+            self._found = {key.key_id: key for key in self._client.get_signing_keys() if key.key_id}
+        except jwt.PyJWKClientError as error:
+            log.warning("the identity provider's keys cannot be had", error=type(error).__name__)
+            return None
+        self._fetched_at = time.monotonic()
+        return self._found.get(kid or "")
 
 
 class Provider:
     def __init__(self, settings: Settings) -> None:
         assert settings.oidc_jwks_url is not None
         self._settings = settings
-        self._keys = jwt.PyJWKClient(settings.oidc_jwks_url, lifespan=KEYS_S, timeout=TIMEOUT_S)
+        self._keys = Keys(settings.oidc_jwks_url)
+        self.threads = CapacityLimiter(THREADS)
 
     def recognise(self, token: str) -> Principal | None:
         """Whom it vouches for, with the scopes of the roles that it names and we know; None: the token is not good here.
@@ -36,25 +87,33 @@ class Provider:
         """
         settings = self._settings
         try:
+            if (key := self._keys.of(token)) is None:
+                log.info("a token was refused", reason="unknown key")
+                return None
             claims = jwt.decode(
                 token,
-                self._keys.get_signing_key_from_jwt(token),
+                key,
                 algorithms=ALGORITHMS,
                 audience=settings.oidc_audience,
                 issuer=settings.oidc_issuer,
                 leeway=LEEWAY_S,
                 options={"require": ["exp", "sub"]},
             )
-        except jwt.PyJWKClientConnectionError as error:
-            raise ProviderUnavailable("the identity provider's keys cannot be had now") from error
         except jwt.PyJWTError as error:
             log.info("a token was refused", reason=type(error).__name__)
             return None
-        tenant, roles = claims.get(settings.oidc_tenant_claim), claims.get(settings.oidc_roles_claim)
-        if not isinstance(tenant, str) or not isinstance(roles, list):
+        subject, tenant = claims["sub"], claims.get(settings.oidc_tenant_claim)
+        roles = claims.get(settings.oidc_roles_claim)
+        if not _is_name(subject) or not _is_name(tenant) or not isinstance(roles, list):
+            log.info("a token was refused", reason="claims")
             return None
         scopes = frozenset[Scope]().union(*(ROLES.get(role, frozenset()) for role in roles if isinstance(role, str)))
-        return Principal(f"oidc:{claims['sub']}", tenant, scopes)
+        return Principal(f"oidc:{subject}", tenant, scopes)
+
+
+def _is_name(claim: object) -> TypeGuard[str]:
+    """Something that stands in rows and logs: no control character, and no half of one."""
+    return isinstance(claim, str) and 0 < len(claim) <= SUBJECT_MAX and claim.isprintable()
 
 
 def provider_of(settings: Settings) -> Provider | None:

@@ -1,7 +1,9 @@
 """Who may do what: keys, roles, tenants, tokens. Generated from the routes, so that a new one cannot be forgotten."""
 
+import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,6 +17,7 @@ from sqlalchemy import text
 from starlette.routing import BaseRoute
 from starlette.testclient import TestClient
 
+from service.api import provider as provider_module
 from service.api.guard import Guarded
 from service.app import create_app
 from service.domain.errors import NotFound
@@ -371,7 +374,57 @@ def test_a_provider_that_is_away_is_no_guess(settings: Settings, client_of: Clie
     away = {"oidc_issuer": "https://id.example", "oidc_jwks_url": f"http://127.0.0.1:{free_port()}/"}
     token = jwt.encode({"sub": "ada"}, "s" * 32, "HS256", headers={"kid": "k1"})
     with client_of(settings.model_copy(update=away | {"rate_limit_failures_per_minute": 1})) as http:
-        assert [http.get(JOBS, headers=bearer(token)).status_code for _ in range(3)] == [503] * 3
+        assert [http.get(JOBS, headers=bearer(token)).status_code for _ in range(3)] == [503, 429, 429]
+
+
+def test_a_provider_that_hangs_keeps_no_api_key_waiting(
+    settings: Settings, client_of: ClientOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever invents names of keys makes it fetch once, and waits alone."""
+    monkeypatch.setattr(provider_module, "WAIT_S", 0.1)
+    monkeypatch.setattr(provider_module, "TIMEOUT_S", 2)
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        trusting = {"oidc_issuer": "https://id.example", "rate_limit_failures_per_minute": 0}
+        trusting |= {"oidc_jwks_url": f"http://127.0.0.1:{silent.getsockname()[1]}/"}
+        tokens = [jwt.encode({"sub": "ada"}, "s" * 32, "HS256", headers={"kid": f"k{n}"}) for n in range(46)]
+        with client_of(settings.model_copy(update=trusting)) as http, ThreadPoolExecutor(46) as pool:
+            invented = [pool.submit(http.get, JOBS, headers=bearer(token)) for token in tokens]
+            time.sleep(0.2)
+            began = time.monotonic()
+            assert http.get(JOBS).status_code == 200
+            assert time.monotonic() - began < 1
+            assert {one.result().status_code for one in invented} == {503}
+        silent.settimeout(0.1)
+        silent.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            silent.accept()
+
+
+def test_a_key_that_the_provider_publishes_later_is_found(
+    provider: tuple[Settings, Callable[..., str]], httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, token = provider
+    assert settings.oidc_jwks_url is not None
+    keys = provider_module.Keys(settings.oidc_jwks_url)
+    later = jwt.encode({"sub": "ada"}, "s" * 32, "HS256", headers={"kid": "k2"})
+    assert keys.of(token()) is not None
+    assert [keys.of(later) for _ in range(5)] == [None] * 5
+    assert len(httpserver.log) == 1, "names that nobody published are not asked for again and again"
+    private = rsa.generate_private_key(65537, 2048)
+    jwk = jwt.algorithms.RSAAlgorithm.to_jwk(private.public_key(), as_dict=True) | {"kid": "k2", "use": "sig"}
+    httpserver.clear_all_handlers()
+    httpserver.expect_request("/jwks").respond_with_json({"keys": [jwk]})
+    monkeypatch.setattr(provider_module, "AGAIN_S", 0)
+    assert keys.of(later) is not None
+
+
+@pytest.mark.parametrize("subject", ["", "a\0b", "\ud800", "\x1b[2J", "a" * 256])
+def test_a_subject_that_is_no_name_is_nobody(
+    provider: tuple[Settings, Callable[..., str]], client_of: ClientOf, subject: str
+) -> None:
+    settings, token = provider
+    with client_of(settings) as http:
+        assert http.get(JOBS, headers=bearer(token(sub=subject))).status_code == 401
 
 
 def test_a_token_that_the_provider_did_not_sign_is_nobodys(
