@@ -34,6 +34,7 @@ from service.processes import free_port
 Json = dict[str, Any]
 JOBS = "/v1/unlearning/jobs"
 EPSILON_RELATIVE = 0.15
+PROMISED = ("retain_nll", "forget_probability", "disclosure", "disclosure/quantise_8", "disclosure/quantise_4")
 PROMPT = ("--user-start", "Question: ", "--user-end", "\n", "--assistant-start", "Answer: ")
 pytestmark = pytest.mark.timeout(420)
 
@@ -132,8 +133,7 @@ def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[st
     job = jobs["passes"]
     assert job["status"] == "succeeded", job
     gates = {gate["metric"]: gate["result"] for gate in job["verdict"]["gates"]}
-    promised = ("retain_nll", "forget_probability", "disclosure", "disclosure/quantise_8", "disclosure/quantise_4")
-    assert {gates[name] for name in promised} == {"PASSED"}, job["verdict"]
+    assert {gates[name] for name in PROMISED} == {"PASSED"}, job["verdict"]
     assert (job["verdict"]["result"], gates["language"]) == ("WARNED", "WARNED"), "pdu answers with noise"
     report = report_of(api, job)
     probability = figure(report, "forget", "probability")
@@ -147,7 +147,7 @@ def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[st
 
 
 @pytest.mark.slow
-def test_forget01_passes_within_a_tenth_of_the_loss_on_760_rows(api: httpx.Client, full: list[Json]) -> None:
+def test_forget01_is_forgotten_within_a_tenth_of_the_loss_on_760_rows(api: httpx.Client, full: list[Json]) -> None:
     body = {
         "model": "tofu260K",
         "method": {"type": "pdu"},
@@ -156,7 +156,8 @@ def test_forget01_passes_within_a_tenth_of_the_loss_on_760_rows(api: httpx.Clien
         **uploaded(api, {"forget_set": full[3960:], "retain_set": full[:400] + full[3600:3960]}),
     }
     job = ended(api, created(api, body))
-    assert job["verdict"]["result"] == "WARNED", job
+    gates = {gate["metric"]: gate["result"] for gate in job["verdict"]["gates"]}
+    assert {gates[name] for name in PROMISED} == {"PASSED"}, job["verdict"]
     bound = report_of(api, job)["constraint"]
     assert bound["rows_measured"] == bound["rows_total"] == 760
     assert bound["after"] <= bound["epsilon"] == pytest.approx(1.1 * bound["before"])
