@@ -6,8 +6,9 @@ no, rows are read one by one and generation is the library's own.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +101,26 @@ def grown(network: Network, rows: Sequence[list[int]], max_tokens: int) -> list[
     return found
 
 
-@torch.no_grad()
+def _found_once(probe: Callable[[Network], bool]) -> Callable[[Network], bool]:
+    """Of each model that is loaded: what its weights are changes nothing of what its decoder can do."""
+    found = WeakKeyDictionary[Any, bool]()
+
+    def known(network: Network) -> bool:
+        if network.causal not in found:
+            found[network.causal] = probe(network)
+        return found[network.causal]
+
+    return known
+
+
 def reads_trees(network: Network, longest: int) -> bool:
     """Whether rows of at most so many tokens say the same in a tree as alone."""
-    if longest > min(window(network), rescaled_at(network)):
-        return False
+    return longest <= min(window(network), rescaled_at(network)) and _reads_a_tree(network)
+
+
+@_found_once
+@torch.no_grad()
+def _reads_a_tree(network: Network) -> bool:
     (tree,) = trees.grow(PROBE, pairs_per_token=float("inf"), max_tokens=PROBE_TOKENS)
     try:
         shared_ND = read(network, trees.plant([tree]))
@@ -113,14 +129,17 @@ def reads_trees(network: Network, longest: int) -> bool:
     return all(_agree(network, PROBE[i], shared_ND[path]) for i, path in zip(tree.rows, tree.paths, strict=True))
 
 
-@torch.no_grad()
 def caches(network: Network, longest: int) -> bool:
     """Whether rows of at most so many tokens say the same if they go on, padded, from the keys and values of their beginnings.
 
     Also whether what was kept can be dropped again, from the end and by row.
     """
-    if longest > rescaled_at(network):
-        return False
+    return longest <= rescaled_at(network) and _goes_on(network)
+
+
+@_found_once
+@torch.no_grad()
+def _goes_on(network: Network) -> bool:
     short, long = PROBE[1:]
     wrong = 2
     try:

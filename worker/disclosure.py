@@ -229,9 +229,9 @@ def answers(
     Args:
         given: by the row's place, the tokens that the network answered when its figures were taken (worker.suites.request).
     """
-    said = [_given(network, probe, given.get(chosen[probe.target].place)) for probe in planned]
-    outputs = iter(generated(network, [probe for probe, text in zip(planned, said, strict=True) if text is None]))
-    return [next(outputs).text if text is None else text for text in said]
+    known = [_given(network, probe, given.get(chosen[probe.target].place)) for probe in planned]
+    outputs = iter(generated(network, [probe for probe, text in zip(planned, known, strict=True) if text is None]))
+    return [next(outputs).text if text is None else text for text in known]
 
 
 def generated(network: Network, planned: Sequence[Probe]) -> list[Generated]:

@@ -63,17 +63,17 @@ def generate(
     ]
     ends = {*(network.causal.generation_config.eos_token_id or ()), *(() if end_of_turn is None else (end_of_turn,))}
     ending = _Ending(ends, stops, loops_end)
-    asked = [row for row in rows if row.room > 0]
-    if not asked:
+    roomy = [row for row in rows if row.room > 0]
+    if not roomy:
         pass
-    elif decoder.caches(network, max(len(row.prompt) + row.room for row in asked)):
+    elif decoder.caches(network, max(len(row.prompt) + row.room for row in roomy)):
         at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
         at_once = max(at_once, GENERATION_BYTES // decoder.position_bytes(network))
-        _answer(network, asked, at_once, ending)
+        _answer(network, roomy, at_once, ending)
     else:
-        for row in asked:
-            row.said = _uncached(network, row, ending)
-    return [Generated(_cut(_decoded(network, row.said), stops).strip(), row.said) for row in rows]
+        for row in roomy:
+            row.answer = _uncached(network, row, ending)
+    return [Generated(_cut(_decoded(network, row.answer), stops).strip(), row.answer) for row in rows]
 
 
 class _Ending(NamedTuple):
@@ -95,11 +95,11 @@ class _Row:
     def __init__(self, prompt: list[int], room: int, seed: int | None) -> None:
         self.prompt, self.room = prompt, room
         self.drawn = None if seed is None else _uniform(seed, room)
-        self.said: list[int] = []
+        self.answer: list[int] = []
 
     @property
     def left(self) -> int:
-        return self.room - len(self.said)
+        return self.room - len(self.answer)
 
 
 def room(network: Network, prompt: Sequence[int], beyond_context: bool) -> int:
@@ -160,15 +160,15 @@ def _begin(network: Network, rows: list[_Row], ending: _Ending) -> _Batch | None
 
 
 def _go_on(network: Network, batch: _Batch, ending: _Ending) -> _Batch | None:
-    """Reads what was last said, and guesses. None: all rows have ended."""
+    """Reads each row's last token, and guesses. None: all rows have ended."""
     rows, kept, mask_BS = batch
     # gaps, which wrong guesses leave, count towards a window
     spare = decoder.window(network) - 1 - mask_BS.shape[1] - max(row.left for row in rows)
     most = int(min(GUESSING_TOKENS // len(rows) - 1, spare))
     reads = []
     for row in rows:
-        guesses = _guesses([*row.prompt, *row.said], min(most, row.left - 1)) if row.drawn is None else []
-        reads.append(_Read([row.said[-1], *guesses], len(guesses)))
+        guesses = _guesses([*row.prompt, *row.answer], min(most, row.left - 1)) if row.drawn is None else []
+        reads.append(_Read([row.answer[-1], *guesses], len(guesses)))
     width = max(len(read.ids) for read in reads)
     ids_BT = torch.tensor([[*read.ids, *[0] * (width - len(read.ids))] for read in reads])
     read_BT = torch.tensor([[1] * len(read.ids) + [0] * (width - len(read.ids)) for read in reads])
@@ -183,12 +183,12 @@ def _answered(
     """The rows with what follows what they have read, without those that have ended and without wrong guesses."""
     rows, kept, mask_BS = batch
     start, stay = mask_BS.shape[1] - states_BTD.shape[1], []
-    drawn = [None if row.drawn is None else row.drawn[len(row.said)] for row in rows]
+    drawn = [None if row.drawn is None else row.drawn[len(row.answer)] for row in rows]
     for b, (row, follow) in enumerate(zip(rows, _follows(network, states_BTD, reads, drawn), strict=True)):
         sure = len(reads[b].ids) - reads[b].guesses
         right = common_prefix(reads[b].ids[sure:], follow)
         mask_BS[b, start + sure + right :] = 0
-        if _says(network, row, follow[: right + 1], ending):
+        if _extend(network, row, follow[: right + 1], ending):
             stay.append(b)
     if not stay:
         return None
@@ -275,15 +275,15 @@ def _loops(ids: Sequence[int]) -> bool:
     return len(tail) == LOOP_TOKENS and any(tail[period:] == tail[:-period] for period in range(1, PERIOD_MAX + 1))
 
 
-def _says(network: Network, row: _Row, tokens: Sequence[int], ending: _Ending) -> bool:
-    """Adds the tokens to what is said, as far as the row goes; whether it goes on behind them."""
+def _extend(network: Network, row: _Row, tokens: Sequence[int], ending: _Ending) -> bool:
+    """Adds the tokens to the answer, as far as it goes; whether it goes on behind them."""
     for token in tokens:
         if token in ending.tokens:
             return False
-        row.said.append(token)
-        if not row.left or _stopped(network, row.said, ending.texts):
+        row.answer.append(token)
+        if not row.left or _stopped(network, row.answer, ending.texts):
             return False
-    return not (ending.loops and row.drawn is None and _loops(row.said))
+    return not (ending.loops and row.drawn is None and _loops(row.answer))
 
 
 def _logits(network: Network, last_BD: Tensor) -> Tensor:
