@@ -22,9 +22,9 @@ long as they may be), in MiB, against what is counted here, for Llamas of 135 mi
                                 135M measured  counted      260K measured  counted
     step of the longest rows            1,468    1,340          237 to 274      306
     check                                 225      311            39 to 51       45
-    answers for figures                     -    3,941                 100       74
-    disclosure                          3,283    4,228                 604      746
-    neighbours                              -    1,273                  90       96
+    answers for figures                     -    1,783                 100       74
+    disclosure                              -    2,072                 303      362
+    neighbours                            485    1,273                  49       96
     rounded: likelihoods           492 to 936    1,016            22 to 33       47
     rounded: answers           1,232 to 1,278    1,281                  61       46
 
