@@ -59,7 +59,7 @@ class MemoryPlan(BaseModel):
 
     cpu_float32: Memory | None = Field(
         description="compared with models of 135 million and of 260 thousand parameters: a step is estimated 9 % too low and "
-        "20 % too high, a check 38 % too high and right; disclosure 29 % and 19 % too high"
+        "20 % too high, a check 38 % too high and right; disclosure, of the smaller, 19 % too high"
     )
     accelerator_bfloat16: Memory | None = Field(
         description="counted as on a CPU, and never measured on an accelerator; its allocator is taken to leave no holes"
