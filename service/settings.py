@@ -18,8 +18,9 @@ class Files(PydanticBaseSettingsSource):
         path = os.environ.get(f"{field_name.upper()}_FILE") if field_name in IN_FILES else None
         try:
             return Path(path).read_text(encoding="utf-8").strip() if path else None, field_name, False
-        except OSError as error:
-            raise SettingsError(f"{field_name.upper()}_FILE: {path} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise SettingsError(f"{field_name.upper()}_FILE: {path} cannot be read: {why}") from error
 
     def __call__(self) -> dict[str, str]:
         found = {name: self.get_field_value(FieldInfo(), name)[0] for name in IN_FILES}

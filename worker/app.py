@@ -205,7 +205,7 @@ def _listen(settings: Settings, work: Callable[[], None], stopping: Event) -> in
         worker.start()
         if stopping.is_set():
             return int(worker.exitcode or 0)
-        log.warning("the broker's connection was lost", listens_again_s=LISTEN_AGAIN_S)
+        log.warning("the broker's connection was lost", status=worker.exitcode, listens_again_s=LISTEN_AGAIN_S)
         if stopping.wait(LISTEN_AGAIN_S):
             return 0
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from service.domain.job import MICRO_BATCH_TOKENS
 from worker import decoder
 from worker.model import Network, own_logits
 from worker.trees import common_prefix
@@ -68,7 +69,8 @@ def generate(
         pass
     elif decoder.caches(network, max(len(row.prompt) + row.room for row in roomy)):
         at_once = min(GENERATION_TOKENS, 2 * network.tokens_at_once)
-        at_once = max(at_once, GENERATION_BYTES // decoder.position_bytes(network))
+        if network.tokens_at_once == MICRO_BATCH_TOKENS:  # less, where memory had no room
+            at_once = max(at_once, GENERATION_BYTES // decoder.position_bytes(network))
         _answer(network, roomy, at_once, ending)
     else:
         for row in roomy:

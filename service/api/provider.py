@@ -40,37 +40,40 @@ class Keys:
         self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=TIMEOUT_S)
         self._found: dict[str, jwt.PyJWK] = {}
         self._fetched_at = self._tried_at = -float("inf")
+        self._failed = False  # the last time
         self._fetching = Lock()
 
     def of(self, token: str) -> jwt.PyJWK | None:
         """None: there is no such key. Raises ProviderUnavailable where that cannot be known, PyJWTError for what is no token."""
         kid = jwt.get_unverified_header(token).get("kid")
-        if (key := self._known(kid, KEYS_S)) is None and self._fetching.acquire(timeout=WAIT_S):
+        if (key := self._known(kid, KEYS_S)) is not None:
+            return key
+        waited = self._fetching.acquire(timeout=WAIT_S)
+        if waited:
             try:
-                key = self._known(kid, KEYS_S) or self._fetch(kid)
+                self._fetch()
             finally:
                 self._fetching.release()
-        if key is None and (key := self._known(kid, STALE_S)) is None and not self._fresh(KEYS_S):
+        key = self._known(kid, STALE_S)
+        if key is None and (self._failed or not waited):
             raise ProviderUnavailable("the identity provider's keys cannot be had now")
         return key
 
     def _known(self, kid: str | None, seconds: float) -> jwt.PyJWK | None:
-        return self._found.get(kid) if kid is not None and self._fresh(seconds) else None
+        fresh = time.monotonic() - self._fetched_at < seconds
+        return self._found.get(kid) if kid is not None and fresh else None
 
-    def _fresh(self, seconds: float) -> bool:
-        return time.monotonic() - self._fetched_at < seconds
-
-    def _fetch(self, kid: str | None) -> jwt.PyJWK | None:
+    def _fetch(self) -> None:
         if time.monotonic() - self._tried_at < AGAIN_S:
-            return None
+            return
         self._tried_at = time.monotonic()
         try:
             self._found = {key.key_id: key for key in self._client.get_signing_keys() if key.key_id}
-        except jwt.PyJWKClientError as error:
+        except (jwt.PyJWTError, OSError, ValueError) as error:  # it is away, or what answers in its place is no JSON
             log.warning("the identity provider's keys cannot be had", error=type(error).__name__)
-            return None
-        self._fetched_at = time.monotonic()
-        return self._found.get(kid or "")
+            self._failed = True
+        else:
+            self._fetched_at, self._failed = time.monotonic(), False
 
 
 class Provider:

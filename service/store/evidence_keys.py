@@ -35,7 +35,7 @@ def active(s: Session, secrets: Secrets) -> SigningKey:
 def check_master_key(sessions: Sessions, secrets: Secrets) -> None:
     """Raises WrongMasterKey where what is stored was sealed under another one. The first call makes what later ones open.
 
-    Nothing is raised while the database is away or not migrated: then nothing else can be done with the key either.
+    Nothing is raised while the database is away or not migrated: then readiness tells it later.
     """
     with suppress(SQLAlchemyError), sessions.begin() as s:
         try:

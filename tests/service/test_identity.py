@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from service.api import provider as provider_module
 from service.api.guard import Guarded
 from service.app import create_app
-from service.domain.errors import NotFound
+from service.domain.errors import NotFound, ProviderUnavailable
 from service.domain.identity import ALL, ROLES, Scope
 from service.processes import free_port
 from service.settings import Settings
@@ -416,6 +416,23 @@ def test_a_key_that_the_provider_publishes_later_is_found(
     httpserver.expect_request("/jwks").respond_with_json({"keys": [jwk]})
     monkeypatch.setattr(provider_module, "AGAIN_S", 0)
     assert keys.of(later) is not None
+
+
+@pytest.mark.parametrize("answer", ["<html>502</html>", '{"keys": []}'])
+def test_known_keys_serve_while_something_else_answers_for_the_provider(
+    provider: tuple[Settings, Callable[..., str]], httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    settings, token = provider
+    assert settings.oidc_jwks_url is not None
+    keys = provider_module.Keys(settings.oidc_jwks_url)
+    assert keys.of(token()) is not None
+    httpserver.clear_all_handlers()
+    httpserver.expect_request("/jwks").respond_with_data(answer)
+    for name in ("KEYS_S", "AGAIN_S"):
+        monkeypatch.setattr(provider_module, name, 0)
+    assert keys.of(token()) is not None
+    with pytest.raises(ProviderUnavailable):  # that there is no such key is not known
+        keys.of(jwt.encode({"sub": "ada"}, "s" * 32, "HS256", headers={"kid": "k2"}))
 
 
 @pytest.mark.parametrize("subject", ["", "a\0b", "\ud800", "\x1b[2J", "a" * 256])
