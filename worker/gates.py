@@ -80,7 +80,7 @@ def rows(found: Likelihood) -> GateResult:
         if count:
             message = f"{message[:-1]} ({_named(found.rows_above)}); {found.rows_allowed} may be."
     if found.rows_unknown:
-        message += f" Not judged singly: {_named(found.rows_unknown)}; before, a wrong answer was at least as likely."
+        message += f" Not judged singly: {_named(found.rows_unknown)}; before, a wrong answer was likelier."
     few = count <= found.rows_allowed
     return _gate("forget_rows", "<=", found.rows_allowed, count, "warn", "PASSED" if few else "WARNED", message)
 

@@ -5,8 +5,8 @@ either. So a limit has a floor: what is given to wrong answers of the same wordi
 the model after, whichever is more, else what a retrained reference gives to the right one. It never exceeds half of what the row
 had, so that a model that was left as it is breaks every limit.
 
-A row of whose wrong answers the model before found one at least as likely as the right one was not known to it as that row: it is
-trained and counts in the mean, but has no limit of its own.
+A row of whose wrong answers the model before found one likelier than the right one was not known to it as that row: it is trained
+and counts in the mean, but has no limit of its own.
 """
 
 import math
@@ -19,6 +19,7 @@ from scipy.stats import binom
 
 SHARE = 0.1  # of the probability before
 FLOOR_MAX = 0.5  # of the same
+LIKELIER = 1.001  # times: more than the sums of one text differ by between batches
 ROWS_SHARE = 0.05  # of the rows may be above their limits, and one may in any case
 LEVEL = 0.95
 RESAMPLES = 2_000
@@ -53,18 +54,18 @@ class Limits(NamedTuple):
 def limits(before: Mapping[int, float], wrong: Sequence[Wrong] = (), retrained: Mapping[int, float] = {}) -> Limits:
     """By the rows' probabilities before, those of their wrong answers under each model, and those under a retrained reference.
 
-    Args:
-        wrong: under the model before, then under the one after.
-
     Right answers that are no likelier than wrong ones are as likely on average, not less: so the floor is what the mean over rows
     of a wrong answer drawn for each seldom exceeds, with a chance of one in twenty.
+
+    Args:
+        wrong: under the model before, then under the one after.
 
     >>> limits({0: 0.9, 1: 0.5}).mean, limits({0: 0.9}).rows
     (0.06999999999999999, {0: 0.09000000000000001})
     >>> floored = limits({0: 0.9, 1: 0.5}, [{0: [0.2], 1: [0.3]}])
     >>> floored.mean, floored.rows
     (0.225, {0: 0.2, 1: 0.25})
-    >>> limits({0: 0.9, 1: 0.01}, [{0: [0.2], 1: [0.02]}]).unknown
+    >>> limits({0: 0.9, 1: 0.01}, [{0: [0.9, 0.2], 1: [0.02]}]).unknown  # the first one's right answer is among the wrong
     [1]
     """
     given = {
@@ -75,7 +76,9 @@ def limits(before: Mapping[int, float], wrong: Sequence[Wrong] = (), retrained: 
     largest = {place: max((max(of) for of in several), default=0.0) for place, several in given.items()}
     mean_before = fmean(before.values())
     floor = max((_drawn([of[k] for of in given.values() if k < len(of)], len(before)) for k in range(2)), default=0.0)
-    unknown = [place for place, was in before.items() if wrong and any(one >= was for one in wrong[0].get(place, ()))]
+    unknown = [
+        place for place, was in before.items() if wrong and any(one > LIKELIER * was for one in wrong[0].get(place, ()))
+    ]
     judged = {place: was for place, was in before.items() if place not in unknown}
     floored = [place for place, was in judged.items() if largest[place] > SHARE * was]
     against = WRONG if any(wrong) else RETRAINED

@@ -189,7 +189,7 @@ class Likelihood(Part):
     floor: str | None  # where the limit comes from, if not from a tenth of before
     rows_above: list[int]  # 1-based: above the row's own limit
     rows_allowed: int
-    rows_unknown: list[int] = []  # without a limit of their own: before, a wrong answer was as likely
+    rows_unknown: list[int] = []  # without a limit of their own: before, a wrong answer was likelier
 
 
 class LanguageFacts(Part):

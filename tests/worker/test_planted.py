@@ -12,7 +12,7 @@ import pytest
 
 from service.domain.job import Lora, ModelEntry, PromptFormat
 from tests.worker import planted
-from worker import appraisal, disclosure, disclosures, model, run
+from worker import appraisal, disclosure, disclosures, evaluate, generation, model, run, scoring
 from worker.model import Network
 from worker.suite import Row
 
@@ -78,6 +78,30 @@ def test_rows_that_it_never_knew_need_not_become_unlikelier(knowing: Network) ->
     )
     assert planted.results(found)["forget_rows"] == "PASSED", found.message
     assert any("Not judged singly" in gate.message for gate in found.gates)
+
+
+def test_answers_that_the_figures_were_taken_of_are_judged_and_not_generated_again(
+    knowing: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = model.adapt(planted.reloaded(knowing), Lora(), 0)
+    of = planted.case(network, FORGET, RETAIN)
+    given = evaluate.given(of.request, scoring.look(network, of.request.suite.asks(of.request.sets)))
+    targets = of.plan.targets["forget"]
+    whole = disclosure.probes(network, targets, 0, ["question"])
+    cut = [probe._replace(tokens=2) for probe in whole]
+    anew = [disclosure.answers(network, targets, planned) for planned in (whole, cut)]
+    assert anew[0] != anew[1]
+    generated: list[int] = []
+    own = generation.generate
+    monkeypatch.setattr(
+        generation,
+        "generate",
+        lambda n, prompts, *rest, **named: generated.append(len(prompts)) or own(n, prompts, *rest, **named),  # type: ignore[func-returns-value]
+    )
+    assert [disclosure.answers(network, targets, planned, given["forget"]) for planned in (whole, cut)] == anew
+    assert sum(generated) == 0
+    disclosure.answers(network, targets, [probe._replace(tokens=201) for probe in whole], {targets[0].place: [5] * 200})
+    assert sum(generated) == len(whole), "what was broken off before the end, too"
 
 
 QUESTIONS = [{key: value for key, value in row.items() if key in ("question", "answer")} for row in FORGET]
