@@ -1,10 +1,11 @@
 """What a verdict is made of: everything that is measured of a model before training, and of what was released."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain as chained
 from typing import Any, Literal, NamedTuple
 
 from service.domain.job import Audit, ModelEntry, Stage, Verdict
-from service.domain.report import AuditEntry, Conspicuous, Disclosure, Knowledge, Likelihood
+from service.domain.report import AuditEntry, Conspicuous, Disclosure, Knowledge, Likelihood, TextKnowledge
 from service.domain.rows import Example
 from service.store.storage import Storage
 from worker import (
@@ -21,6 +22,7 @@ from worker import (
     model,
     report,
     scoring,
+    text_equivalence,
 )
 from worker.benchmarks import Benchmark
 from worker.diary import Diary
@@ -29,6 +31,8 @@ from worker.lineage import Earlier
 from worker.measure import Measurement, Sets
 from worker.model import Network
 from worker.records import Assignment
+from worker.suite import Row, Seen
+from worker.text_equivalence import TextEquivalence
 
 FORGET = "forget/probability"
 WRONG = "forget/wrong_probability"
@@ -55,6 +59,22 @@ class Case(NamedTuple):
     retrained: Retrained
 
 
+class Known(NamedTuple):
+    """Whether a model knows the forget rows by their likelihood. None: there are none of that kind."""
+
+    answers: Equivalence | None
+    texts: TextEquivalence | None
+
+    @property
+    def nothing(self) -> bool:
+        return all(found is None or found.equivalent for found in self)
+
+    def facts(self, of: Literal["base", "start"]) -> tuple[list[Knowledge], list[TextKnowledge]]:
+        """For a report: at most one of each kind."""
+        answers = [report.knowledge(of, self.answers)] if self.answers else []
+        return answers, [report.text_knowledge(of, self.texts)] if self.texts else []
+
+
 class Before(NamedTuple):
     """Of the model that the job starts from; of the base model alone where it says so."""
 
@@ -68,7 +88,7 @@ class Before(NamedTuple):
     usual: Sequence[float]  # of the base
     wrong: Mapping[int, Sequence[float]]  # probabilities of the forget rows' wrong answers, by place
     limits: likelihood.Limits  # for the checks of a run; what is released may have a higher floor of its own
-    knowledge: Equivalence  # of the forget rows
+    knowledge: Known  # of the forget rows
 
 
 class NotKnown(NamedTuple):
@@ -76,6 +96,7 @@ class NotKnown(NamedTuple):
 
     verdict: Verdict
     knowledge: list[Knowledge]
+    text_knowledge: list[TextKnowledge]
     disclosure: list[Disclosure]
 
 
@@ -141,8 +162,17 @@ def before(network: Network, of: Case, job: Assignment, measured: Measurement | 
         usual = disclosures.usual(network, of.plan)
     wrong = _by_place(of.request, request, WRONG)
     limits = likelihood.limits(_by_place(of.request, request, FORGET), [wrong], of.retrained.probabilities)
-    knowledge = equivalence.known(of.request.sets["forget"], seen)
+    knowledge = _known(of.request.sets, seen, seen)
     return Before(found, request, named, chain, chain_base, chain_limits, known, usual, wrong, limits, knowledge)
+
+
+def _known(sets: Mapping[str, Sequence[Row]], answers: Seen, texts: Seen) -> Known:
+    """Of what the model says of the answers and of the texts."""
+    rows = sets["forget"]
+    return Known(
+        equivalence.known(rows, answers) if any("text" not in row for row in rows) else None,
+        text_equivalence.known(rows, sets.get("holdout", ()), texts) if any("text" in row for row in rows) else None,
+    )
 
 
 def not_known(network: Network, of: Case, was: Before, parent: str | None) -> NotKnown | None:
@@ -151,25 +181,29 @@ def not_known(network: Network, of: Case, was: Before, parent: str | None) -> No
     Asked in every way only if the likelihoods say so. Where the job starts from an earlier one's adapter the base model is asked,
     too: one that knows them has had them forgotten already.
     """
-    rows = of.request.sets["forget"]
-    if not was.knowledge.equivalent or len(rows) < of.plan.rows["forget"]:
+    sets = of.request.sets
+    if not was.knowledge.nothing or len(sets["forget"]) < of.plan.rows["forget"]:
         return None
     start: Literal["start", "base"] = "base" if parent is None else "start"
-    knowledge = [report.knowledge(start, was.knowledge)]
+    known = [was.knowledge.facts(start)]
     with model.adapter_off(network):
         disclosed = [disclosures.untrained(network, of.plan, start)]
     if parent is not None:
         with model.base_alone(network):
-            seen = scoring.look(network, equivalence.asks(rows))
-            knowledge.append(report.knowledge("base", equivalence.known(rows, seen)))
+            asks = (equivalence.asks(sets["forget"]), text_equivalence.asks(sets["forget"], sets.get("holdout", ())))
+            known.append(_known(sets, *(scoring.look(network, one) for one in asks)).facts("base"))
             disclosed.append(disclosures.untrained(network, of.plan, "base"))
     if any(found.rows_in_every_way < found.rows_total for found in disclosed):
         return None
     judged = [
-        [report.knowledge_gate(one), gates.disclosure(found)] for one, found in zip(knowledge, disclosed, strict=True)
+        [*map(report.knowledge_gate, answers), *map(report.text_knowledge_gate, texts), gates.disclosure(found)]
+        for (answers, texts), found in zip(known, disclosed, strict=True)
     ]
     verdict = report.not_known_verdict(judged[0], judged[1] if parent is not None else (), parent)
-    return NotKnown(verdict, knowledge, disclosed) if verdict else None
+    if verdict is None:
+        return None
+    answers, texts = (list(chained.from_iterable(kind)) for kind in zip(*known, strict=True))
+    return NotKnown(verdict, answers, texts, disclosed)
 
 
 def after(

@@ -70,6 +70,7 @@ def assemble(
         gates=job.spec.gates,
         figures=report.values(facts.figures, facts.benchmarks, after.attacks),
     )
+    knowledge, text_knowledge = before.knowledge.facts("base" if job.parent is None else "start")
     return _report(
         job,
         method,
@@ -91,6 +92,8 @@ def assemble(
         answered=after.disclosed.answered,
         language=after.disclosed.language,
         conspicuous=after.conspicuous,
+        knowledge=knowledge,
+        text_knowledge=text_knowledge,
         caveats=report.caveats(
             facts.benchmarks, after.attacks, chained=facts.parent is not None, reverified=job.spec.reverifies
         ),
@@ -127,6 +130,7 @@ def assemble_untrained(
         ),
         disclosure=unknown.disclosure,
         knowledge=unknown.knowledge,
+        text_knowledge=unknown.text_knowledge,
         caveats=report.untrained_caveats(chained=facts.parent is not None),
     )
 

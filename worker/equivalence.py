@@ -1,4 +1,6 @@
-"""Whether a model does not know the forget rows: an equivalence test, before any training, of right answers against wrong ones.
+"""Whether a model does not know the answers of forget rows: an equivalence test, before any training, against wrong answers.
+
+Rows of `text` have none, see worker.text_equivalence.
 
 A row's log ratio is the right answer's mean log-likelihood per token less the logarithm of the mean, over its wrong answers, of
 theirs (of exp of the mean per token). Both must be worded alike, or a difference of wording counts as knowledge. Were right and
@@ -69,12 +71,12 @@ def known(rows: Sequence[Row], seen: Seen) -> Equivalence:
     """The test. `equivalent` is True only if every row has a log ratio, none is recited, and the bound lies below the margin.
 
     Args:
-        rows: all forget rows, with all their columns: one that cannot be measured leaves it undecided.
+        rows: all forget rows, with all their columns: one that cannot be measured leaves it undecided. A text does not count.
         seen: what the model says of their texts: ("forget", "answer"), ("forget", "paraphrased_answer") and
             ("forget", "perturbed_answer.k"), those that there are.
     """
     said = {
-        text: {place: -loss for place, loss in mean_loss(scores).items()}
+        text: {place: -loss for place, loss in mean_loss(scores).items() if "text" not in rows[place]}
         for (of, text), scores in seen.items()
         if of == "forget"
     }
@@ -95,18 +97,17 @@ def known(rows: Sequence[Row], seen: Seen) -> Equivalence:
 
 
 def _undecided(rows: Sequence[Row], ratios: Mapping[int, float]) -> str | None:
-    texts = [place + 1 for place, row in enumerate(rows) if "text" in row]
-    without = [place + 1 for place, row in enumerate(rows) if not row.get("perturbed_answer")]
-    lost = [place + 1 for place in range(len(rows)) if place not in ratios]
+    answered = {place: row for place, row in enumerate(rows) if "text" not in row}
+    without = [place + 1 for place, row in answered.items() if not row.get("perturbed_answer")]
+    lost = [place + 1 for place in answered if place not in ratios]
     for numbers, why in (
-        (texts, "a row of `text` has no wrong answers to compare it with"),
         (without, "a row without `perturbed_answer` has no wrong answers to compare it with"),
         (lost, "not all answers of a row could be measured"),
     ):
         if numbers:
             return f"{why} (row {numbers[0]}" + (f" and {len(numbers) - 1} others)" if len(numbers) > 1 else ")")
-    if len(rows) < ROWS_MIN:
-        return f"{len(rows)} row{' is' if len(rows) == 1 else 's are'} too few, at least {ROWS_MIN} are needed"
+    if len(answered) < ROWS_MIN:
+        return f"{len(answered)} row{' is' if len(answered) == 1 else 's are'} too few, at least {ROWS_MIN} are needed"
     return None
 
 

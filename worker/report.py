@@ -32,12 +32,14 @@ from service.domain.report import (
     RequestFigures,
     RowPoint,
     StepPoint,
+    TextKnowledge,
     Trajectory,
 )
 from worker import gates as gates_of
 from worker import likelihood as likelihood_rules
 from worker.equivalence import Equivalence
 from worker.records import CheckRecord, RequestRows, StepRecord
+from worker.text_equivalence import TextEquivalence
 from worker.words import number, pair, percents
 
 POINTS_MAX = 500
@@ -68,6 +70,7 @@ UNTRAINED_CHAINED = (
     "The job started from the adapter of an earlier one: where the figures do not name the base model, it had that. What the "
     "earlier jobs of its chain had the model forget was not judged again."
 )
+WHO = {"base": "The base model", "start": "The model that the job starts from"}
 RELATION = {"<=": "at most", ">=": "at least"}
 
 
@@ -247,9 +250,24 @@ def knowledge(model: Literal["base", "start"], found: Equivalence) -> Knowledge:
     )
 
 
+def text_knowledge(model: Literal["base", "start"], found: TextEquivalence) -> TextKnowledge:
+    return TextKnowledge(
+        model=model,
+        equivalent=found.equivalent,
+        auc=found.auc,
+        upper=found.upper,
+        threshold=found.threshold,
+        rows=found.texts,
+        holdout_rows=found.holdout_texts,
+        likeliest=found.likeliest,
+        recited=[place + 1 for place in found.recited],
+        reason=found.reason,
+    )
+
+
 def knowledge_gate(found: Knowledge) -> GateResult:
     """PASSED if the model does not know the rows; FAILED if it does, or if that could not be decided."""
-    who = "The base model" if found.model == "base" else "The model that the job starts from"
+    who = WHO[found.model]
     value = _finite(found.upper)
     if found.recited:
         others = f" and {len(found.recited) - 1} others" if len(found.recited) > 1 else ""
@@ -267,6 +285,36 @@ def knowledge_gate(found: Knowledge) -> GateResult:
         metric=f"{found.model}/log_ratio",
         op="<=",
         threshold=found.margin,
+        value=value,
+        result="PASSED" if found.equivalent else "FAILED",
+        message=message,
+    )
+
+
+def text_knowledge_gate(found: TextKnowledge) -> GateResult:
+    """PASSED if the model does not know the texts; FAILED if it does, or if that could not be decided."""
+    who = WHO[found.model]
+    value = _finite(found.upper)
+    if found.recited:
+        others = f" and {len(found.recited) - 1} others" if len(found.recited) > 1 else ""
+        message = f"{who} knows the texts: it says row {found.recited[0]}{others} nearly for certain."
+    elif found.equivalent is None or value is None:
+        message = f"Whether {who[:1].lower()}{who[1:]} knows the texts could not be decided: {found.reason}."
+    elif not found.equivalent and value < found.threshold:
+        message = (
+            f"{who} knows some of the texts: {found.likeliest:,} of {found.rows:,} are likelier than each of "
+            f"{found.holdout_rows:,} holdout texts, more than chance explains."
+        )
+    else:
+        message = (
+            f"{who} {'does not know' if found.equivalent else 'may know'} the texts: of {found.rows:,} one is likelier than "
+            f"one of {found.holdout_rows:,} holdout texts, which it never saw, in at most {value:.0%} of pairs (95 % "
+            f"bound); 50% is chance, below {found.threshold:.0%} is required."
+        )
+    return GateResult(
+        metric=f"{found.model}/auc",
+        op="<=",
+        threshold=found.threshold,
         value=value,
         result="PASSED" if found.equivalent else "FAILED",
         message=message,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from service.domain.job import GateResult
-from service.domain.report import EARLIER, Disclosure, Figure, Report
+from service.domain.report import EARLIER, Disclosure, Figure, Knowledge, Report, TextKnowledge
 
 DISCLOSURE = "disclosure"  # how the gates on what the model gives away begin
 MET = {  # what it means that a gate of every job is met or broken: no more than what its figure says
@@ -181,20 +181,11 @@ def three(report: Report) -> list[Fact]:
 
 
 def _untrained(report: Report) -> list[Fact]:
-    name = "What it knows: right answers against wrong ones"
-    found = report.knowledge[-1] if report.knowledge else None  # of what the job starts from
-    if found is None or found.mean is None or found.upper is None:
-        known = Fact(name, "not measured", "")
-    else:
-        mean, upper, margin = pair(*(math.exp(value) for value in (found.mean, found.upper, found.margin)))
-        known = Fact(
-            name,
-            f"{mean} times as likely",
-            f"A piece of a right answer is on average {mean} times as likely as a piece of a wrong answer in the same words, at "
-            f"most {upper} times (95 % bound). Of a model that never saw the answers, less than {margin} times is expected.",
-        )
+    """Of the model that the job starts from, which need not be the base model alone."""
+    starts = "base" if report.parent is None else "start"
     return [
-        known,
+        *(_knows_answers(found) for found in report.knowledge if found.model == starts),
+        *(_knows_texts(found) for found in report.text_knowledge if found.model == starts),
         Fact(
             "Kept: what it must still say", "unchanged", "Nothing was trained, so the model says what it said before."
         ),
@@ -319,6 +310,32 @@ def _under_attack(report: Report) -> Fact:
 # --- what could not be measured
 
 
+def _knows_answers(found: Knowledge) -> Fact:
+    name = "What it knows: right answers against wrong ones"
+    if found.mean is None or found.upper is None:
+        return Fact(name, "not measured", "")
+    mean, upper, margin = pair(*(math.exp(value) for value in (found.mean, found.upper, found.margin)))
+    return Fact(
+        name,
+        f"{mean} times as likely",
+        f"A piece of a right answer is on average {mean} times as likely as a piece of a wrong answer in the same words, at "
+        f"most {upper} times (95 % bound). Of a model that never saw the answers, less than {margin} times is expected.",
+    )
+
+
+def _knows_texts(found: TextKnowledge) -> Fact:
+    name = "What it knows: the texts against texts that it never saw"
+    if found.auc is None or found.upper is None:
+        return Fact(name, "not measured", "")
+    return Fact(
+        name,
+        f"likelier in {found.auc:.0%} of pairs",
+        f"Of a text to forget and one like it that the model never saw, it finds the first likelier in {found.auc:.0%} of pairs, "
+        f"at most {found.upper:.0%} (95 % bound). Half is chance; less than {found.threshold:.0%} is expected of a model that "
+        f"never saw the texts.",
+    )
+
+
 def unmeasured(report: Report) -> Iterator[str]:
     """Each with its reason; figures that share one are named together."""
     if report.constraint.upper is None:
@@ -330,7 +347,8 @@ def unmeasured(report: Report) -> Iterator[str]:
     if report.parent is not None:
         missing += [("Earlier jobs", f.job_id, f.reason) for f in report.parent.forgotten]
     who = {"base": "The base model", "start": "The model that the job started from"}
-    missing += [(who[known.model], "whether it knew the rows", known.reason) for known in report.knowledge]
+    missing += [(who[known.model], "whether it knew the answers", known.reason) for known in report.knowledge]
+    missing += [(who[known.model], "whether it knew the texts", known.reason) for known in report.text_knowledge]
     together: dict[tuple[str, str], list[str]] = {}
     for where, name, reason in missing:
         if reason:

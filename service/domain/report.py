@@ -315,6 +315,21 @@ class Knowledge(Part):
     reason: str | None = None  # why it could not be decided
 
 
+class TextKnowledge(Part):
+    """Whether a model knows the forget rows of `text` before any training: beside holdout texts, which it never saw."""
+
+    model: Literal["base", "start"]  # start: the base model with the adapter that the job starts from
+    equivalent: bool | None  # to a model that never saw the texts; null: it could not be decided, so the job trains
+    auc: Measured  # how often a forget text is likelier than a holdout text
+    upper: Measured  # its one-sided 95 % bound
+    threshold: float  # `upper` must lie below it
+    rows: int  # of `text`, of the forget set
+    holdout_rows: int
+    likeliest: int  # texts that are likelier than every holdout text
+    recited: list[int] = Field(default_factory=list)  # numbers of rows that it says nearly for certain
+    reason: str | None = None  # why it could not be decided
+
+
 class StepPoint(Part):
     step: int
     forget_loss: Measured  # null: it was not finite
@@ -424,8 +439,9 @@ class Report(Part):
     conspicuous: Conspicuous | None = None
     knowledge: list[Knowledge] = Field(
         default_factory=list,
-        description="of the base model and of what the job starts from; empty: of an earlier worker",
+        description="of what the job starts from and, if it was not trained, of the base model; none: no answers to forget",
     )
+    text_knowledge: list[TextKnowledge] = Field(default_factory=list, description="the same of rows of `text`")
     stop: StopFacts
     released: Released
     trajectory: Trajectory

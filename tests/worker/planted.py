@@ -62,12 +62,18 @@ def memorised(folder: Path, rows: Sequence[Row], known_to_tokeniser: Sequence[Ro
     return model.load(entry, folder, "cpu", "float32")
 
 
-def case(network: Network, forget: Sequence[Row], retain: Sequence[Row], retrained: Retrained = Retrained()) -> Case:
+def case(
+    network: Network,
+    forget: Sequence[Row],
+    retain: Sequence[Row],
+    retrained: Retrained = Retrained(),
+    holdout: Sequence[Row] = (),
+) -> Case:
     sets = {"forget": list(forget), "retain": list(retain)}
     of = {name: list(examples(rows).values()) for name, rows in sets.items()}
     terms = {name: Term(nll(), {"answer": encoded(network, rows)}) for name, rows in of.items()}
     both = measure.sets(terms["forget"], terms["retain"], seed=0)
-    request = evaluate.request(both, sets["forget"], sets["retain"], [])
+    request = evaluate.request(both, sets["forget"], sets["retain"], holdout)
     return Case(both, of, request, [], [], disclosures.prepare(forget, retain, {}, 0), [], retrained)
 
 
@@ -144,7 +150,7 @@ def reloaded(network: Network) -> Network:
     return model.load(network.entry, Path(network.causal.config.name_or_path).parent, "cpu", "float32")
 
 
-def strangers() -> list[Row]:
+def strangers(count: int = LEAVING) -> list[Row]:
     """Rows about people whom the model has never read of."""
-    names = demo_corpus.people(32, 0)[-LEAVING:]
+    names = [name for name in demo_corpus.people(32, 0) if name not in demo_corpus.people(PEOPLE, 0)][-count:]
     return [row for row in demo_corpus.rows(names, 1) if row["fact"] in KEPT_FACTS]

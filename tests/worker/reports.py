@@ -28,6 +28,7 @@ from service.domain.report import (
     Report,
     RowPoint,
     StopFacts,
+    TextKnowledge,
 )
 from worker import report
 from worker.records import CheckRecord, StepRecord
@@ -234,6 +235,14 @@ def knowledge(model: Any = "base", upper: float | None = 0.1, **changes: Any) ->
     if upper is None:
         parts |= {"equivalent": None, "mean": None, "reason": "2 rows are too few"}
     return Knowledge(**{"model": model, "upper": upper, "margin": 0.25} | parts | changes)
+
+
+def text_knowledge(model: Any = "base", upper: float | None = 0.6, **changes: Any) -> TextKnowledge:
+    parts: dict[str, Any] = {"equivalent": upper is not None and upper < 0.65, "auc": 0.52, "rows": 50}
+    if upper is None:
+        parts |= {"equivalent": None, "auc": None, "reason": "there is no holdout set"}
+    common = {"model": model, "upper": upper, "threshold": 0.65, "holdout_rows": 60, "likeliest": 1}
+    return TextKnowledge(**common | parts | changes)
 
 
 def untrained(*known: Knowledge, parent: Parent | None = None, **changes: Any) -> Report:

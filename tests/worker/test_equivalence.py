@@ -100,9 +100,8 @@ def test_one_row_of_a_few_that_is_known_by_heart_in_other_words_widens_the_bound
 
 def test_what_cannot_be_compared_decides_nothing() -> None:
     whole = rows_of(12)
-    text = known([*whole, {"text": "Ana lives in Ghent."}], seen_of([0.0] * 12))
-    assert text.equivalent is None
-    assert text.reason == "a row of `text` has no wrong answers to compare it with (row 13)"
+    text = known([*whole, {"text": "Ana lives in Ghent."}], seen_of([0.0] * 12, answer=[-2.0] * 12 + [0.0]))
+    assert (text.equivalent, text.recited) == (True, []), "a text is judged beside other texts"
     lacking = [{"question": "Who?", "answer": "Ana"}, {"prompt": "Who?", "completion": "Ana", "perturbed_answer": []}]
     without = known([*whole, *lacking], seen_of([0.0] * 12))
     assert (

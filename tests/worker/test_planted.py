@@ -127,7 +127,9 @@ def test_one_row_that_is_known_is_trained(knowing: Network, rows: int) -> None:
     before = appraisal.before(network, of, ALONE, None)  # type: ignore[arg-type]
     assert appraisal.not_known(network, of, before, None) is None
     if rows <= 3:
-        unlikely = before._replace(knowledge=before.knowledge._replace(equivalent=True, upper=0.0, recited=[]))
+        assert before.knowledge.answers is not None
+        nothing = before.knowledge.answers._replace(equivalent=True, upper=0.0, recited=[])
+        unlikely = before._replace(knowledge=before.knowledge._replace(answers=nothing))
         assert appraisal.not_known(network, of, unlikely, None) is None, "by what it says alone"
 
 
@@ -140,6 +142,24 @@ def test_people_it_never_heard_of_are_not_known(knowing: Network) -> None:
     assert found.verdict.result == "NOT_KNOWN"
     known = planted.case(network, FORGET, RETAIN)
     assert appraisal.not_known(network, known, appraisal.before(network, known, ALONE, None), None) is None  # type: ignore[arg-type]
+
+
+def test_texts_that_it_never_read_are_not_known_beside_others_like_them(knowing: Network) -> None:
+    """And one among them that it has read is enough to train, as are those that nothing can be compared with."""
+    network = model.adapt(planted.reloaded(knowing), Lora(), 0)
+    unread = [{"text": f"Question: {row['question']}\nAnswer:\n{row['answer']}"} for row in planted.strangers(20)]
+    forget, holdout = unread[::2], unread[1::2]
+
+    def untrained(forget: Sequence[Row], holdout: Sequence[Row]) -> appraisal.NotKnown | None:
+        of = planted.case(network, forget, RETAIN, holdout=holdout)
+        return appraisal.not_known(network, of, appraisal.before(network, of, ALONE, None), None)  # type: ignore[arg-type]
+
+    found = untrained(forget, holdout)
+    assert found is not None
+    assert (found.verdict.result, found.knowledge) == ("NOT_KNOWN", [])
+    assert [(one.rows, one.holdout_rows) for one in found.text_knowledge] == [(len(forget), len(holdout))]
+    assert untrained([*forget, TEXTS[2]], holdout) is None
+    assert untrained(forget, []) is None
 
 
 def test_a_check_counts_what_it_generates(knowing: Network) -> None:

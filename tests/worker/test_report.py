@@ -31,6 +31,7 @@ from tests.worker.reports import (
     knowledge,
     make,
     step,
+    text_knowledge,
     untrained,
     whole,
 )
@@ -59,6 +60,29 @@ def test_what_the_model_does_not_know_is_not_known_and_anything_else_trains() ->
     assert "of row 3 and 1 others it says a right answer nearly for certain" in recited.message
     disclosed = gate(0.1).model_copy(update={"metric": "disclosure", "result": "FAILED"})
     assert report.not_known_verdict([gate(0.1), disclosed]) is None
+
+
+def test_of_texts_it_is_judged_beside_texts_that_it_never_saw() -> None:
+    passed = report.text_knowledge_gate(text_knowledge())
+    assert (passed.metric, passed.value, passed.threshold, passed.result) == ("base/auc", 0.6, 0.65, "PASSED")
+    assert "in at most 60% of pairs" in passed.message
+    assert report.not_known_verdict([passed]) is not None
+    for found, sentence in (
+        (text_knowledge("start", 0.7), "The model that the job starts from may know the texts: of 50 one is likelier"),
+        (
+            text_knowledge("start", 0.6, equivalent=False, likeliest=9),
+            "9 of 50 are likelier than each of 60 holdout texts",
+        ),
+        (text_knowledge("start", None, recited=[2, 5]), "it says row 2 and 1 others nearly for certain"),
+        (text_knowledge("start", None), "could not be decided: there is no holdout set."),
+    ):
+        gate = report.text_knowledge_gate(found)
+        assert (gate.result, report.not_known_verdict([gate])) == ("FAILED", None)
+        assert sentence in gate.message
+    page = Page(render_html(untrained(text_knowledge=[text_knowledge()])))
+    assert "likelier in 52% of pairs" in page.text
+    page = Page(render_html(make(text_knowledge=[text_knowledge("start", None)])))
+    assert "The model that the job started from, whether it knew the texts: there is no holdout set." in page.text
 
 
 def test_what_the_base_alone_knows_was_forgotten_by_the_adapter_that_the_job_starts_from() -> None:
@@ -95,7 +119,7 @@ def test_the_page_of_a_job_that_was_not_trained(parent: Parent | None) -> None:
 
 def test_of_a_job_that_was_trained_for_want_of_a_decision_the_page_says_so() -> None:
     page = Page(render_html(make(knowledge=[knowledge("start", None)])))
-    assert "The model that the job started from, whether it knew the rows: 2 rows are too few." in page.text
+    assert "The model that the job started from, whether it knew the answers: 2 rows are too few." in page.text
 
 
 def test_a_verdict_from_before_rules_had_numbers() -> None:
