@@ -86,7 +86,8 @@ async def _asked(
         str | None,
         Header(
             alias="Idempotency-Key",
-            description="for a day: who sends the same again gets the same answer",
+            description="for a day: the same body sent again, byte by byte, or the same fields and files of a form, is answered "
+            "as it was",
             json_schema_extra={"pattern": EITHER},  # told, not judged: see `read_key`
         ),
     ] = None,
