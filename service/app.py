@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from service.api import (
     benchmarks,
+    bodies,
     deletion_plans,
     deletions,
     docs,
@@ -100,6 +101,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
     metrics.build_info(registry)
     errors.install(app)
     once.install(app)
+    bodies.install(app)
     app.state.stopping = lambda: False  # who runs the server may know better
     for module in (
         jobs,

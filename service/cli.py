@@ -3,6 +3,7 @@
 What needs the database, a server or torch is imported by the command that needs it: the others answer at once.
 """
 
+import gc
 import json
 import os
 import re
@@ -107,6 +108,8 @@ def api() -> None:
     )
     server = uvicorn.Server(config)
     served.state.stopping = lambda: server.should_exit  # what is held open for a client ends then
+    gc.collect()
+    gc.freeze()  # else a body of many lists has the collector walk through all that was imported, again and again
     server.run()
     if not server.started:
         raise typer.Exit(1)

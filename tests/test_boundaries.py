@@ -124,7 +124,7 @@ RULES = (
         "api",
         r"service\.api(\..*)?",
         {"fastapi", "starlette", "anyio", "pydantic", "sqlalchemy", "prometheus_client", "structlog", "uuid_utils"}
-        | {"jwt", "limits", "rfc8785", "tokenizers"}
+        | {"jwt", "limits", "tokenizers"}
         | {f"service.{name}" for name in ("api", "domain", "store", "dispatch", "settings")}
         | {f"service.{name}" for name in ("evidence", "hub", "prompts", "webhooks")},
         TORCH | {"worker", "alembic"},

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy.orm import Session
 
 from service.api import intake
@@ -65,7 +65,7 @@ class RequestedRows(BaseModel):
 
 
 class Batch(Strict):
-    requests: list[dict[str, JsonValue]] = Field(
+    requests: list[dict[str, Any]] = Field(
         min_length=1, max_length=BATCH_MAX, description="each as the body of POST /v1/deletion-requests"
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from service.api import errors, headers
+from service.api import bodies, errors, headers
 from service.api.examples import EXAMPLES
 
 HEARD: Mapping[str, Mapping[str, str]] = {  # request headers, by the status that says that they are heard
@@ -27,8 +27,10 @@ def complete(openapi: dict[str, Any]) -> None:
             parameter["schema"] = _not_null(parameter["schema"])
         if "requestBody" not in operation and all(_any_string(parameter["schema"]) for parameter in parameters):
             del operation["responses"]["422"]  # nothing can be wrong: an id that is any string is there, or is not
-        for content in operation.get("requestBody", {}).get("content", {}).values():
+        for media_type, content in operation.get("requestBody", {}).get("content", {}).items():
             content["example"] = EXAMPLES[method, path]
+            if media_type == "application/json":
+                operation["responses"]["413"]["description"] = bodies.BOUNDS
     headers.declare(openapi)
 
 

@@ -171,7 +171,7 @@ def answer_to(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         return _invalid(request, error)
     if isinstance(error, InvalidRequest):
-        return _refused(request, error.problems)
+        return _refused(request, error.problems, len(error.problems))
     if isinstance(error, AWAY):
         return problem(request.scope, SERVICE_UNAVAILABLE, "the database does not answer")
     kind = next((OF_ERROR[cls] for cls in type(error).__mro__ if cls in OF_ERROR), INTERNAL_ERROR)
@@ -221,12 +221,13 @@ def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     if syntax is not None:
         detail = f"{syntax['ctx']['error']} at character {syntax['loc'][-1]}"
         return problem(request.scope, MALFORMED_JSON, detail)
-    return _refused(request, [_field_problem(item, error.body) for item in found])
+    return _refused(request, [_field_problem(item, error.body) for item in found[:ERRORS_MAX]], len(found))
 
 
-def _refused(request: Request, problems: Sequence[FieldProblem]) -> JSONResponse:
+def _refused(request: Request, problems: Sequence[FieldProblem], count: int) -> JSONResponse:
+    """`count`: of all, of which `problems` may be the first."""
     named = [f"{item.pointer[:POINTER_MAX]} {item.detail[:DETAIL_MAX]}".strip() for item in problems[:NAMED]]
-    more = [f"and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
+    more = [f"and {count - NAMED} more"] if count > NAMED else []
     return problem(request.scope, VALIDATION_ERROR, "; ".join(named + more), problems[:ERRORS_MAX])
 
 

@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
 from service.api import limits
+from service.api.bodies import JsonRequest
 from service.api.deps import Parts, revalidated
 from service.domain.errors import Forbidden, ProviderUnavailable, Unauthenticated
 from service.domain.identity import Principal, Scope
@@ -37,7 +38,8 @@ class Guarded(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def guarded(request: Request) -> Response:
+        async def guarded(received: Request) -> Response:
+            request = JsonRequest(received.scope, received.receive)
             if self.open(request.app.state.parts.settings):
                 return await handle(request)
             request.state.principal = principal = await admit(request, self.recognise)

@@ -2,7 +2,7 @@
 
 A route opts in with a parameter `once: OnceOnly` and, in the transaction that creates, `once.first(s)` before all else
 and `once.keep(s, answer, headers)` after it. What is sent again gets the stored answer before it is judged: the files
-that it names may have been purged meanwhile.
+that it names may have been purged meanwhile. The same is what has the same bytes, or as a form the same fields and files.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import Annotated
 
-import rfc8785
 from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, Header, Request, Response
 from pydantic import BaseModel, JsonValue
 from sqlalchemy.orm import Session
 from starlette.datastructures import FormData, UploadFile
 
+from service.api.bodies import aside
 from service.api.deps import Here, Who, media_type
 from service.domain.errors import FieldProblem, InvalidRequest, UnlearnError
 from service.store import idempotency
@@ -46,7 +46,10 @@ class Once:
         self._secrets, self._asked = secrets, asked
 
     def part(self, number: int, content: JsonValue) -> "Once":
-        """One of many in the request, carried out by itself: under a name of its own, which no request has."""
+        """One of many in the request, carried out by itself: under a name of its own, which no request has.
+
+        The same part has the same JSON: members in the same order, whatever is between them.
+        """
         if self._secrets is None or self._asked is None:
             return self
         fingerprint = _fingerprint(self._secrets, json.dumps(content).encode())
@@ -83,7 +86,8 @@ async def _asked(
         str | None,
         Header(
             alias="Idempotency-Key",
-            description="for a day: who sends the same again gets the same answer",
+            description="for a day: the same body sent again, byte by byte, or the same fields and files of a form, is answered "
+            "as it was",
             json_schema_extra={"pattern": EITHER},  # told, not judged: see `read_key`
         ),
     ] = None,
@@ -100,7 +104,8 @@ async def _asked(
         content = await run_sync(_form, await request.form())
     else:
         content = await request.body()
-    return Asked(who.id, route, key, _fingerprint(here.secrets, content))
+    fingerprint = await aside(request, lambda body: _fingerprint(here.secrets, body), content)
+    return Asked(who.id, route, key, fingerprint)
 
 
 def _once(here: Here, asked: Annotated[Asked | None, Depends(_asked)]) -> Once:
@@ -127,12 +132,8 @@ def read_key(given: str) -> str | None:
 
 
 def _fingerprint(secrets: Secrets, body: bytes) -> str:
-    """Of what the JSON says, however it is spelt (RFC 8785), or else of the bytes. Keyed: there may be rows in it."""
-    try:
-        canonical = rfc8785.dumps(json.loads(body))
-    except (ValueError, RecursionError):
-        canonical = body
-    return secrets.digest("idempotency", canonical)
+    """Keyed: there may be rows in it."""
+    return secrets.digest("idempotency", body)
 
 
 def _form(form: FormData) -> bytes:

@@ -20,11 +20,14 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    ModelWrapValidatorHandler,
     Tag,
+    ValidationError,
     model_validator,
 )
 
 INLINE_ROWS_MAX = 1000
+ERRORS_MAX = 10_000  # of an object that are told one by one
 MICRO_BATCH_TOKENS = 16_384  # padded positions at once, where memory has room for them
 EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RFC 7493), as evidence must
 COMMIT = r"^[0-9a-f]{40}$"
@@ -121,6 +124,17 @@ class Strict(BaseModel):
     """Input: an unknown field is an error, and so is a number that is not finite."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def few_errors(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Beyond ERRORS_MAX they are one: each is made as an object of its own, which for 100,000 takes a second."""
+        try:
+            return validate(given)
+        except ValidationError as error:
+            if (count := error.error_count()) <= ERRORS_MAX:
+                raise
+        raise ValueError(f"has {count} errors, too many to name them")
 
 
 class Constraint(Strict):

@@ -27,7 +27,7 @@ class Asked(NamedTuple):
     principal: str
     route: str  # method, path and query
     key: str
-    fingerprint: str  # keyed digest of the canonical body
+    fingerprint: str  # keyed digest of the body
 
 
 class Answer(NamedTuple):

@@ -38,10 +38,9 @@ def test_every_error_is_a_problem(http: TestClient) -> None:
     assert kind(http.get("/v1/files/")) == (404, "not-found")
     assert kind(http.put("/v1/files")) == (405, "method-not-allowed")
     assert kind(http.request("BREW", "/livez")) == (405, "method-not-allowed")
-    for broken in (b"{", b"", b"\xff", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"):
+    for broken in (b"{", b"", b"\xff", json.dumps({"model": "m"}).encode("utf-16")):
         assert kind(http.post(JOBS, content=broken, headers=JSON))[0] in (400, 422), broken[:20]
     assert kind(http.post(JOBS, content=b'{"model": }', headers=JSON)) == (400, "malformed-json")
-    assert kind(http.post(JOBS, content=b"[" * 100_000, headers=JSON)) == (400, "malformed-json")
     assert kind(http.post(JOBS, content=b"[]", headers=JSON)) == (422, "validation-error")
     for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"):
         reply = http.post(JOBS, content=b"{}", headers={"Content-Type": media_type})
@@ -50,13 +49,13 @@ def test_every_error_is_a_problem(http: TestClient) -> None:
 
 
 def test_deep_nesting_is_no_server_error(http: TestClient, request_body: dict[str, Any]) -> None:
-    for depth in (50, 200, 300, 900, 5000, 50_000):
+    for depth in (50, 61, 62, 200, 300, 900, 5000, 50_000):  # within three objects
         deep = "[" * depth + "]" * depth
         body = json.dumps(request_body).replace(
             '{"type": "pdu"}', f'{{"type": "pdu", "hyperparameters": {{"x": {deep}}}}}'
         )
         reply = http.post(JOBS, content=body, headers=JSON)
-        assert kind(reply)[0] in (400, 422), depth
+        assert kind(reply) == ((422, "validation-error") if depth <= 61 else (413, "payload-too-large")), depth
 
 
 def test_a_body_over_the_limit_is_refused_while_it_arrives(settings: Settings, client_of: ClientOf) -> None:
