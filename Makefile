@@ -28,7 +28,7 @@ chaos: setup
 	$(BIN)/python -m tests.chaos.chaos
 
 nightly: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(BIN)/python -m tests.chaos.chaos --jobs 60
 
 check: setup

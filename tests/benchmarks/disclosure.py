@@ -6,9 +6,10 @@
     attacks      those of every job: paraphrases, prefixes, weights rounded to 8 and to 4 bits
     disclosure   `worker.disclosures.after`: every way of asking, the neighbours, the rounded weights, the language
 
-The model has an adapter that changes nothing, so it knows what it knew. Taken in turns; printed are the medians of seconds, and
-disclosure as a share of one evaluation and of all that a job measures beside it: two evaluations and the attacks. The lower
-bound of generation is its tokens, each distinct one of the prompts once, at the pace at which rows are scored.
+The model has an adapter that changes nothing, so it knows what it knew. Taken in turns; printed are the medians of CPU seconds,
+for which what else the machine does counts little, and disclosure as a share of one evaluation and of all that a job measures
+beside it: two evaluations and the attacks. The lower bound of generation is its tokens, each distinct one of the prompts once, at
+the pace at which rows are scored.
 """
 
 import argparse
@@ -86,9 +87,9 @@ def report(network: Network, forget: Sequence[Row], retain: Sequence[Row], repea
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(repeats):
         for name, do in timed.items():
-            start = time.perf_counter()
+            start = time.process_time()
             do()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     each = {name: median(values) for name, values in seconds.items()}
     plan = disclosures.prepare(forget, retain, {}, seed=0)
     answers = {
