@@ -29,6 +29,7 @@ MICRO_BATCH_TOKENS = 16_384  # padded positions at once, where memory has room f
 EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RFC 7493), as evidence must
 COMMIT = r"^[0-9a-f]{40}$"
 PLAIN_PATH = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*(/[^./\\\x00-\x1f][^/\\\x00-\x1f]*)*$"  # no part begins with a dot
+LOOSE = 3.0  # a bound of so many times the retain loss before hardly constrains anything
 SPACE_WARNING = (
     "a prompt format that ends in a space makes tokens merge over the seam: in a prompt alone the space is a token of its own, "
     "in a training row it belongs to the answer's first word"
