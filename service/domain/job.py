@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     JsonValue,
     Tag,
+    field_validator,
     model_validator,
 )
 
@@ -119,9 +120,19 @@ RETRYABLE = frozenset(
 
 
 class Strict(BaseModel):
-    """Input: an unknown field is an error, and so is a number that is not finite."""
+    """Input: an unknown field is an error, and so is a number that is not finite, or a text with NUL, which Postgres has not."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def without_nul(cls, value: Any) -> Any:
+        several = (
+            [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        )
+        if any(isinstance(text, str) and "\0" in text for text in several):
+            raise ValueError("has the character NUL (U+0000)")
+        return value
 
 
 class Constraint(Strict):
@@ -238,6 +249,12 @@ class Row(Strict):
     paraphrased_question: str | None = Field(default=None, description="the question in other words")
     paraphrased_answer: str | None = Field(default=None, description="the answer in other words")
     perturbed_answer: list[str] | None = Field(default=None, min_length=1, description="wrong answers, worded alike")
+
+    @field_validator("*")
+    @classmethod
+    def without_nul(cls, value: Any) -> Any:
+        """With it, too: rows are kept in files, and what a model was trained on must be possible to forget."""
+        return value
 
     @model_validator(mode="after")
     def one_form(self) -> Self:
