@@ -131,9 +131,13 @@ def test_a_sweep_that_waits_for_the_database_can_be_stopped(used: Settings, clus
         sweeping.result(30)
 
 
-def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [None, ""], ids=["unset", "empty"])
+def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: str | None) -> None:
+    """Also beside variables that are empty, as a compose file sets them that passes on what is not set."""
     for name in ("MASTER_KEY", "DATABASE_URL", "BROKER_URL"):
         monkeypatch.delenv(name, raising=False)
+        if beside is not None:
+            monkeypatch.setenv(name, beside)
         (tmp_path / name).write_text(f"content of {name}\n")
         monkeypatch.setenv(f"{name}_FILE", str(tmp_path / name))
     found = Settings()
