@@ -1,4 +1,4 @@
-"""Where we run: every knob, from the environment, its unit in its name. What a user asks is in the job's spec."""
+"""Where we run: every knob, from the environment (empty: not set), its unit in its name. What is asked is in the job's spec."""
 
 import os
 from ipaddress import IPv4Network, IPv6Network
@@ -28,7 +28,7 @@ class Files(PydanticBaseSettingsSource):
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
 
     @classmethod
     def settings_customise_sources(

@@ -122,7 +122,6 @@ def run(settings: Settings, stop: Event) -> None:
         secrets_of(settings),
         None,
     )
-    evidence_keys.check_master_key(parts.sessions, parts.secrets)
     duties: dict[str, Callable[[Parts], object]] = {
         "jobs": lambda here: sweep_once(here.sessions, here.dispatcher, here.settings),
         "deletion requests": serve_requests,
@@ -145,6 +144,9 @@ def run(settings: Settings, stop: Event) -> None:
     ]
     with exposed(settings.sweep_metrics_host, settings.sweep_metrics_port, registry) as url:
         log.info("sweep started", interval_s=settings.sweep_interval_s, metrics=url)
+        for name in duties:
+            figures.begin(name)
+        evidence_keys.await_master_key(parts.sessions, parts.secrets, stop)
         for thread in threads:
             thread.start()
         stop.wait()
@@ -157,7 +159,6 @@ def run(settings: Settings, stop: Event) -> None:
 
 
 def _keep(here: Parts, name: str, duty: Callable[[Parts], object], figures: DutyFigures, stop: Event) -> None:
-    figures.begin(name)
     while not stop.is_set():
         try:
             with figures.of(name):

@@ -139,7 +139,7 @@ def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
     engine = make_engine(settings.database_url)
     sessions = make_sessions(engine)
     try:
-        evidence_keys.check_master_key(sessions, secrets_of(settings))  # no job's files could be read
+        master_key = secrets_of(settings)
         devices = accelerators(settings)
     except RuntimeError as error:
         log.error("the worker cannot start", error=str(error))
@@ -153,6 +153,13 @@ def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
         exposed(settings.worker_metrics_host, settings.worker_metrics_port, registry) as url,
     ):
         worker = Worker(sessions, settings, telemetry, folder, devices, runner)
+        try:
+            evidence_keys.await_master_key(
+                sessions, master_key, worker.stopping
+            )  # with another, no job's files can be read
+        except evidence_keys.WrongMasterKey as error:
+            log.error("the worker cannot start", error=str(error))
+            return 1
         threads = [Thread(target=worker.poll, name=f"poll-{n}") for n in range(settings.worker_slots)]
         threads.append(Thread(target=worker.say, name="say"))
         for thread in threads:

@@ -21,6 +21,8 @@ from worker.trees import common_prefix
 # Positions of a batch if every row takes all its room; or more, as far as their keys and values take no more than so many bytes:
 # a small model's pass takes as long for few rows.
 GENERATION_TOKENS, GENERATION_BYTES = 32_768, 256 * 2**20
+# Of logits at once, with what drawing needs beside them: without a bound, a small model's many rows times a large vocabulary.
+LOGITS_BYTES, DRAWING_BYTES = 256 * 2**20, 4 + 2 * 8  # the latter of a logit: a copy of it, and two in float64
 PREFILL_TOKENS = 4_096  # of prompts that are read at once, at most
 LOOP_TOKENS, PERIOD_MAX = 48, 12  # so many tokens with a period of at most so many go on like that
 GUESSING_TOKENS = 16  # of a pass, guesses included: so few take little longer than one
@@ -225,15 +227,25 @@ def _follows(
 ) -> Iterator[list[int]]:
     """Of each row the likeliest token behind the last that is sure, and behind each guess; of a sampled one the one drawn."""
     asked = [(b, t) for b, (ids, guesses) in enumerate(reads) for t in range(len(ids) - 1 - guesses, len(ids))]
+    at_N = [drawn[b] for b, _ in asked]  # a row that guesses is not drawn
     b_N, t_N = torch.tensor(asked, device=network.device).T
-    logits_NV = _logits(network, states_BTD[b_N, t_N])
-    chosen_N = logits_NV.argmax(-1)
-    sampled = [n for n, (b, _) in enumerate(asked) if drawn[b] is not None]  # a row that guesses is none
-    if sampled:
-        at_n = torch.tensor([drawn[asked[n][0]] for n in sampled], dtype=torch.float64)
-        chosen_N[sampled] = _drawn(logits_NV[sampled, : network.vocabulary], at_n)
-    chosen = iter(chosen_N.tolist())
+    states_ND = states_BTD[b_N, t_N]
+    each = states_ND.element_size() + DRAWING_BYTES * any(at is not None for at in at_N)
+    at_once = max(1, LOGITS_BYTES // (network.causal.config.get_text_config().vocab_size * each))
+    parts = (slice(first, first + at_once) for first in range(0, len(asked), at_once))
+    chosen = iter([token for part in parts for token in _chosen(network, states_ND[part], at_N[part])])
     return (list(islice(chosen, read.guesses + 1)) for read in reads)
+
+
+def _chosen(network: Network, states_ND: Tensor, at_N: Sequence[float | None]) -> list[int]:
+    logits_NV = _logits(network, states_ND)
+    chosen_N = logits_NV.argmax(-1)
+    sampled = [n for n, at in enumerate(at_N) if at is not None]
+    if sampled:
+        at_n = torch.tensor([at_N[n] for n in sampled], dtype=torch.float64)
+        chosen_N[sampled] = _drawn(logits_NV[sampled, : network.vocabulary], at_n)
+    tokens: list[int] = chosen_N.tolist()
+    return tokens
 
 
 def _drawn(logits_nV: Tensor, at_n: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from service.domain.errors import JobFailure
-from service.domain.job import FailureCode, JobSpec, MethodChoice, Stage
+from service.domain.job import LOOSE, FailureCode, JobSpec, MethodChoice, Stage
 from service.domain.report import Report
 from service.domain.rows import Example
 from service.store.sealed import SealedStorage
@@ -64,7 +64,6 @@ from worker.views import Term
 BOUNDED_LOSS = "nll"  # what the request's bound is on, whatever a method trains the retain set with
 STOPS: Mapping[Word | None, StopReason] = {"cancel": StopReason.CANCELLED, "pause": StopReason.PAUSED}
 ASKED_TO_STOP = {StopReason.CANCELLED: CancelledRecord(), StopReason.PAUSED: PausedRecord()}
-LOOSE = 3.0  # an epsilon so many times the base loss hardly constrains anything
 
 
 def run(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -> Record:

@@ -8,7 +8,7 @@ from service.api import polling, sets, shown, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
 from service.api.shapes import REPORT_JSON, JobObject
-from service.domain import gates, overlap
+from service.domain import gates, modelsizes, overlap, recipe
 from service.domain.deletion import PlannedJob
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.identity import Principal
@@ -50,6 +50,7 @@ Kinds = dict[str, int]  # the kinds of rows that a set has, and the number of th
 
 class JudgedSets(NamedTuple):
     forget: Kinds
+    forget_rows: int
     retain: Kinds
     warnings: list[WarningRow]
 
@@ -107,7 +108,7 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
     hyperparameters = here.catalog.complete(request.method.type, request.method.hyperparameters)
     problems = [
         *_parent(here, request),
-        *recipe_problems(here, request, hyperparameters),
+        *recipe_problems(here, entry, request, hyperparameters),
         *_requests(here, request),
     ]
     if problems:
@@ -127,7 +128,11 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
         entry,
         MethodChoice(type=request.method.type, hyperparameters=hyperparameters),
         resources,
-        [*_warnings(entry, {*found.forget, *found.retain}), *found.warnings],
+        [
+            *_warnings(entry, {*found.forget, *found.retain}),
+            *found.warnings,
+            *map(WarningRow._make, recipe.warnings(request, found.forget_rows, hyperparameters["forget_rows"])),
+        ],
         served,
         forgets,
     )
@@ -151,10 +156,12 @@ def _parent(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
             yield FieldProblem("/parent", reason, "parent")
 
 
-def recipe_problems(here: Parts, asked: Asked, hyperparameters: Mapping[str, Any]) -> Iterator[FieldProblem]:
+def recipe_problems(
+    here: Parts, entry: ModelEntry, asked: Asked, hyperparameters: Mapping[str, Any]
+) -> Iterator[FieldProblem]:
     """What is wrong with it whatever its rows are; the hyperparameters are complete."""
     yield from _gpu_class(here, asked)
-    yield from _target_modules(asked)
+    yield from _target_modules(entry, asked)
     yield from _refusals_unused(here, asked, hyperparameters)
     yield from _benchmarks_and_gates(here, asked)
 
@@ -165,13 +172,24 @@ def _gpu_class(here: Parts, request: Asked) -> Iterator[FieldProblem]:
         yield FieldProblem("/resources/gpu_class", f"the GPU classes are: {', '.join(known)}", "enum")
 
 
-def _target_modules(request: Asked) -> Iterator[FieldProblem]:
+def _target_modules(entry: ModelEntry, request: Asked) -> Iterator[FieldProblem]:
+    """By the last part of a name, where the model's sizes are known. Of a mixture, whose experts may be loaded as one tensor, the
+    worker judges."""
+    sizes = modelsizes.registered(entry)
+    known = {} if sizes is None or sizes.mixture else sizes.linear
     for index, name in enumerate(request.lora.target_modules or ()):
-        if name.rpartition(".")[2] in HEADS:
+        last = name.rpartition(".")[2]
+        if last in HEADS:
             yield FieldProblem(
                 f"/lora/target_modules/{index}",
                 f"{name!r} is the language-model head, or embeddings that may be tied to it: no adapter goes there",
                 "head",
+            )
+        elif known and last not in known:
+            yield FieldProblem(
+                f"/lora/target_modules/{index}",
+                f"{name!r} names no linear layer of model {entry.name!r}; there are: {', '.join(sorted(known))}",
+                "target_module",
             )
 
 
@@ -255,6 +273,7 @@ def _judge_sets(here: Parts, request: JobCreate, entry: ModelEntry) -> JudgedSet
     """Raises InvalidRequest if one cannot be had or is empty, if sets share rows, or if rows are too long for the model."""
     kinds: dict[str, Kinds] = {purpose: {} for purpose in SETS}
     long: dict[str, tokens.LongRows] = {}
+    rows = dict.fromkeys(SETS, 0)
     warnings: list[WarningRow] = []
 
     def noted(examples: Iterator[Example], purpose: str) -> Iterator[Example]:
@@ -263,6 +282,7 @@ def _judge_sets(here: Parts, request: JobCreate, entry: ModelEntry) -> JudgedSet
             examples = long[purpose].watch(examples)
         for number, example in enumerate(examples, start=1):
             kinds[purpose].setdefault(example.kind, number)
+            rows[purpose] = number
             yield example
 
     pairs = [("forget_set", "retain_set")]
@@ -280,7 +300,7 @@ def _judge_sets(here: Parts, request: JobCreate, entry: ModelEntry) -> JudgedSet
         warnings += [WarningRow(*warning) for warning in overlap.warnings(*names, found)]
     if problems := [problem for purpose, rows in long.items() for problem in rows.problems(f"/{purpose}")]:
         raise InvalidRequest(*problems)
-    return JudgedSets(kinds["forget_set"], kinds["retain_set"], warnings)
+    return JudgedSets(kinds["forget_set"], rows["forget_set"], kinds["retain_set"], warnings)
 
 
 def _overlaps(one: str, other: str, shared: overlap.Pairs) -> Iterator[FieldProblem]:

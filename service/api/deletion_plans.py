@@ -98,7 +98,7 @@ def _judge(here: Parts, model: str, asked: PlannedJob) -> None:
     with here.sessions.begin() as s:
         entry = models.get(s, model)
     hyperparameters = here.catalog.complete(asked.method.type, asked.method.hyperparameters)
-    problems = list(admission.recipe_problems(here, asked, hyperparameters))
+    problems = list(admission.recipe_problems(here, entry, asked, hyperparameters))
     for purpose in SETS:
         file_id = getattr(asked, purpose, None)
         if file_id is None:

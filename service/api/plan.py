@@ -1,7 +1,6 @@
 """What a job would be, before there is one: judged as it would be, and then nothing is kept."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, Field
@@ -11,7 +10,7 @@ from service.api.deps import Parts
 from service.api.sets import Given
 from service.api.shapes import BaseModelRef, JobWarning, base_model
 from service.api.tokens import Cannot, Counted, Tokens
-from service.domain import answers, memory
+from service.domain import answers, memory, modelsizes, recipe
 from service.domain.answers import Answer
 from service.domain.identity import Principal
 from service.domain.job import (
@@ -27,7 +26,6 @@ from service.domain.job import (
     Status,
 )
 from service.domain.memory import Load, Memory
-from service.domain.modelsizes import Sizes
 from service.store import files, lineage, quotas, reads, workers
 from service.store.rows import WarningRow
 from service.store.tables import Job
@@ -190,7 +188,7 @@ def _steps(method: MethodChoice, budget: Budget, known: Known, texts: int) -> St
         forget_rows=rows["forget_set"],
         retain_rows=rows["retain_set"],
         texts=texts,
-        forget_passes=budget.max_steps / ceil(known.sizes["forget_set"][0] / rows["forget_set"]),
+        forget_passes=recipe.forget_passes(budget, known.sizes["forget_set"][0], rows["forget_set"]),
         tokens_per_step=None if per_step is None else round(per_step),
         tokens_max=None if per_step is None else round(budget.max_steps * per_step),
     )
@@ -218,7 +216,7 @@ def _memory(
     composition: Mapping[str, str],
     needs: Mapping[str, frozenset[str]],
 ) -> MemoryPlan:
-    sizes = Sizes.model_validate(entry.info["sizes"]) if "sizes" in entry.info else None
+    sizes = modelsizes.registered(entry)
     if sizes is None:
         return _no_memory("the sizes of the model were not found when it was registered")
     if sizes.mixture:

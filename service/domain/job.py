@@ -23,6 +23,7 @@ from pydantic import (
     ModelWrapValidatorHandler,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -32,6 +33,7 @@ MICRO_BATCH_TOKENS = 16_384  # padded positions at once, where memory has room f
 EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RFC 7493), as evidence must
 COMMIT = r"^[0-9a-f]{40}$"
 PLAIN_PATH = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*(/[^./\\\x00-\x1f][^/\\\x00-\x1f]*)*$"  # no part begins with a dot
+LOOSE = 3.0  # a bound of so many times the retain loss before hardly constrains anything
 SPACE_WARNING = (
     "a prompt format that ends in a space makes tokens merge over the seam: in a prompt alone the space is a token of its own, "
     "in a training row it belongs to the answer's first word"
@@ -121,7 +123,7 @@ RETRYABLE = frozenset(
 
 
 class Strict(BaseModel):
-    """Input: an unknown field is an error, and so is a number that is not finite."""
+    """Input: an unknown field is an error, and so is a number that is not finite, or a text with NUL, which Postgres has not."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -135,6 +137,16 @@ class Strict(BaseModel):
             if (count := error.error_count()) <= ERRORS_MAX:
                 raise
         raise ValueError(f"has {count} errors, too many to name them")
+
+    @field_validator("*")
+    @classmethod
+    def without_nul(cls, value: Any) -> Any:
+        several = (
+            [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        )
+        if any(isinstance(text, str) and "\0" in text for text in several):
+            raise ValueError("has the character NUL (U+0000)")
+        return value
 
 
 class Constraint(Strict):
@@ -251,6 +263,12 @@ class Row(Strict):
     paraphrased_question: str | None = Field(default=None, description="the question in other words")
     paraphrased_answer: str | None = Field(default=None, description="the answer in other words")
     perturbed_answer: list[str] | None = Field(default=None, min_length=1, description="wrong answers, worded alike")
+
+    @field_validator("*")
+    @classmethod
+    def without_nul(cls, value: Any) -> Any:
+        """With it, too: rows are kept in files, and what a model was trained on must be possible to forget."""
+        return value
 
     @model_validator(mode="after")
     def one_form(self) -> Self:

@@ -9,7 +9,7 @@ Counted in bytes, of the worst of its phases, beside what is held all the time:
                 head at the counted tokens. Or, if that is more, the optimiser's step
     measuring   what one layer needs of a batch without gradients, and the head
     generating  keys and values of a batch of answers as long as they may be, one layer's work on its prompts, and the head at
-                one token of each, in float64 for those that are sampled
+                one token of each, in float64 for those that are sampled, a part of them at a time where that is much
     rounded     measuring and generating on the forget rows alone, beside a copy of the linear layers with rounded weights
 
 The layer counted is a Llama's: two norms, attention that keeps no [T, T] (PyTorch's fused kernels), a gated feed-forward part.
@@ -55,6 +55,7 @@ PREFILLED_TOKENS = 4_096  # the same of prompts that are read at once
 FULL_PRECISION = frozenset({"alternating", "gradient_surgery", "penalty_bilevel"})
 WHOLE_DISTRIBUTIONS = frozenset({"ceu", "entropy", "kl", "undial"})
 HOLES = 2  # on a CPU, see above
+LOGITS_BYTES = 256 * 2**20  # of answers' next tokens at once, with what drawing one needs
 SAMPLED = 16 + 4  # bytes per logit where a token is sampled, beside the logit: a copy of it, and two in float64
 CHUNK_BYTES = 64 * 2**20  # of logits at once
 CACHED_CHUNK_BYTES = 4 * 2**20  # the same of the fused losses on a CPU
@@ -265,7 +266,8 @@ def generating(sizes: Sizes, together: Answers, on: Machine) -> Phase:
         reading = min(rows * prompt, max(prompt, PREFILLED_TOKENS)) * (kept + _transient_per_token(sizes))
         answering = rows * (prompt + room) * 2 * sizes.attention * on.weight_bytes
         head = sizes.vocabulary * (rows * on.weight_bytes + min(rows, sampled_upto) * SAMPLED)
-        batches.append(Phase(round(storage + max(reading, answering)), round(head)))
+        one = sizes.vocabulary * (on.weight_bytes + SAMPLED)
+        batches.append(Phase(round(storage + max(reading, answering)), round(min(head, max(LOGITS_BYTES, one)))))
     return max(batches, key=lambda one: one.total)
 
 

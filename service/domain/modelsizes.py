@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from service.domain import modelfiles
 from service.domain.errors import InvalidRequest
+from service.domain.job import ModelEntry
 
 HEADER_MAX_BYTES = 100_000_000  # the format's own limit
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # of mixture models; they get no adapter
@@ -40,6 +41,11 @@ class Sizes(BaseModel):
     vocabulary: int
     mixture: bool = Field(description="of experts")
     linear: dict[str, Linear] = Field(description="those that can get an adapter, by the last part of their names")
+
+
+def registered(entry: ModelEntry) -> Sizes | None:
+    """As they were found when the model was registered; None: they were not."""
+    return Sizes.model_validate(entry.info["sizes"]) if "sizes" in entry.info else None
 
 
 def read(folder: Path) -> Sizes | None:

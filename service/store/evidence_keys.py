@@ -1,9 +1,10 @@
 """The deployment's signing keys: one signs, those before it stay published. The caller commits."""
 
 from collections.abc import Sequence
-from contextlib import suppress
+from threading import Event
 from typing import Any
 
+import structlog
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -15,11 +16,14 @@ from service.store.secrets import SealBroken, Secrets
 from service.store.session import Sessions
 from service.store.tenants import DEFAULT
 
+log = structlog.get_logger(__name__)
+
 
 class WrongMasterKey(RuntimeError):
     """Of a deployment."""
 
 
+CHECK_AGAIN_S = 1.0
 IN_USE = tables.SigningKey.retired_at.is_(None)
 
 
@@ -32,19 +36,31 @@ def active(s: Session, secrets: Secrets) -> SigningKey:
     return _opened(secrets, row)
 
 
-def check_master_key(sessions: Sessions, secrets: Secrets) -> None:
-    """Raises WrongMasterKey where what is stored was sealed under another one. The first call makes what later ones open.
+def check_master_key(sessions: Sessions, secrets: Secrets) -> bool:
+    """Whether it could be checked: not while the database is away or not migrated. The first call makes what later ones open.
 
-    Nothing is raised while the database is away or not migrated: then readiness tells it later.
+    Raises WrongMasterKey where what is stored was sealed under another one.
     """
-    with suppress(SQLAlchemyError), sessions.begin() as s:
-        try:
+    try:
+        with sessions.begin() as s:
             active(s, secrets)
-        except SealBroken as error:
-            raise WrongMasterKey(
-                "MASTER_KEY is not the one under which this database's keys were sealed: no API key would be recognised, and no "
-                "stored set could be read"
-            ) from error
+    except SealBroken as error:
+        raise WrongMasterKey(
+            "MASTER_KEY is not the one under which this database's keys were sealed: no API key would be recognised, and no "
+            "stored set could be read"
+        ) from error
+    except SQLAlchemyError:
+        return False
+    return True
+
+
+def await_master_key(sessions: Sessions, secrets: Secrets, stop: Event) -> None:
+    """Returns once it was checked, however long the database is away, or when `stop` is set. Raises WrongMasterKey."""
+    if check_master_key(sessions, secrets):
+        return
+    log.warning("waiting for the database, to check MASTER_KEY")
+    while not stop.wait(CHECK_AGAIN_S) and not check_master_key(sessions, secrets):
+        pass
 
 
 def of_id(s: Session, secrets: Secrets, key_id: str) -> SigningKey:

@@ -93,7 +93,7 @@ def test_uploaded_files_serve_as_sets_and_a_time_is_shown_in_utc(
         "forget_set": upload("forget_set", [{"text": "a"}]),
         "retain_set": upload("retain_set", [{"text": "b"}]),
         "due_at": "2027-03-01T12:00:00+02:00",
-        "metadata": {"ticket": "T-1\x00"},
+        "metadata": {"ticket": "T-1"},
         "external_id": "x",
     }
     job = http.post(JOBS, json=request_body).json()

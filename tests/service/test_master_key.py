@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from pydantic_settings import SettingsError
+from sqlalchemy import Engine, text
 
 from service import sweep
 from service.register import first_key
@@ -19,6 +23,7 @@ from service.settings import Settings
 from service.store.evidence_keys import WrongMasterKey, check_master_key
 from service.store.secrets import KEY_BYTES, secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
+from tests.conftest import Cluster
 
 OTHER = b64encode(bytes(KEY_BYTES)).decode()
 
@@ -74,13 +79,65 @@ def test_sweep_worker_and_first_key_refuse_it(another: Settings) -> None:
 
 def test_nothing_is_claimed_while_the_database_is_away(settings: Settings) -> None:
     engine = make_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
-    check_master_key(make_sessions(engine), secrets_of(settings))
+    assert not check_master_key(make_sessions(engine), secrets_of(settings))
     engine.dispose()
 
 
-def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def away(cluster: Cluster, engine: Engine) -> Iterator[None]:
+    """Within it the database is not there, under its name."""
+    name = engine.url.database
+    engine.dispose()
+    with cluster.admin.connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {name} RENAME TO {name}_away"))
+        try:
+            yield
+        finally:
+            connection.execute(text(f"ALTER DATABASE {name}_away RENAME TO {name}"))
+
+
+def test_a_sweep_and_a_worker_that_start_before_the_database_refuse_it_later(
+    another: Settings, cluster: Cluster, engine: Engine
+) -> None:
+    stop = Event()
+    working = [sys.executable, "-m", "worker.app"]
+    environment = {"DATABASE_URL": another.database_url, "MASTER_KEY": OTHER, "WORKER_METRICS_PORT": "0"}
+    folder, piped = another.worker_scratch_dir.parent, {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            with away(cluster, engine):
+                sweeping = pool.submit(sweep.run, another, stop)
+                worker = subprocess.Popen(working, env=os.environ | environment, cwd=folder, text=True, **piped)
+                assert worker.stdout is not None
+                started = next(
+                    line for line in worker.stdout if "waiting for the database" in line or "started" in line
+                )
+                assert (sweeping.done(), worker.poll()) == (False, None), started
+            said, _ = worker.communicate(timeout=30)
+            assert (worker.returncode, "MASTER_KEY is not the one" in said) == (1, True), said
+            with pytest.raises(WrongMasterKey):
+                sweeping.result(30)
+        finally:
+            stop.set()
+            worker.kill()
+
+
+def test_a_sweep_that_waits_for_the_database_can_be_stopped(used: Settings, cluster: Cluster, engine: Engine) -> None:
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool, away(cluster, engine):
+        sweeping = pool.submit(sweep.run, used, stop)
+        time.sleep(0.5)
+        stop.set()
+        sweeping.result(30)
+
+
+@pytest.mark.parametrize("beside", [None, ""], ids=["unset", "empty"])
+def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: str | None) -> None:
+    """Also beside variables that are empty, as a compose file sets them that passes on what is not set."""
     for name in ("MASTER_KEY", "DATABASE_URL", "BROKER_URL"):
         monkeypatch.delenv(name, raising=False)
+        if beside is not None:
+            monkeypatch.setenv(name, beside)
         (tmp_path / name).write_text(f"content of {name}\n")
         monkeypatch.setenv(f"{name}_FILE", str(tmp_path / name))
     found = Settings()

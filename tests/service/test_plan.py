@@ -143,6 +143,91 @@ def test_passes_are_over_the_whole_forget_set(http: TestClient, body: dict[str, 
     assert (steps["forget_rows"], steps["forget_passes"]) == (8, 2.0), "three steps of eight rows for twenty"
 
 
+NO_LAYER = (
+    "'nope' names no linear layer of model 'words'; there are: "
+    "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+)
+
+
+@pytest.mark.parametrize("params", [{}, DRY], ids=["created", "dry-run"])
+def test_an_adapter_target_that_the_model_does_not_have_is_refused(
+    http: TestClient, body: dict[str, Any], params: dict[str, Any]
+) -> None:
+    lora = {"target_modules": ["q_proj", "nope", "mlp.down_proj", "model.layers.1.self_attn.v_proj"]}
+    reply = http.post(JOBS, json=body | {"lora": lora}, params=params)
+    assert reply.status_code == 422
+    wrong = {"pointer": "/lora/target_modules/1", "detail": NO_LAYER, "code": "target_module"}
+    assert reply.json()["errors"] == [wrong]
+    lora["target_modules"].remove("nope")
+    assert http.post(JOBS, json=body | {"lora": lora}, params=params).status_code in (200, 201)
+
+
+def test_a_deletion_plan_whose_adapter_target_the_model_does_not_have_is_refused(
+    http: TestClient, upload: Callable[..., str], body: dict[str, Any]
+) -> None:
+    job = {"method": {"type": "pdu"}, "constraint": {"epsilon": 0.3}, "retain_set": upload("retain_set", [BOB])}
+    plan = {"job": job | {"lora": {"target_modules": ["nope"]}}, "window_seconds": 0, "requests_max": 2}
+    reply = http.put("/v1/deletion-plans/words", json=plan)
+    assert reply.status_code == 422
+    wrong = {"pointer": "/job/lora/target_modules/0", "detail": NO_LAYER, "code": "target_module"}
+    assert reply.json()["errors"] == [wrong]
+
+
+def test_an_adapter_target_is_left_to_the_worker_where_the_layers_are_not_known(
+    http: TestClient, settings: Settings, sessions: Sessions, folder: Path, request_body: dict[str, Any]
+) -> None:
+    hub = register.hub_entry(settings, "hub", "o/m@" + "0" * 40, FORM)
+    mixture = register.folder_entry(settings, "mixture", folder, FORM)
+    mixture.info["sizes"]["mixture"] = True
+    asked = request_body | {"lora": {"target_modules": ["nope"]}}
+    for entry in (hub, mixture):
+        with sessions.begin() as s:
+            registry.add(s, entry)
+        assert http.post(JOBS, json=asked | {"model": entry.name}).status_code == 201
+
+
+# of twenty rows, eight in each step: change of the body, what it is warned of
+LIKELY_NOT_MEANT: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"constraint": {"epsilon_relative": 2.0}}, {}),
+    (
+        {"constraint": {"epsilon_relative": 25}},
+        {
+            "epsilon_loose": "epsilon_relative 25 lets the retain loss become 26 times what it was, and more than 3 times "
+            "hardly constrains anything; it is a share: 0.25 allows 25 % more"
+        },
+    ),
+    ({"constraint": {"epsilon": 25}}, {}),
+    ({"budget": {"max_steps": 3}}, {}),
+    (
+        {"budget": {"max_steps": 2}},
+        {
+            "few_passes": "max_steps 2 with 8 forget rows each reads at most 16 of the 20 rows to forget: the others are "
+            "never trained on"
+        },
+    ),
+    ({"budget": {"max_steps": 3000}}, {}),
+    (
+        {"budget": {"max_steps": 99_000}},
+        {
+            "many_passes": "max_steps 99,000 is 33,000 passes over the 20 rows to forget, where published methods make "
+            "5 to 50"
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("uploaded", [False, True], ids=["inline", "uploaded"])
+def test_it_warns_of_a_bound_and_of_steps_that_are_likely_not_meant(
+    http: TestClient, upload: Callable[..., str], body: dict[str, Any], uploaded: bool
+) -> None:
+    forget = [{"text": f"Ada {number}"} for number in range(20)]
+    body["forget_set"] = upload("forget_set", forget) if uploaded else forget
+    for change, expected in LIKELY_NOT_MEANT:
+        for params in ({}, DRY):
+            told = http.post(JOBS, json=body | change, params=params).json()["warnings"]
+            assert {one["code"]: one["message"] for one in told} == expected, (change, params)
+
+
 LONG = [{"text": "Bob"}, {"text": "Bob " * 10}, {"text": "Bob " * 11}, {"text": "Bob " * 40}]
 LONG_SAYS = "longer than the context of model 'words', 12 tokens: rows 3, 4"  # twelve tokens fit, with both ends
 

@@ -291,10 +291,9 @@ def test_the_process_survives_outages_and_stops_when_told(
         assert started["event"] == "sweep started"
         url = started["metrics"]
         assert httpx.get(url.replace("/metrics", "/livez")).text == "ok\n"
-        told = {json.loads(process.stderr.readline())["event"] for _ in range(2)}
-        assert told <= {"a duty failed", "no webhook was sent"}
+        assert json.loads(process.stderr.readline())["event"] == "waiting for the database, to check MASTER_KEY"
         away = duties(url)
-        assert away["jobs"].failures > 0
+        assert "jobs" in away, "late from here on"
         link.symlink_to(there)
         deadline = time.monotonic() + 20
         while not bells(broker_url) and time.monotonic() < deadline:

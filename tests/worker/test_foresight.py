@@ -169,6 +169,7 @@ def test_the_numbers_of_an_evaluation_are_the_workers() -> None:
     assert (disclosures.NEIGHBOURS_MAX, len(PREFIXES)) == (answers.NEIGHBOURS, answers.PREFIXES)
     assert min(generation.GENERATION_TOKENS, 2 * MICRO_BATCH_TOKENS) == memory.GENERATED_TOKENS
     assert (memory.PREFILLED_TOKENS, memory.GENERATED_BYTES) == (generation.PREFILL_TOKENS, generation.GENERATION_BYTES)
+    assert (memory.LOGITS_BYTES, memory.SAMPLED) == (generation.LOGITS_BYTES, generation.DRAWING_BYTES)
     assert memory.MEASURED_TOKENS == scoring.SCORING_TOKENS == measure.POSITIONS_AT_ONCE
     assert set(disclosure.WAYS) == {"question", "paraphrase", "prefix", "sample", "continuation"}, "each is counted"
 

@@ -80,6 +80,29 @@ def test_batches_and_the_order_of_prompts_change_nothing(
     assert generate(tiny, prompts[::-1], 12) == expected[::-1]
 
 
+def test_a_large_vocabulary_is_read_for_a_few_rows_at_a_time(tiny: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows are answered at once; greedy and drawn tokens are the same."""
+    prompts = (PROMPTS + OTHERS) * 3
+    seeds = [None if k % 2 else k for k in range(len(prompts))]
+    own, rows = generation._logits, list[int]()
+
+    def counted(network: Network, states_ND: torch.Tensor) -> torch.Tensor:
+        rows.append(len(states_ND))
+        return own(network, states_ND)
+
+    monkeypatch.setattr(generation, "_logits", counted)
+    expected = generate(tiny, prompts, 12, seeds=seeds)
+    assert max(rows) > 5
+    rows.clear()
+    own_bytes, copied, wide = tiny.causal.dtype.itemsize, 4, 8 + 8
+    vocabulary = tiny.causal.config.vocab_size
+    monkeypatch.setattr(generation, "LOGITS_BYTES", 5 * vocabulary * (own_bytes + copied + wide))
+    assert generate(tiny, prompts, 12, seeds=seeds) == expected
+    assert max(rows) == 5
+    monkeypatch.setattr(generation, "LOGITS_BYTES", 1)
+    assert generate(tiny, prompts[:3], 12, seeds=seeds[:3]) == expected[:3], "at least one at a time"
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "bloom"])
 def test_rows_that_wait_take_the_places_of_those_that_have_ended(
     architecture: str, register: Any, monkeypatch: pytest.MonkeyPatch
