@@ -176,6 +176,13 @@ def extend(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> Non
         printing.line(stamp(api.requests.extend(request_id, reason).due_at))
 
 
+@requests_app.command("requeue")
+def requeue(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
+    """Have a request that failed served again, by another job."""
+    with connected(url) as api:
+        printing.line(api.requests.requeue(request_id).status)
+
+
 @requests_app.command("close")
 def close(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> None:
     """Call it completed, in your name, though no job has passed for each of its models."""

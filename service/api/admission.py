@@ -215,13 +215,15 @@ def _requests(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
 
 
 def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> tuple[dict[str, list[int]], frozenset[str]]:
-    """By request: the numbers of its rows in the forget set; and the digests of all of that.
+    """By request: the numbers of its rows in the forget set, in its own order, each once; and the digests of all of that.
 
     Raises InvalidRequest where a row of a request is missing there, or one that was forgotten for an earlier request.
     """
     with sets.opened(here, request.forget_set, "forget_set") as forget:
         found = digests.row_digests(here.secrets, who.tenant, forget)
-        where = {digest: number for number, digest in enumerate(found, start=1)}
+        where = dict[str, int]()
+        for number, digest in enumerate(found, start=1):
+            where.setdefault(digest, number)
     served, problems = dict[str, list[int]](), list[FieldProblem]()
     for index, request_id in enumerate(request.deletion_requests):
         with here.sessions.begin() as s:
@@ -231,7 +233,7 @@ def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> tuple[
             detail = f"row {missing} of {request_id} is not in the forget set"
             problems.append(FieldProblem(f"/deletion_requests/{index}", detail, "row_missing"))
         else:
-            served[request_id] = sorted({where[digest] for digest in wanted})
+            served[request_id] = [where[digest] for digest in dict.fromkeys(wanted)]
     with here.sessions.begin() as s:
         if (reason := lineage.fork(s, who.tenant, request.model, request.parent, where.keys())) is not None:
             problems.append(FieldProblem("/parent", reason, "fork"))

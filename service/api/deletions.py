@@ -26,7 +26,7 @@ from service.domain.deletion import (
 from service.domain.errors import UnlearnError
 from service.domain.identity import Principal, Scope
 from service.domain.job import EXACT_MAX, Strict, Time
-from service.store import deletion_reads, deletions, digests
+from service.store import deletion_jobs, deletion_reads, deletions, digests
 from service.store.session import AWAY
 from service.store.tables import DeletionRequest
 
@@ -202,7 +202,7 @@ def approve(here: Here, request_id: str, response: Response, versions: Versions)
     responses=declared(400, 404, 409, 412, 413, 415, 503),
 )
 def deny(here: Here, request_id: str, denial: Denial, response: Response, versions: Versions) -> DeletionRequestObject:
-    """Before a job serves it. Its rows are purged."""
+    """Not once a job serves it, unless it was requeued since. Its rows are purged."""
     with here.sessions.begin() as s:
         return _tagged(response, _one(s, deletions.deny(s, request_id, denial, versions)))
 
@@ -231,6 +231,20 @@ def extend(
     """Once, with a reason, and before it is due: gdpr by up to two months, ccpa by up to 45 days."""
     with here.sessions.begin() as s:
         return _tagged(response, _one(s, deletions.extend(s, request_id, extension, versions)))
+
+
+@router.post(
+    "/{request_id}/requeue",
+    summary="Have a request that failed served again",
+    dependencies=[needs(Scope.REQUESTS_APPROVE)],
+    responses=declared(404, 409, 412, 503),
+)
+def requeue(here: Here, request_id: str, response: Response, versions: Versions) -> DeletionRequestObject:
+    """It is approved again, and waits for another job on each of its models that may still know its rows: one that the model's
+    plan makes, or one that somebody submits. Requeuing a request that waits changes nothing.
+    """
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletion_jobs.requeue(s, request_id, versions)))
 
 
 @router.post(

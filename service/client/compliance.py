@@ -124,6 +124,10 @@ class Requests:
         """Once; default: as far as the regulation allows."""
         return self._decided(request_id, "extend", version, {"reason": reason, "due_at": time(due_at)})
 
+    def requeue(self, request_id: str, version: int | None = None) -> DeletionRequest:
+        """Have one that failed served again, by another job on each of its models that may still know its rows."""
+        return self._decided(request_id, "requeue", version)
+
     def close(self, request_id: str, reason: str, version: int | None = None) -> DeletionRequest:
         """Call it completed, though no job has passed for each of its models."""
         return self._decided(request_id, "close", version, {"reason": reason})

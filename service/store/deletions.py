@@ -1,9 +1,9 @@
 """The verbs of a deletion request. The caller commits.
 
-What jobs do to it is in deletion_jobs.py; nothing else writes its status. Each verb wants the row locked and is one
-compare-and-set on (status, version), with its row in the audit log in the same transaction. A verb that is given
-`versions` raises PreconditionFailed unless the request is at one of them; a move that its status does not allow raises
-InvalidTransition.
+What jobs do to it, and how it is served again, is in deletion_jobs.py; nothing else writes its status. Each verb wants the
+row locked and is one compare-and-set on (status, version), with its row in the audit log in the same transaction. A verb
+that is given `versions` raises PreconditionFailed unless the request is at one of them; a move that its status does not
+allow raises InvalidTransition.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -193,15 +193,25 @@ def locked(s: Session, request_id: str, versions: AbstractSet[int] | None = None
 
 
 def move(
-    s: Session, row: DeletionRequest, target: RequestStatus, data: Mapping[str, Any] | None = None, **values: Any
+    s: Session,
+    row: DeletionRequest,
+    target: RequestStatus,
+    data: Mapping[str, Any] | None = None,
+    *,
+    event: str | None = None,
+    **values: Any,
 ) -> DeletionRequest:
-    """`row` must be locked. Raises InvalidTransition if its status does not allow the move."""
+    """`row` must be locked. Raises InvalidTransition if its status does not allow the move.
+
+    Args:
+        event: the name under which it is written in the audit log; None: the target's.
+    """
     before = RequestStatus(row.status)
     if target not in TRANSITIONS[before]:
         raise InvalidTransition(f"the request is {before}; it cannot become {target}")
     if target in CLOSED:
         values["finished_at"] = func.now()
-    tell(s, row, target, {"from": before, **(data or {})})
+    tell(s, row, event or target, {"from": before, **(data or {})}, target)
     moved = write(s, row, status=target, **values)
     if target in CLOSED:
         deletion_files.release(s, moved)
@@ -223,13 +233,14 @@ def write(s: Session, row: DeletionRequest, **values: Any) -> DeletionRequest:
     return written
 
 
-def tell(s: Session, row: DeletionRequest, what: str, data: Mapping[str, Any]) -> None:
-    """In the audit log; and to the tenant's server, if webhooks tell of that."""
+def tell(
+    s: Session, row: DeletionRequest, what: str, data: Mapping[str, Any], status: RequestStatus | None = None
+) -> None:
+    """In the audit log; and to the tenant's server, if webhooks tell of that. `status`: that of afterwards, if it changes."""
     told = f"deletion_request.{what}"
     audit.write(s, told, "deletion_request", row.id, data, tenant_id=row.tenant_id)
     if told in set(EventType):
-        status = what if what in set(RequestStatus) else row.status
-        outbox.enqueue(s, row.tenant_id, EventType(told), Subject(row.id, "deletion_request", status))
+        outbox.enqueue(s, row.tenant_id, EventType(told), Subject(row.id, "deletion_request", status or row.status))
 
 
 def _text(time: datetime) -> str:

@@ -96,6 +96,13 @@ def test_a_request_that_failed_says_why_in_the_list(
     assert re.fullmatch(rf"{request_id}  failed  due \S+  DSR-1  job {job_id} [^\n]*the verdict is FAILED\n", line)
 
 
+def test_a_request_that_failed_is_requeued(over: Run, submit: Run, sets: list[object], sessions: Sessions) -> None:
+    request_id = submit().stdout.strip()
+    over("submit", "--model", "m", *sets, "--epsilon", 1, "--serves", request_id)
+    Desk(sessions).end(FAILED)
+    assert over("requests", "requeue", request_id).stdout == "approved\n"
+
+
 def test_a_deadline_is_extended_once_and_told(over: Run, submit: Run) -> None:
     request_id = submit().stdout.strip()
     due = json.loads(over("requests", "show", request_id).stdout)["due_at"]
