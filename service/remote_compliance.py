@@ -97,6 +97,8 @@ def submit_request(
             due_at=due,
         )
         printing.line(request.id)
+        for warning in request.warnings:
+            printing.line(f"warning: {warning.message}", error=True)
         if reference:
             _warn_of_others(api, request.id, reference)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from service.api import polling, sets, shown, tokens
+from service.api import polling, retained, sets, shown, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
 from service.api.shapes import REPORT_JSON, JobObject
@@ -119,6 +119,8 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
         )
         raise InvalidRequest(FieldProblem("/forget_set", detail, "kind"))
     _judge_refusals(here, request)
+    if problems := list(retained.forgotten_before(here, who, request.retain_set, request.parent, request.model)):
+        raise InvalidRequest(*problems)
     resources = request.resources
     if resources.gpu_class == "any":  # the request leaves it open, the model may not
         resources = resources.model_copy(update={"gpu_class": entry.gpu_class})

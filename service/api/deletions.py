@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 from sqlalchemy.orm import Session
 
-from service.api import intake
+from service.api import intake, retained
 from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next, page, versions
 from service.api.errors import Problem, answer_to, declared
 from service.api.guard import Guarded, needs
@@ -110,14 +110,23 @@ def create_batch(here: Here, who: Who, once: OnceOnly, batch: Batch, request: Re
     With an `Idempotency-Key`, a batch that is sent again makes none a second time: each is known by the key and its index.
     """
     parts = ((index, given, once.part(index, given)) for index, given in enumerate(batch.requests))
-    return BatchResult(results=[_item(here, who, request, *part) for part in parts])
+    read: retained.Read = {}
+    return BatchResult(results=[_item(here, who, request, read, *part) for part in parts])
 
 
-def _item(here: Parts, who: Principal, request: Request, index: int, given: dict[str, Any], once: Once) -> BatchItem:
+def _item(
+    here: Parts,
+    who: Principal,
+    request: Request,
+    read: retained.Read,
+    index: int,
+    given: dict[str, Any],
+    once: Once,
+) -> BatchItem:
     try:
         with here.sessions.begin() as s:
             once.look(s)
-        answer = intake.submit(here, who, DeletionCreate.model_validate(given), once)
+        answer = intake.submit(here, who, DeletionCreate.model_validate(given), once, read)
         return BatchItem(index=index, status=201, object=answer)
     except Replayed as before:
         made = DeletionRequestObject.model_validate_json(before.answer.body)

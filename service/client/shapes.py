@@ -207,6 +207,7 @@ class DeletionRequest(Answer):
     approvals: list[Approval]
     approvals_required: int
     jobs: list[ServingJob]
+    warnings: list[Warning] = []
     version: int
 
 

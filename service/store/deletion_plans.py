@@ -61,6 +61,12 @@ def get(s: Session, model: str) -> DeletionPlan:
     return plan
 
 
+def retain_set(s: Session, model: str) -> str | None:
+    """The file that the plan of the session's tenant for the model retains; None: there is no plan."""
+    plan = s.get(DeletionPlan, (tenancy.tenant(s), model))
+    return None if plan is None else str(plan.job["retain_set"])
+
+
 def remove(s: Session, model: str) -> None:
     """Of the session's tenant. What waits, waits for a job that somebody asks for."""
     gone = delete(DeletionPlan).where(DeletionPlan.model == model)

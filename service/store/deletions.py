@@ -28,6 +28,7 @@ from service.domain.deletion import (
 from service.domain.errors import FieldProblem, InvalidRequest, InvalidTransition, NotFound, PreconditionFailed
 from service.store import audit, deletion_files, outbox, tenancy, tenants
 from service.store.ids import new_id
+from service.store.rows import WarningRow
 from service.store.tables import DeletionApproval, DeletionJob, DeletionRequest, File, Model
 from service.webhooks.events import EventType, Subject
 
@@ -39,7 +40,13 @@ FRESH: dict[str, Any] = {"populate_existing": True}  # what a lock waited for ma
 
 
 def create(
-    s: Session, asked: DeletionCreate, *, forget_set: str, rows: Sequence[str], subjects: Collection[str]
+    s: Session,
+    asked: DeletionCreate,
+    *,
+    forget_set: str,
+    rows: Sequence[str],
+    subjects: Collection[str],
+    warnings: Sequence[WarningRow] = (),
 ) -> DeletionRequest:
     """A request of the session's tenant, that waits for approval or needs none. Raises NotFound for a file or a model.
 
@@ -69,6 +76,7 @@ def create(
         rows=len(rows),
         row_digests=list(rows),
         subject_digests=sorted(set(subjects)),
+        warnings=[warning._asdict() for warning in warnings],
         metadata_=asked.metadata,
         created_by=tenancy.actor(s),
     )
