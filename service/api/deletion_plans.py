@@ -17,7 +17,7 @@ from service.domain.deletion import PlannedJob, PlanPut
 from service.domain.errors import InvalidRequest
 from service.domain.identity import Principal, Scope
 from service.domain.job import SETS, ModelName
-from service.store import deletion_plans, lineage, models
+from service.store import deletion_plans, deletion_reads, lineage, models
 from service.store.tables import DeletionPlan
 
 PLANS_PATH = "/v1/deletion-plans"
@@ -97,7 +97,7 @@ def _judge(here: Parts, who: Principal, model: str, asked: PlannedJob) -> None:
     """Raises NotFound for a model that is not registered, and InvalidRequest."""
     with here.sessions.begin() as s:
         entry = models.get(s, model)
-        parent = lineage.latest(s, who.tenant, model)
+        parent, left_out = lineage.latest(s, who.tenant, model), deletion_reads.left_out(s, model)
     hyperparameters = here.catalog.complete(asked.method.type, asked.method.hyperparameters)
     problems = list(admission.recipe_problems(here, asked, hyperparameters))
     for purpose in SETS:
@@ -107,7 +107,7 @@ def _judge(here: Parts, who: Principal, model: str, asked: PlannedJob) -> None:
         with sets.opened(here, file_id, purpose) as rows:
             if purpose != "refusal_set":  # those are read behind questions that nobody has asked yet
                 problems += tokens.long_rows(here.settings, entry, rows, f"/{purpose}")
-    problems += retained.forgotten_before(here, who, asked.retain_set, parent, model)
+    problems += retained.forgotten_before(here, who, asked.retain_set, parent, model, left_out)
     if problems:
         raise InvalidRequest(*problems)
 

@@ -53,6 +53,14 @@ class RowsQuery(Strict):
     limit: int = Field(default=1000, ge=1, le=10_000)
 
 
+class Serving(Strict):
+    leave_out_retained: bool = Field(
+        default=False,
+        description="jobs of plans train without those of its rows that the plan's retain set has: they use a copy of that "
+        "set without them; from then on, for every later job on its models, too",
+    )
+
+
 class RequestedRow(BaseModel):
     row: int = Field(description="its number in the request's forget set, from 1")
     digest: str = Field(description="keyed: who has no key cannot try out what the row said")
@@ -198,10 +206,12 @@ def rows(here: Here, request_id: str, query: Annotated[RowsQuery, Query()]) -> R
     dependencies=[needs(Scope.REQUESTS_APPROVE)],
     responses=declared(404, 409, 412, 503),
 )
-def approve(here: Here, request_id: str, response: Response, versions: Versions) -> DeletionRequestObject:
+def approve(
+    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[Serving, Query()]
+) -> DeletionRequestObject:
     """By somebody else than who submitted it. Approving twice is approving once."""
     with here.sessions.begin() as s:
-        return _tagged(response, _one(s, deletions.approve(s, request_id, versions)))
+        return _tagged(response, _one(s, deletions.approve(s, request_id, versions, **dict(query))))
 
 
 @router.post(
@@ -248,12 +258,14 @@ def extend(
     dependencies=[needs(Scope.REQUESTS_APPROVE)],
     responses=declared(404, 409, 412, 503),
 )
-def requeue(here: Here, request_id: str, response: Response, versions: Versions) -> DeletionRequestObject:
+def requeue(
+    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[Serving, Query()]
+) -> DeletionRequestObject:
     """It is approved again, and waits for another job on each of its models that may still know its rows: one that the model's
     plan makes, or one that somebody submits. Requeuing a request that waits changes nothing.
     """
     with here.sessions.begin() as s:
-        return _tagged(response, _one(s, deletion_jobs.requeue(s, request_id, versions)))
+        return _tagged(response, _one(s, deletion_jobs.requeue(s, request_id, versions, **dict(query))))
 
 
 @router.post(

@@ -83,6 +83,9 @@ class DeletionRequestObject(BaseModel):
     approvals: list[ApprovalShown]
     approvals_required: int
     jobs: list[ServingJob] = Field(description="that serve it, in the order in which they came")
+    leave_out_retained: bool = Field(
+        description="jobs of plans retain none of its rows, whatever the plan's retain set has"
+    )
     warnings: list[JobWarning] = Field(
         description="at its submission: `row_retained`, the plan of a model wants rows kept that it wants forgotten"
     )
@@ -198,6 +201,7 @@ def _object(
         approvals=approvals,
         approvals_required=row.approvals_required,
         jobs=[ServingJob(id=one.job_id, model=one.model) for one in served],
+        leave_out_retained=row.leave_out_retained,
         warnings=[JobWarning.model_validate(warning) for warning in row.warnings],
         denial=DenialShown.model_validate(row.denial) if row.denial else None,
         closing=ClosingShown.model_validate(row.closing) if row.closing else None,

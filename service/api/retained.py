@@ -1,6 +1,7 @@
 """Rows of a retain set that the model is to forget, or has been made to forget."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from service.api import sets
 from service.api.deps import Parts
@@ -32,9 +33,9 @@ def in_plans(here: Parts, entries: Sequence[ModelEntry], forget: Numbers, read: 
         if pairs:
             yield WarningRow(
                 "row_retained",
-                f"{len(pairs)} rows are in the retain set of the deletion plan of model {entry.name!r} "
-                f"(forget = retain): {overlap.named(pairs)}; the plan cannot serve the request unless it is put with a "
-                "retain set without them",
+                f"rows of the forget set that the deletion plan of model {entry.name!r} retains: {len(pairs)} "
+                f"(forget = retain): {overlap.named(pairs)}; the plan cannot serve the request unless it is approved, or "
+                "requeued, with leave_out_retained, or the plan is put with a retain set without them",
             )
 
 
@@ -55,15 +56,23 @@ def _numbers(here: Parts, file_id: str, read: Read) -> Numbers:
 
 
 def forgotten_before(
-    here: Parts, who: Principal, retain_set: sets.Given, parent: str | None, model: str
+    here: Parts,
+    who: Principal,
+    retain_set: sets.Given,
+    parent: str | None,
+    model: str,
+    left_out: AbstractSet[str] = frozenset(),
 ) -> Iterator[FieldProblem]:
     """Rows of the retain set that the model of the job to start from was made to forget, by that job or one before it.
 
     By keyed digest, which is kept of a deletion request's rows; of others only as long as the rows are.
+
+    Args:
+        left_out: digests of rows that will not be retained.
     """
     if parent is None:
         return
-    forgotten = _forgotten(here, who, parent, model)
+    forgotten = {row: job for row, job in _forgotten(here, who, parent, model).items() if row not in left_out}
     with sets.opened(here, retain_set, "retain_set") as retain:
         found = digests.row_digests(here.secrets, who.tenant, retain)
         both = [(number, forgotten[digest]) for number, digest in enumerate(found, start=1) if digest in forgotten]

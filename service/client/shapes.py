@@ -207,6 +207,7 @@ class DeletionRequest(Answer):
     approvals: list[Approval]
     approvals_required: int
     jobs: list[ServingJob]
+    leave_out_retained: bool = False
     warnings: list[Warning] = []
     version: int
 

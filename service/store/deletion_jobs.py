@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from service.domain.deletion import CLOSED, SERVABLE, RequestStatus
 from service.domain.errors import InvalidTransition
 from service.domain.job import FORGOTTEN, TERMINAL, Status
-from service.store.deletions import FRESH, locked, move, tell, write
+from service.store.deletions import FRESH, leave_out, locked, move, tell, write
 from service.store.tables import DeletionJob, DeletionRequest, Job
 
 R = RequestStatus
@@ -90,11 +90,18 @@ def _spare(s: Session, job: Job, failed: AbstractSet[int]) -> None:
     _set_requeued(s, job.id, func.now(), innocent)
 
 
-def requeue(s: Session, request_id: str, versions: AbstractSet[int] | None = None) -> DeletionRequest:
+def requeue(
+    s: Session, request_id: str, versions: AbstractSet[int] | None = None, *, leave_out_retained: bool = False
+) -> DeletionRequest:
     """One that failed waits for another job, for each of its models that still knows its rows. Requeuing one that waits changes
     nothing. Raises InvalidTransition for any other; PreconditionFailed unless it is at one of the versions.
+
+    Args:
+        leave_out_retained: see deletions.leave_out.
     """
     row = locked(s, request_id, versions)
+    if leave_out_retained:
+        row = leave_out(s, row)
     if row.status == R.APPROVED:
         return row
     if row.status != R.FAILED:

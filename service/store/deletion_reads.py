@@ -64,6 +64,16 @@ def served_by(s: Session, request_ids: Collection[str]) -> Sequence[Served]:
     return [Served(*row) for row in found]
 
 
+def left_out(s: Session, model: str) -> set[str]:
+    """The digests of rows that no job of a plan for the model retains, of all requests that still want them forgotten."""
+    rows = select(DeletionRequest.row_digests).where(
+        DeletionRequest.models.contains([model]),
+        DeletionRequest.leave_out_retained,
+        DeletionRequest.status.not_in((RequestStatus.DENIED, RequestStatus.CANCELLED)),
+    )
+    return {digest for digests in s.scalars(rows) for digest in digests}
+
+
 def digests_of_job(s: Session, job_id: str) -> Iterator[str]:
     """Of the rows of all requests that it serves or has served."""
     rows = select(DeletionRequest.row_digests).join(DeletionJob, DeletionJob.request_id == DeletionRequest.id)

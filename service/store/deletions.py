@@ -87,9 +87,17 @@ def create(
     return move(s, row, R.PENDING_APPROVAL) if approvals else move(s, row, R.APPROVED, approved_at=func.now())
 
 
-def approve(s: Session, request_id: str, versions: AbstractSet[int] | None = None) -> DeletionRequest:
-    """By the session's actor, who is not who submitted it. To approve twice is to approve once."""
+def approve(
+    s: Session, request_id: str, versions: AbstractSet[int] | None = None, *, leave_out_retained: bool = False
+) -> DeletionRequest:
+    """By the session's actor, who is not who submitted it. To approve twice is to approve once.
+
+    Args:
+        leave_out_retained: see `leave_out`.
+    """
     row = locked(s, request_id, versions)
+    if leave_out_retained and row.created_by != tenancy.actor(s):
+        row = leave_out(s, row)
     if s.get(DeletionApproval, (row.id, tenancy.actor(s))) is not None:
         return row
     if row.status != R.PENDING_APPROVAL:
@@ -103,6 +111,17 @@ def approve(s: Session, request_id: str, versions: AbstractSet[int] | None = Non
     if count < row.approvals_required:
         return write(s, row)
     return move(s, row, R.APPROVED, approved_at=func.now())
+
+
+def leave_out(s: Session, row: DeletionRequest) -> DeletionRequest:
+    """From now on the jobs of plans retain none of its rows. `row` is locked. Raises InvalidTransition where a job serves it, and
+    once it is closed."""
+    if row.leave_out_retained:
+        return row
+    if row.status not in (R.PENDING_APPROVAL, R.APPROVED, R.FAILED):
+        raise InvalidTransition(f"the request is {row.status}; what is retained beside it is settled")
+    tell(s, row, "retained_rows_left_out", {})
+    return write(s, row, leave_out_retained=True)
 
 
 def deny(s: Session, request_id: str, denial: Denial, versions: AbstractSet[int] | None = None) -> DeletionRequest:

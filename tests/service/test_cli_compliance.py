@@ -111,7 +111,10 @@ def test_a_request_for_a_row_that_a_plan_retains_is_warned_of_it(
     assert set_plan.exit_code == 0, set_plan.output
     sent = submit()
     assert (sent.exit_code, sent.stdout[:5]) == (0, "dreq_")
-    assert sent.stderr.startswith("warning: 1 rows are in the retain set of the deletion plan of model 'm'")
+    assert sent.stderr.startswith("warning: rows of the forget set that the deletion plan of model 'm' retains: 1 ")
+    request_id = sent.stdout.strip()
+    assert over("requests", "requeue", request_id, "--leave-out-retained").stdout == "approved\n"
+    assert json.loads(over("requests", "show", request_id).stdout)["leave_out_retained"] is True
 
 
 def test_a_deadline_is_extended_once_and_told(over: Run, submit: Run) -> None:

@@ -1,5 +1,6 @@
 """Rows of a retain set that somebody wants forgotten, or that the model was made to forget before."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ from service.api import retained
 from service.api.deps import Parts
 from service.batches import serve_deletions
 from service.domain.job import ModelEntry, PromptFormat
-from service.store import models
+from service.store import files, models
 from service.store.tables import File, Job
 from service.sweep import purge_due
 from tests.service import deleting, test_deletion_plans
-from tests.service.deleting import ADA, BOB, EVE, JOBS, PLANS, REQUESTS, Desk, asked, job_body, problem, show
+from tests.service.deleting import ADA, BOB, EVE, JOBS, PLANS, REQUESTS, Desk, as_, asked, job_body, problem, show
 
+approvals = deleting.approvals
 parts = deleting.parts
 plan = test_deletion_plans.plan
 submit = deleting.submit
@@ -47,7 +49,7 @@ def test_a_request_for_rows_that_a_plan_retains_is_warned(
     made = submit(ADA, EVE, padded, models=["m", "n"])
     [warning] = made["warnings"]
     assert warning["code"] == "row_retained"
-    assert "model 'm' (forget = retain): 2 = 3, 3 = 2;" in warning["message"]
+    assert "model 'm' retains: 2 (forget = retain): 2 = 3, 3 = 2;" in warning["message"]
     assert show(http, made)["warnings"] == made["warnings"], "it is kept"
 
 
@@ -77,6 +79,97 @@ def test_a_large_retain_set_is_looked_at_only_when_a_job_is_made(
     assert made["warnings"] == []
     assert serve_deletions(parts) == 0
     assert show(http, made)["status_reason"] == "model 'm': its row 1 is row 1 of the plan's retain set"
+
+
+# --- rows that are left out of a plan's retain set
+
+
+@pytest.fixture
+def rows_of(parts: Parts) -> Callable[[str], list[Any]]:
+    def read(file_id: str) -> list[Any]:
+        with parts.sessions.begin() as s:
+            file = files.get(s, file_id)
+        with files.content(parts.storage, parts.secrets, file) as content:
+            return [json.loads(line) for line in content]
+
+    return read
+
+
+def job_of(http: TestClient, request: dict[str, Any]) -> dict[str, Any]:
+    return dict(http.get(f"{JOBS}/{show(http, request)['jobs'][-1]['id']}").json())
+
+
+def test_who_approves_a_request_has_its_rows_left_out_of_what_its_plan_retains(
+    http: TestClient,
+    submit: Submit,
+    plan: Submit,
+    parts: Parts,
+    worker: Desk,
+    upload: Callable[..., str],
+    approvals: Callable[[int], None],
+    make_key: Callable[..., str],
+    rows_of: Callable[[str], list[Any]],
+) -> None:
+    padded = BOB | {"answer": f" {BOB['answer']}"}
+    made = plan(requests_max=1, retain_set=upload("retain_set", [OTHER, padded, BOB, EVE]))
+    approvals(1)
+    bob, other = submit(BOB), as_(make_key("compliance_approver"))
+    path = f"{REQUESTS}/{bob['id']}/approve?leave_out_retained=true"
+    problem(http.post(path), 409, "invalid-transition")  # by who submitted it
+    assert show(http, bob)["leave_out_retained"] is False
+    approved = http.post(path, headers=other).json()
+    assert (approved["status"], approved["leave_out_retained"]) == ("approved", True)
+    assert serve_deletions(parts) == 1
+    job = job_of(http, bob)
+    assert rows_of(job["retain_set"]) == [OTHER, EVE]
+    assert rows_of(made["job"]["retain_set"]) == [OTHER, padded, BOB, EVE], "the plan's own is as it was"
+    problem(http.post(f"{REQUESTS}/{bob['id']}/requeue?leave_out_retained=true"), 409, "invalid-transition")
+    worker.end()
+    assert show(http, bob)["status"] == "completed"
+    assert purge_due(parts.sessions, parts.storage) == 3, "the request's set, and those that were made for its job"
+
+    approvals(0)
+    plan(requests_max=1, retain_set=upload("retain_set", [BOB, OTHER]))
+    ada = submit(ADA)
+    assert serve_deletions(parts) == 1
+    later = job_of(http, ada)
+    assert (later["parent"], rows_of(later["retain_set"])) == (job["id"], [OTHER]), "or the model would learn it again"
+
+
+def test_a_request_that_failed_for_a_row_that_is_retained_is_requeued_without_it(
+    http: TestClient, submit: Submit, plan: Submit, parts: Parts, upload: Callable[..., str], worker: Desk
+) -> None:
+    retain_set = upload("retain_set", [OTHER, BOB])
+    plan(requests_max=1, retain_set=retain_set)
+    bob = submit(BOB)
+    assert serve_deletions(parts) == 0
+    assert show(http, bob)["status"] == "failed"
+    assert http.post(f"{REQUESTS}/{bob['id']}/requeue?leave_out_retained=true").json()["status"] == "approved"
+    assert serve_deletions(parts) == 1
+    assert job_of(http, bob)["retain_set"] != retain_set
+    problem(http.post(f"{REQUESTS}/{bob['id']}/cancel"), 409, "invalid-transition")
+
+
+def test_a_plan_whose_set_has_none_of_the_rows_is_used_as_it_is(
+    http: TestClient, submit: Submit, plan: Submit, parts: Parts
+) -> None:
+    made = plan(requests_max=1)
+    ada = submit(ADA)
+    http.post(f"{REQUESTS}/{ada['id']}/requeue?leave_out_retained=true")
+    assert serve_deletions(parts) == 1
+    assert job_of(http, ada)["retain_set"] == made["job"]["retain_set"]
+
+
+def test_a_plan_of_which_no_row_is_left_is_suspended(
+    http: TestClient, submit: Submit, plan: Submit, parts: Parts
+) -> None:
+    plan(requests_max=1)
+    bob = submit(BOB)
+    http.post(f"{REQUESTS}/{bob['id']}/requeue?leave_out_retained=true")
+    assert serve_deletions(parts) == 0
+    assert "no rows" in http.get(f"{PLANS}/m").json()["status_reason"]
+    with parts.sessions.begin() as s:
+        assert None not in s.scalars(select(File.purged_at).where(File.created_by == "system")).all()
 
 
 # --- what a chain of jobs has forgotten
