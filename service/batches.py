@@ -12,19 +12,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.api import admission, tokens
 from service.api.deps import Parts
-from service.domain import rows
+from service.domain import overlap, rows
 from service.domain.deletion import PlannedJob
 from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFound, StorageDamaged, UnlearnError
 from service.domain.identity import SYSTEM, Principal, Scope
 from service.domain.job import JobCreate
-from service.domain.overlap import overlap
 from service.domain.rows import Example
 from service.store import deletion_jobs, deletion_plans, deletion_reads, digests, files, models, quotas, tenancy
 from service.store.deletion_plans import Batch
 from service.store.tables import DeletionRequest, File
 
-PURPOSE = "forget_set"
-NAME = "deletion-requests.jsonl"
+FORGET, RETAIN = "forget_set", "retain_set"
+NAMES = {FORGET: "deletion-requests.jsonl", RETAIN: "retained.jsonl"}
 REASON_MAX = 1000
 UNUSED_AGE = timedelta(hours=1)  # of a set that a crash kept from its job: then it is purged
 
@@ -79,7 +78,8 @@ def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
         return False
     unfit = dict(_unreadable(here, who, batch.requests))
     unfit |= _too_long(here, batch.plan.model, [request for request in batch.requests if request.id not in unfit])
-    unfit |= _clashes(here, recipe, [request for request in batch.requests if request.id not in unfit])
+    judged = [one for one in batch.requests if one.id not in unfit and not one.leave_out_retained]
+    unfit |= _clashes(here, recipe, judged)
     for request_id, reason in unfit.items():
         with here.sessions.begin() as s:
             deletion_jobs.fail(s, request_id, batch.plan.model, reason[:REASON_MAX])
@@ -89,12 +89,15 @@ def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
 
 
 def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, requests: Sequence[DeletionRequest]) -> bool:
-    stored = _store(here, who, requests)
+    forget = _store(here, who, FORGET, _rows_of(here, who, requests))
+    retain = _without_left_out(here, who, batch.plan.model, recipe.retain_set, requests)
+    made = [forget] if retain is None else [forget, retain]
     asked = JobCreate.model_validate(
         recipe.model_dump()
         | {
             "model": batch.plan.model,
-            "forget_set": stored.file_id,
+            "forget_set": forget.file_id,
+            "retain_set": recipe.retain_set if retain is None else retain.file_id,
             "parent": batch.parent,
             "due_at": min(request.due_at for request in requests),
             "deletion_requests": [request.id for request in requests],
@@ -103,23 +106,23 @@ def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, reque
     try:
         job = admission.submit(here, who, asked)
     except InvalidTransition as error:  # it was taken back, or another sweep was faster
-        _purge(here, stored.file_id)
+        _purge(here, made)
         log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=str(error))
         return False
     except InvalidRequest as error:
-        _purge(here, stored.file_id)
+        _purge(here, made)
         if CHANGED.issuperset(problem.code for problem in error.problems):
             log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=str(error))
             return False
         _suspend(here, batch, str(error))
         return False
     except UnlearnError:
-        _purge(here, stored.file_id)
+        _purge(here, made)
         raise
     with here.sessions.begin() as s:
-        # Unless the job has ended meanwhile, and its requests with it: then the file is due.
-        kept = update(File).where(File.id == stored.file_id, File.purge_at > func.now())
-        s.execute(kept.values(purge_at=stored.kept_until), execution_options={"synchronize_session": False})
+        for stored in made:  # unless the job has ended meanwhile, and its requests with it: then they are due
+            kept = update(File).where(File.id == stored.file_id, File.purge_at > func.now())
+            s.execute(kept.values(purge_at=stored.kept_until), execution_options={"synchronize_session": False})
     log.info("a job serves deletion requests", job_id=job.id, model=batch.plan.model, requests=len(requests))
     return True
 
@@ -165,7 +168,7 @@ def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest
                     yield rows.parse(line)
 
         with files.content(here.storage, here.secrets, retain_set) as retain:
-            shared = overlap(forget(), rows.each(rows.lines(retain))).same
+            shared = overlap.overlap(forget(), rows.each(rows.lines(retain))).same
         if not shared:
             break
         for place, retained in shared:  # of a row that several requests have, the last is named: hence again without it
@@ -174,24 +177,59 @@ def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest
     return clashes
 
 
-def _store(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -> Stored:
-    """The rows of all of them, each once, with all their columns: the id of a new file, to be purged unless a job is made."""
+def _rows_of(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -> Iterator[bytes]:
+    """The rows of all of them, each once, with all their columns."""
+    seen = set[str]()
+    for request in requests:
+        for line in _lines(here, request.forget_set):
+            [digest] = digests.row_digests(here.secrets, who.tenant, [rows.parse(line)])
+            if digest not in seen:
+                seen.add(digest)
+                yield line
+
+
+def _without_left_out(
+    here: Parts, who: Principal, model: str, retain_set: str, requests: Iterable[DeletionRequest]
+) -> Stored | None:
+    """The plan's retain set without the rows of requests that leave theirs out of it: of these, and of those before, which the
+    model would learn again. None: it has none of them.
+    """
+    with here.sessions.begin() as s:
+        left_out = deletion_reads.left_out(s, model)
+    if not left_out:
+        return None
+    own = {
+        overlap.exact(rows.parse(line))  # finds more than the digests: a row that differs in white space at its ends
+        for request in requests
+        if request.leave_out_retained
+        for line in _lines(here, request.forget_set)
+    }
+    examples = map(rows.parse, _lines(here, retain_set))
+    places = set[int]()
+    for place, example in enumerate(examples):
+        [digest] = digests.row_digests(here.secrets, who.tenant, [example])
+        if digest in left_out or overlap.exact(example) in own:
+            places.add(place)
+    if not places:
+        return None
+    log.info("rows are left out of a plan's retain set", model=model, rows=len(places))
+    rest = (line for place, line in enumerate(_lines(here, retain_set)) if place not in places)
+    return _store(here, who, RETAIN, rest)
+
+
+def _store(here: Parts, who: Principal, purpose: str, lines: Iterable[bytes]) -> Stored:
+    """As a new file, to be purged unless a job is made."""
     count = 0
 
-    def together() -> Iterator[bytes]:
+    def counted() -> Iterator[bytes]:
         nonlocal count
-        seen = set[str]()
-        for request in requests:
-            for line in _lines(here, request.forget_set):
-                [digest] = digests.row_digests(here.secrets, who.tenant, [rows.parse(line)])
-                if digest not in seen:
-                    seen.add(digest)
-                    count += 1
-                    yield line + b"\n"
+        for line in lines:
+            count += 1
+            yield line + b"\n"
 
-    kept = files.keep(here.storage, here.secrets, who.tenant, NAME, together())
+    kept = files.keep(here.storage, here.secrets, who.tenant, NAMES[purpose], counted())
     with here.sessions.begin() as s:
-        file = files.insert(s, kept, purpose=PURPOSE, rows=count)
+        file = files.insert(s, kept, purpose=purpose, rows=count)
         kept_until, file.purge_at = file.purge_at, func.now() + UNUSED_AGE
         return Stored(file.id, kept_until)
 
@@ -205,10 +243,11 @@ def _lines(here: Parts, file_id: str) -> Iterator[bytes]:
                 yield plain
 
 
-def _purge(here: Parts, file_id: str) -> None:
-    with here.sessions.begin() as s:
-        key = files.purge(s, file_id)
-    here.storage.delete(key)
+def _purge(here: Parts, made: Iterable[Stored]) -> None:
+    for stored in made:
+        with here.sessions.begin() as s:
+            key = files.purge(s, stored.file_id)
+        here.storage.delete(key)
 
 
 def _suspend(here: Parts, batch: Batch, reason: str) -> None:

@@ -32,6 +32,9 @@ app.add_typer(plans_app, name="plans")
 
 AsJson = Annotated[bool, typer.Option("--json", help="the API's own objects, a line each")]
 Reason = Annotated[str, typer.Option(help="for people to read; name nobody in it")]
+LeaveOut = Annotated[
+    bool, typer.Option("--leave-out-retained", help="jobs of plans leave its rows out of the plan's retain set")
+]
 RequestId = Annotated[str, typer.Argument(metavar="REQUEST")]
 
 
@@ -97,6 +100,8 @@ def submit_request(
             due_at=due,
         )
         printing.line(request.id)
+        for warning in request.warnings:
+            printing.line(f"warning: {warning.message}", error=True)
         if reference:
             _warn_of_others(api, request.id, reference)
 
@@ -144,10 +149,10 @@ def show_rows(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
 
 
 @requests_app.command("approve")
-def approve(request_id: RequestId, url: Url = DEFAULT_URL) -> None:
+def approve(request_id: RequestId, leave_out_retained: LeaveOut = False, url: Url = DEFAULT_URL) -> None:
     """As somebody else than who submitted it."""
     with connected(url) as api:
-        printing.line(api.requests.approve(request_id).status)
+        printing.line(api.requests.approve(request_id, leave_out_retained=leave_out_retained).status)
 
 
 @requests_app.command("deny")
@@ -174,6 +179,13 @@ def extend(request_id: RequestId, reason: Reason, url: Url = DEFAULT_URL) -> Non
     """Once, as far as the regulation allows; prints the new deadline."""
     with connected(url) as api:
         printing.line(stamp(api.requests.extend(request_id, reason).due_at))
+
+
+@requests_app.command("requeue")
+def requeue(request_id: RequestId, leave_out_retained: LeaveOut = False, url: Url = DEFAULT_URL) -> None:
+    """Have a request that failed served again, by another job."""
+    with connected(url) as api:
+        printing.line(api.requests.requeue(request_id, leave_out_retained=leave_out_retained).status)
 
 
 @requests_app.command("close")

@@ -27,6 +27,14 @@ NAMED_ROWS_MAX = 20
 SHOT_END = "\n\n"  # behind each answer of the questions that stand before a plain prompt
 
 
+class RowsUnfit(JobFailure):
+    """Of a set that cannot be encoded, the numbers of the rows to blame, from 1."""
+
+    def __init__(self, code: FailureCode, message: str, rows: Sequence[int]) -> None:
+        super().__init__(code, message)
+        self.rows = rows
+
+
 class TokenRow(NamedTuple):
     ids: list[int]
     answer_start: int  # first position that counts
@@ -149,15 +157,16 @@ def _checked(
     room = math.inf if context_tokens is None else context_tokens
     long = [number for number, row in enumerate(rows, start=1) if len(row.ids) > room]
     if long:
-        raise JobFailure(
+        raise RowsUnfit(
             FailureCode.ROW_TOO_LONG,
             f"rows longer than the model's context of {context_tokens} tokens: {_named(long)} "
             f"({len(long)} of {len(rows)})",
+            long,
         )
     # A row whose only label is its end says nothing of its answer: that is empty, or merged with a benchmark's prompt.
     unmeasured = [number for number, row in enumerate(rows, start=1) if row.counted <= row.ends]
     if context_tokens is not None and len(unmeasured) == len(rows):
-        raise JobFailure(FailureCode.INVALID_FILE, "no row has a token that counts")
+        raise RowsUnfit(FailureCode.INVALID_FILE, "no row has a token that counts", unmeasured)
     starts = [[] if example.kind == "text" else ids for example, ids in zip(examples, prompts, strict=True)]
     return Encoded(rows, starts, [example.answer for example in examples], unmeasured)
 
@@ -176,9 +185,10 @@ def encode_refusals(
     """
     texts = [number for number, example in enumerate(examples, start=1) if example.kind == "text"]
     if texts:
-        raise JobFailure(
+        raise RowsUnfit(
             FailureCode.INVALID_FILE,
             f"the method refuses questions, and {len(texts)} rows ask none (they are texts): {_named(texts)}",
+            texts,
         )
     drawn = torch.randint(
         len(refusals), (len(examples),), generator=torch.Generator().manual_seed(_seed(seed, "refusals", 0))
@@ -203,7 +213,7 @@ class _Renderer(NamedTuple):
         try:
             return template.render(self.template, self.form, self.special_tokens, question, answer, shots)
         except TemplateRefused:
-            raise JobFailure(FailureCode.INVALID_FILE, f"the chat template refuses row {number}") from None
+            raise RowsUnfit(FailureCode.INVALID_FILE, f"the chat template refuses row {number}", [number]) from None
 
 
 def _renderer(tokenizer: Any, form: PromptFormat) -> _Renderer:

@@ -65,9 +65,11 @@ def judge_overlap(sets: Mapping[str, Sequence[rows.Example]], diary: Diary) -> N
     for (one, its), (other, theirs) in combinations(sets.items(), 2):
         found = overlap.overlap(its, theirs)
         if found.same:
+            blamed = {one: [row for row, _ in found.same], other: [row for _, row in found.same]}.get("forget", [])
             raise JobFailure(
                 FailureCode.FORGET_RETAIN_OVERLAP,
                 f"{len(found.same)} rows of the {one} set are also in the {other} set: {overlap.named(found.same)}",
+                blamed,
             )
         for code, message in overlap.warnings(one, other, found):
             diary.warn(code, message)

@@ -202,6 +202,7 @@ class FailureRecord(Record):
     type: Literal["failure"] = "failure"
     code: FailureCode
     message: str
+    forget_rows: list[int] = []  # numbers of the rows of the forget set that are to blame, from 1
 
 
 class CancelledRecord(Record):

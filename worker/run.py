@@ -11,7 +11,8 @@ done, and goes on with the solve where the last checkpoint was.
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -249,9 +250,10 @@ def forget_texts(
     if "refusal" in method.forget.needs:
         own = job.refusal_file
         refusals = REFUSALS if own is None else [row.answer for row in files.read_set(storage, own)]
-        texts["refusal"] = data.encode_refusals(
-            rows, refusals, job.spec.seed, base.tokenizer, base.entry.prompt_format, base.context_tokens
-        )
+        with about("forget", "with the refusals for answers, "):
+            texts["refusal"] = data.encode_refusals(
+                rows, refusals, job.spec.seed, base.tokenizer, base.entry.prompt_format, base.context_tokens
+            )
     return texts
 
 
@@ -296,10 +298,18 @@ def places(method: Method, terms: Mapping[str, Term], seed: int, step: int) -> d
 
 
 def encode(which: str, rows: Sequence[Example], base: model.Network) -> data.Encoded:
-    try:
+    with about(which):
         return data.encode(rows, base.tokenizer, base.entry.prompt_format, base.context_tokens)
+
+
+@contextmanager
+def about(which: str, how: str = "") -> Iterator[None]:
+    """What fails here names the set; and the rows to blame, for those who asked for them, where it is the forget set."""
+    try:
+        yield
     except JobFailure as failure:
-        raise JobFailure(failure.code, f"{which} set: {failure}") from failure
+        blamed = failure.rows if which == "forget" and isinstance(failure, data.RowsUnfit) else ()
+        raise JobFailure(failure.code, f"{which} set: {how}{failure}", blamed) from failure
 
 
 # --- what a user is warned of
@@ -357,7 +367,7 @@ def last_record(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -
     except Exception as error:
         known = failure(error)
         if known is not None:
-            return FailureRecord(code=known.code, message=str(known))
+            return FailureRecord(code=known.code, message=str(known), forget_rows=known.forget_rows)
         traceback.print_tb(error.__traceback__)
         print(f"{type(error).__module__}.{type(error).__qualname__}: its own words may quote a row", file=sys.stderr)  # noqa: T201
         return FailureRecord(

@@ -280,7 +280,7 @@ def _follow(
         case ResultRecord():
             return last
         case FailureRecord():
-            return Failure.of(last.code, last.message)
+            return Failure.of(last.code, last.message, last.forget_rows)
     return asked or _died(running.exit_code(), process.oom_kills() > oom_kills)
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from service.api import polling, sets, shown, tokens
+from service.api import polling, retained, sets, shown, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
 from service.api.shapes import REPORT_JSON, JobObject
@@ -120,6 +120,8 @@ def judge(here: Parts, who: Principal, request: JobCreate) -> Judged:
         )
         raise InvalidRequest(FieldProblem("/forget_set", detail, "kind"))
     _judge_refusals(here, request)
+    if problems := list(retained.forgotten_before(here, who, request.retain_set, request.parent, request.model)):
+        raise InvalidRequest(*problems)
     resources = request.resources
     if resources.gpu_class == "any":  # the request leaves it open, the model may not
         resources = resources.model_copy(update={"gpu_class": entry.gpu_class})
@@ -233,13 +235,15 @@ def _requests(here: Parts, request: JobCreate) -> Iterator[FieldProblem]:
 
 
 def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> tuple[dict[str, list[int]], frozenset[str]]:
-    """By request: the numbers of its rows in the forget set; and the digests of all of that.
+    """By request: the numbers of its rows in the forget set, in its own order, each once; and the digests of all of that.
 
     Raises InvalidRequest where a row of a request is missing there, or one that was forgotten for an earlier request.
     """
     with sets.opened(here, request.forget_set, "forget_set") as forget:
         found = digests.row_digests(here.secrets, who.tenant, forget)
-        where = {digest: number for number, digest in enumerate(found, start=1)}
+        where = dict[str, int]()
+        for number, digest in enumerate(found, start=1):
+            where.setdefault(digest, number)
     served, problems = dict[str, list[int]](), list[FieldProblem]()
     for index, request_id in enumerate(request.deletion_requests):
         with here.sessions.begin() as s:
@@ -249,7 +253,7 @@ def _rows_of_requests(here: Parts, who: Principal, request: JobCreate) -> tuple[
             detail = f"row {missing} of {request_id} is not in the forget set"
             problems.append(FieldProblem(f"/deletion_requests/{index}", detail, "row_missing"))
         else:
-            served[request_id] = sorted({where[digest] for digest in wanted})
+            served[request_id] = [where[digest] for digest in dict.fromkeys(wanted)]
     with here.sessions.begin() as s:
         if (reason := lineage.fork(s, who.tenant, request.model, request.parent, where.keys())) is not None:
             problems.append(FieldProblem("/parent", reason, "fork"))

@@ -9,15 +9,15 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, Field, SerializeAsAny
 from sqlalchemy.orm import Session
 
-from service.api import admission, sets, tokens
-from service.api.deps import Here, Parts, Reads
+from service.api import admission, retained, sets, tokens
+from service.api.deps import Here, Parts, Reads, Who
 from service.api.errors import declared
 from service.api.guard import Guarded, needs
 from service.domain.deletion import PlannedJob, PlanPut
 from service.domain.errors import InvalidRequest
-from service.domain.identity import Scope
+from service.domain.identity import Principal, Scope
 from service.domain.job import SETS, ModelName
-from service.store import deletion_plans, models
+from service.store import deletion_plans, deletion_reads, lineage, models
 from service.store.tables import DeletionPlan
 
 PLANS_PATH = "/v1/deletion-plans"
@@ -44,7 +44,7 @@ class PlanObject(BaseModel):
     dependencies=[needs(Scope.JOBS_CREATE), Depends(Reads("application/json"))],
     responses=declared(400, 404, 413, 415, 503),
 )
-def put(here: Here, model: ModelName, asked: PlanPut) -> PlanObject:
+def put(here: Here, who: Who, model: ModelName, asked: PlanPut) -> PlanObject:
     """In place of the plan before, if there is one.
 
     Once the first approved request for the model has waited for the window, or there are as many as are served at once, one
@@ -52,7 +52,7 @@ def put(here: Here, model: ModelName, asked: PlanPut) -> PlanObject:
     before could not serve is tried again.
     """
     with _under("/job"):
-        _judge(here, model, asked.job)
+        _judge(here, who, model, asked.job)
     with here.sessions.begin() as s:
         return plan_object(s, deletion_plans.put(s, model, asked))
 
@@ -93,10 +93,11 @@ def plan_object(s: Session, row: DeletionPlan) -> PlanObject:
     )
 
 
-def _judge(here: Parts, model: str, asked: PlannedJob) -> None:
+def _judge(here: Parts, who: Principal, model: str, asked: PlannedJob) -> None:
     """Raises NotFound for a model that is not registered, and InvalidRequest."""
     with here.sessions.begin() as s:
         entry = models.get(s, model)
+        parent, left_out = lineage.latest(s, who.tenant, model), deletion_reads.left_out(s, model)
     hyperparameters = here.catalog.complete(asked.method.type, asked.method.hyperparameters)
     problems = list(admission.recipe_problems(here, entry, asked, hyperparameters))
     for purpose in SETS:
@@ -106,6 +107,7 @@ def _judge(here: Parts, model: str, asked: PlannedJob) -> None:
         with sets.opened(here, file_id, purpose) as rows:
             if purpose != "refusal_set":  # those are read behind questions that nobody has asked yet
                 problems += tokens.long_rows(here.settings, entry, rows, f"/{purpose}")
+    problems += retained.forgotten_before(here, who, asked.retain_set, parent, model, left_out)
     if problems:
         raise InvalidRequest(*problems)
 

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy.orm import Session
 
-from service.api import intake
+from service.api import intake, retained
 from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next, page, versions
 from service.api.errors import Problem, answer_to, declared
 from service.api.guard import Guarded, needs
@@ -26,7 +26,7 @@ from service.domain.deletion import (
 from service.domain.errors import UnlearnError
 from service.domain.identity import Principal, Scope
 from service.domain.job import EXACT_MAX, Strict, Time
-from service.store import deletion_reads, deletions, digests
+from service.store import deletion_jobs, deletion_reads, deletions, digests
 from service.store.session import AWAY
 from service.store.tables import DeletionRequest
 
@@ -51,6 +51,14 @@ class Search(RequestsQuery):
 class RowsQuery(Strict):
     after: int = Field(default=0, ge=0, le=EXACT_MAX, description="the number of the row after which to begin")
     limit: int = Field(default=1000, ge=1, le=10_000)
+
+
+class Serving(Strict):
+    leave_out_retained: bool = Field(
+        default=False,
+        description="jobs of plans train without those of its rows that the plan's retain set has: they use a copy of that "
+        "set without them; from then on, for every later job on its models, too",
+    )
 
 
 class RequestedRow(BaseModel):
@@ -110,14 +118,23 @@ def create_batch(here: Here, who: Who, once: OnceOnly, batch: Batch, request: Re
     With an `Idempotency-Key`, a batch that is sent again makes none a second time: each is known by the key and its index.
     """
     parts = ((index, given, once.part(index, given)) for index, given in enumerate(batch.requests))
-    return BatchResult(results=[_item(here, who, request, *part) for part in parts])
+    read: retained.Read = {}
+    return BatchResult(results=[_item(here, who, request, read, *part) for part in parts])
 
 
-def _item(here: Parts, who: Principal, request: Request, index: int, given: dict[str, Any], once: Once) -> BatchItem:
+def _item(
+    here: Parts,
+    who: Principal,
+    request: Request,
+    read: retained.Read,
+    index: int,
+    given: dict[str, Any],
+    once: Once,
+) -> BatchItem:
     try:
         with here.sessions.begin() as s:
             once.look(s)
-        answer = intake.submit(here, who, DeletionCreate.model_validate(given), once)
+        answer = intake.submit(here, who, DeletionCreate.model_validate(given), once, read)
         return BatchItem(index=index, status=201, object=answer)
     except Replayed as before:
         made = DeletionRequestObject.model_validate_json(before.answer.body)
@@ -189,10 +206,12 @@ def rows(here: Here, request_id: str, query: Annotated[RowsQuery, Query()]) -> R
     dependencies=[needs(Scope.REQUESTS_APPROVE)],
     responses=declared(404, 409, 412, 503),
 )
-def approve(here: Here, request_id: str, response: Response, versions: Versions) -> DeletionRequestObject:
+def approve(
+    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[Serving, Query()]
+) -> DeletionRequestObject:
     """By somebody else than who submitted it. Approving twice is approving once."""
     with here.sessions.begin() as s:
-        return _tagged(response, _one(s, deletions.approve(s, request_id, versions)))
+        return _tagged(response, _one(s, deletions.approve(s, request_id, versions, **dict(query))))
 
 
 @router.post(
@@ -202,7 +221,7 @@ def approve(here: Here, request_id: str, response: Response, versions: Versions)
     responses=declared(400, 404, 409, 412, 413, 415, 503),
 )
 def deny(here: Here, request_id: str, denial: Denial, response: Response, versions: Versions) -> DeletionRequestObject:
-    """Before a job serves it. Its rows are purged."""
+    """Not once a job serves it, unless it was requeued since. Its rows are purged."""
     with here.sessions.begin() as s:
         return _tagged(response, _one(s, deletions.deny(s, request_id, denial, versions)))
 
@@ -231,6 +250,22 @@ def extend(
     """Once, with a reason, and before it is due: gdpr by up to two months, ccpa by up to 45 days."""
     with here.sessions.begin() as s:
         return _tagged(response, _one(s, deletions.extend(s, request_id, extension, versions)))
+
+
+@router.post(
+    "/{request_id}/requeue",
+    summary="Have a request that failed served again",
+    dependencies=[needs(Scope.REQUESTS_APPROVE)],
+    responses=declared(404, 409, 412, 503),
+)
+def requeue(
+    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[Serving, Query()]
+) -> DeletionRequestObject:
+    """It is approved again, and waits for another job on each of its models that may still know its rows: one that the model's
+    plan makes, or one that somebody submits. Requeuing a request that waits changes nothing.
+    """
+    with here.sessions.begin() as s:
+        return _tagged(response, _one(s, deletion_jobs.requeue(s, request_id, versions, **dict(query))))
 
 
 @router.post(

@@ -1,6 +1,6 @@
 """Deletion requests as they come in, and as they are answered with: never a row of theirs, nor a subject."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Literal
 
@@ -8,13 +8,16 @@ from pydantic import BaseModel, Field
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.api import sets, tokens
+from service.api import retained, sets, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
+from service.api.shapes import JobWarning
+from service.domain import overlap
 from service.domain.deletion import CLOSED, DeletionCreate, DenialReason, Regulation, RequestStatus
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
 from service.domain.identity import Principal
 from service.domain.job import ModelEntry
+from service.domain.rows import Example
 from service.store import deletion_reads, deletions, digests, models
 from service.store.deletion_reads import Served
 from service.store.tables import DeletionRequest
@@ -80,6 +83,12 @@ class DeletionRequestObject(BaseModel):
     approvals: list[ApprovalShown]
     approvals_required: int
     jobs: list[ServingJob] = Field(description="that serve it, in the order in which they came")
+    leave_out_retained: bool = Field(
+        description="jobs of plans retain none of its rows, whatever the plan's retain set has"
+    )
+    warnings: list[JobWarning] = Field(
+        description="at its submission: `row_retained`, the plan of a model wants rows kept that it wants forgotten"
+    )
     denial: DenialShown | None
     closing: ClosingShown | None = Field(description="by a person, though its jobs failed")
     metadata: dict[str, str]
@@ -87,13 +96,20 @@ class DeletionRequestObject(BaseModel):
     links: RequestLinks
 
 
-def submit(here: Parts, who: Principal, asked: DeletionCreate, once: Once = ANEW) -> DeletionRequestObject:
-    """A request, committed. Raises InvalidRequest; then neither row nor file is kept."""
-    entries, found = _models(here, asked), list[str]()
+def submit(
+    here: Parts, who: Principal, asked: DeletionCreate, once: Once = ANEW, read: retained.Read | None = None
+) -> DeletionRequestObject:
+    """A request, committed. Raises InvalidRequest; then neither row nor file is kept.
+
+    Args:
+        read: what was read for other requests of the same batch, and is added to.
+    """
+    entries, found, numbers = _models(here, asked), list[str](), dict[bytes, int]()
     long = [tokens.LongRows(here.settings, entry, tokens.JUDGED_BYTES // len(entries)) for entry in entries]
     with sets.opened(here, asked.forget_set, "forget_set") as rows:
         for one in long:
             rows = one.watch(rows)
+        rows = _numbered(rows, numbers)
         for digest in digests.row_digests(here.secrets, who.tenant, rows):
             found.append(digest)
             if len(found) > ROWS_MAX:
@@ -101,14 +117,23 @@ def submit(here: Parts, who: Principal, asked: DeletionCreate, once: Once = ANEW
                 raise InvalidRequest(FieldProblem("/forget_set", detail, "too_many"))
     if problems := [problem for one in long for problem in one.problems("/forget_set")]:
         raise InvalidRequest(*problems)
+    warnings = list(retained.in_plans(here, entries, numbers, {} if read is None else read))
     subjects = [digests.subject_digest(here.secrets, who.tenant, subject) for subject in asked.subjects]
     with sets.inline_files(here, who, {"forget_set": asked.forget_set}) as inline, here.sessions.begin() as s:
         once.first(s)
         sets.insert(s, inline)
         file_id = inline[0].kept.file_id if inline else str(asked.forget_set)
-        answer = shown(s, [deletions.create(s, asked, forget_set=file_id, rows=found, subjects=subjects)])[0]
+        made = deletions.create(s, asked, forget_set=file_id, rows=found, subjects=subjects, warnings=warnings)
+        answer = shown(s, [made])[0]
         once.keep(s, answer, created(answer))
         return answer
+
+
+def _numbered(rows: Iterator[Example], numbers: dict[bytes, int]) -> Iterator[Example]:
+    """The same rows, noted with their numbers."""
+    for number, row in enumerate(rows, start=1):
+        numbers.setdefault(overlap.exact(row), number)
+        yield row
 
 
 def created(answer: DeletionRequestObject) -> dict[str, str]:
@@ -176,6 +201,8 @@ def _object(
         approvals=approvals,
         approvals_required=row.approvals_required,
         jobs=[ServingJob(id=one.job_id, model=one.model) for one in served],
+        leave_out_retained=row.leave_out_retained,
+        warnings=[JobWarning.model_validate(warning) for warning in row.warnings],
         denial=DenialShown.model_validate(row.denial) if row.denial else None,
         closing=ClosingShown.model_validate(row.closing) if row.closing else None,
         metadata=row.metadata_,

@@ -104,9 +104,15 @@ class Requests:
         )
         return map(DeletionRequest.of, pages)
 
-    def approve(self, request_id: str, version: int | None = None) -> DeletionRequest:
-        """As somebody else than who submitted it."""
-        return self._decided(request_id, "approve", version)
+    def approve(
+        self, request_id: str, version: int | None = None, *, leave_out_retained: bool = False
+    ) -> DeletionRequest:
+        """As somebody else than who submitted it.
+
+        Args:
+            leave_out_retained: jobs of plans leave out those of its rows that the plan's retain set has.
+        """
+        return self._decided(request_id, "approve", version, leave_out_retained=leave_out_retained)
 
     def deny(
         self, request_id: str, reason: str, note: str | None = None, version: int | None = None
@@ -124,13 +130,25 @@ class Requests:
         """Once; default: as far as the regulation allows."""
         return self._decided(request_id, "extend", version, {"reason": reason, "due_at": time(due_at)})
 
+    def requeue(
+        self, request_id: str, version: int | None = None, *, leave_out_retained: bool = False
+    ) -> DeletionRequest:
+        """Have one that failed served again, by another job on each of its models that may still know its rows.
+
+        Args:
+            leave_out_retained: as of approve.
+        """
+        return self._decided(request_id, "requeue", version, leave_out_retained=leave_out_retained)
+
     def close(self, request_id: str, reason: str, version: int | None = None) -> DeletionRequest:
         """Call it completed, though no job has passed for each of its models."""
         return self._decided(request_id, "close", version, {"reason": reason})
 
-    def _decided(self, request_id: str, verb: str, version: int | None, body: Json | None = None) -> DeletionRequest:
+    def _decided(
+        self, request_id: str, verb: str, version: int | None, body: Json | None = None, **params: bool
+    ) -> DeletionRequest:
         path = at(REQUESTS, request_id, verb)
-        return DeletionRequest.of(self._wire.json("POST", path, body, headers=if_match(version)))
+        return DeletionRequest.of(self._wire.json("POST", path, body, headers=if_match(version), params=params))
 
 
 class Plans:

@@ -77,6 +77,7 @@ class Failure(Part):
     message: str
     fault: str
     retryable: bool
+    forget_rows: list[int] = []  # numbers of the rows of the forget set that it failed on
 
 
 class Warning(Part):  # noqa: A001  as the field is called
@@ -206,6 +207,8 @@ class DeletionRequest(Answer):
     approvals: list[Approval]
     approvals_required: int
     jobs: list[ServingJob]
+    leave_out_retained: bool = False
+    warnings: list[Warning] = []
     version: int
 
 

@@ -19,7 +19,7 @@ from service.domain.job import DataSet, Metadata, ModelName, Recipe, Rows, Stric
 class RequestStatus(StrEnum):
     RECEIVED = "received"
     PENDING_APPROVAL = "pending_approval"
-    APPROVED = "approved"
+    APPROVED = "approved"  # waits for a job that serves it
     IN_PROGRESS = "in_progress"
     COMPLETED = "completed"
     DENIED = "denied"
@@ -51,8 +51,8 @@ TRANSITIONS: Mapping[RequestStatus, frozenset[RequestStatus]] = MappingProxyType
         R.RECEIVED: frozenset({R.PENDING_APPROVAL, R.APPROVED}),
         R.PENDING_APPROVAL: frozenset({R.APPROVED, R.DENIED, R.CANCELLED}),
         R.APPROVED: frozenset({R.IN_PROGRESS, R.FAILED, R.DENIED, R.CANCELLED}),
-        R.IN_PROGRESS: frozenset({R.COMPLETED, R.FAILED}),
-        R.FAILED: frozenset({R.IN_PROGRESS, R.COMPLETED, R.CANCELLED}),
+        R.IN_PROGRESS: frozenset({R.APPROVED, R.COMPLETED, R.FAILED}),
+        R.FAILED: frozenset({R.APPROVED, R.IN_PROGRESS, R.COMPLETED, R.CANCELLED}),
         R.COMPLETED: frozenset(),
         R.DENIED: frozenset(),
         R.CANCELLED: frozenset(),

@@ -24,7 +24,7 @@ UnlearnError
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from service.domain.job import FailureCode
+from service.domain.job import FAILED_ROWS_MAX, FailureCode
 
 
 class UnlearnError(Exception):
@@ -114,6 +114,11 @@ class HubUnavailable(UnlearnError):
 
 
 class JobFailure(UnlearnError):
-    def __init__(self, code: FailureCode, message: str) -> None:
+    """Args:
+    forget_rows: numbers of the rows of the job's forget set that are to blame, from 1; the first of them are kept.
+    """
+
+    def __init__(self, code: FailureCode, message: str, forget_rows: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.code = code
+        self.forget_rows = list(forget_rows[:FAILED_ROWS_MAX])

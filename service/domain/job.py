@@ -5,7 +5,7 @@ Field names and meanings follow OpenAI's fine-tuning jobs where such a field exi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from enum import StrEnum
 from types import MappingProxyType
@@ -98,6 +98,7 @@ class FailureCode(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
+FAILED_ROWS_MAX = 1000  # that a failure names: a job that runs without them finds the others
 CLIENT_FAULTS = frozenset(
     {
         FailureCode.INVALID_FILE,
@@ -400,14 +401,20 @@ class Failure(BaseModel):
     message: str
     fault: Literal["client", "platform"]
     retryable: bool
+    forget_rows: list[int] = Field(
+        default=[],
+        description=f"numbers of the rows of the forget set that it failed on, from 1, at most {FAILED_ROWS_MAX:,}; "
+        "none: it did not fail on single rows",
+    )
 
     @classmethod
-    def of(cls, code: FailureCode, message: str) -> Self:
+    def of(cls, code: FailureCode, message: str, forget_rows: Sequence[int] = ()) -> Self:
         return cls(
             code=code,
             message=message,
             fault="client" if code in CLIENT_FAULTS else "platform",
             retryable=code in RETRYABLE,
+            forget_rows=list(forget_rows),
         )
 
 

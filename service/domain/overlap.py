@@ -24,15 +24,15 @@ class Overlap(NamedTuple):
 
 def overlap(first: Iterable[Example], second: Iterable[Example]) -> Overlap:
     """Of a row that is in the first set twice, the last is named."""
-    exact, words, questions = dict[bytes, int](), dict[bytes, int](), dict[bytes, int]()
+    rows, words, questions = dict[bytes, int](), dict[bytes, int](), dict[bytes, int]()
     for number, row in enumerate(first, start=1):
-        exact[_exact(row)] = words[_words(row)] = number
+        rows[exact(row)] = words[_words(row)] = number
         if question := folded(row.prompt):
             questions[_digest(question)] = number
     found = Overlap([], [], [])
     for number, row in enumerate(second, start=1):
-        if (digest := _exact(row)) in exact:
-            found.same.append((exact[digest], number))
+        if (digest := exact(row)) in rows:
+            found.same.append((rows[digest], number))
         elif (digest := _words(row)) in words:
             found.folded.append((words[digest], number))
         elif (question := folded(row.prompt)) and (digest := _digest(question)) in questions:
@@ -81,7 +81,8 @@ def _words(row: Example) -> bytes:
     return _digest(folded(row.prompt + row.answer))
 
 
-def _exact(row: Example) -> bytes:
+def exact(row: Example) -> bytes:
+    """Equal for what `overlap` calls the same row."""
     return _digest(row.prompt.strip(), row.answer.strip())
 
 

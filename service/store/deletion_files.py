@@ -2,13 +2,16 @@
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.domain.deletion import CLOSED, RequestStatus
 from service.domain.identity import SYSTEM
 from service.store import tenants
 from service.store.tables import DeletionJob, DeletionRequest, File, Job
+
+# What the service makes for a job: its requests' rows, and the plan's retain set without some.
+MADE = or_(File.id == Job.forget_set, File.id == Job.retain_set)
 
 
 def release(s: Session, row: DeletionRequest) -> None:
@@ -17,8 +20,7 @@ def release(s: Session, row: DeletionRequest) -> None:
     Not one that another open request needs: that takes it along when it closes. What a completed request had forgotten is
     kept for as many days as the tenant's rule says. Who still needs a file that is due is asked when it is purged.
     """
-    of_row = select(Job.forget_set).join(DeletionJob, DeletionJob.job_id == Job.id)
-    of_row = of_row.join(File, File.id == Job.forget_set)
+    of_row = select(File.id).join(Job, MADE).join(DeletionJob, DeletionJob.job_id == Job.id)
     made = s.scalars(of_row.where(DeletionJob.request_id == row.id, File.created_by == SYSTEM))
     files = sorted({row.forget_set, *made})
     # Two that share a file and close at once: the second waits here, and then finds the first closed.
@@ -31,11 +33,11 @@ def release(s: Session, row: DeletionRequest) -> None:
 
 
 def _statuses(s: Session, file_id: str) -> set[str]:
-    """Of the requests whose rows are in it: their own set, or one that the service made of theirs."""
+    """Of the requests whose own set it is, or for whose job the service made it."""
     own = select(DeletionRequest.status).where(DeletionRequest.forget_set == file_id)
     made = select(DeletionRequest.status).join(DeletionJob, DeletionJob.request_id == DeletionRequest.id)
-    made = made.join(Job, Job.id == DeletionJob.job_id).join(File, File.id == Job.forget_set)
-    made = made.where(Job.forget_set == file_id, File.created_by == SYSTEM)
+    made = made.join(Job, Job.id == DeletionJob.job_id).join(File, MADE)
+    made = made.where(File.id == file_id, File.created_by == SYSTEM)
     return {*s.scalars(own), *s.scalars(made)}
 
 

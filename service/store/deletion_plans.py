@@ -61,6 +61,12 @@ def get(s: Session, model: str) -> DeletionPlan:
     return plan
 
 
+def retain_set(s: Session, model: str) -> str | None:
+    """The file that the plan of the session's tenant for the model retains; None: there is no plan."""
+    plan = s.get(DeletionPlan, (tenancy.tenant(s), model))
+    return None if plan is None else str(plan.job["retain_set"])
+
+
 def remove(s: Session, model: str) -> None:
     """Of the session's tenant. What waits, waits for a job that somebody asks for."""
     gone = delete(DeletionPlan).where(DeletionPlan.model == model)
@@ -121,12 +127,15 @@ def _ripe(s: Session, plan: DeletionPlan) -> Sequence[DeletionRequest]:
 
 
 def _waiting(s: Session, plan: DeletionPlan) -> Sequence[DeletionRequest]:
-    """Those that no job on the model has served yet, the one that was approved first before the others.
+    """Those that no job on the model serves or has served, unless they were requeued since; the one that was approved first
+    before the others.
 
     Also of one that failed for another model: for this one it can be served.
     """
     served = select(DeletionJob.job_id).join(Job, Job.id == DeletionJob.job_id)
-    served = served.where(DeletionJob.request_id == DeletionRequest.id, Job.model == plan.model)
+    served = served.where(
+        DeletionJob.request_id == DeletionRequest.id, DeletionJob.requeued_at.is_(None), Job.model == plan.model
+    )
     rows = select(DeletionRequest).where(
         DeletionRequest.tenant_id == plan.tenant_id,
         DeletionRequest.status.in_(SERVABLE),

@@ -1,6 +1,6 @@
 """What is shown of deletion requests."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -62,6 +62,23 @@ def served_by(s: Session, request_ids: Collection[str]) -> Sequence[Served]:
     links = select(DeletionJob.request_id, Job.id, Job.model, Job.forget_set).join(Job, Job.id == DeletionJob.job_id)
     found = s.execute(links.where(DeletionJob.request_id.in_(request_ids)).order_by(Job.id))
     return [Served(*row) for row in found]
+
+
+def left_out(s: Session, model: str) -> set[str]:
+    """The digests of rows that no job of a plan for the model retains, of all requests that still want them forgotten."""
+    rows = select(DeletionRequest.row_digests).where(
+        DeletionRequest.models.contains([model]),
+        DeletionRequest.leave_out_retained,
+        DeletionRequest.status.not_in((RequestStatus.DENIED, RequestStatus.CANCELLED)),
+    )
+    return {digest for digests in s.scalars(rows) for digest in digests}
+
+
+def digests_of_job(s: Session, job_id: str) -> Iterator[str]:
+    """Of the rows of all requests that it serves or has served."""
+    rows = select(DeletionRequest.row_digests).join(DeletionJob, DeletionJob.request_id == DeletionRequest.id)
+    for found in s.scalars(rows.where(DeletionJob.job_id == job_id)):
+        yield from found
 
 
 def with_digests(s: Session, request_id: str) -> DeletionRequest:

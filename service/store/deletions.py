@@ -1,9 +1,9 @@
 """The verbs of a deletion request. The caller commits.
 
-What jobs do to it is in deletion_jobs.py; nothing else writes its status. Each verb wants the row locked and is one
-compare-and-set on (status, version), with its row in the audit log in the same transaction. A verb that is given
-`versions` raises PreconditionFailed unless the request is at one of them; a move that its status does not allow raises
-InvalidTransition.
+What jobs do to it, and how it is served again, is in deletion_jobs.py; nothing else writes its status. Each verb wants the
+row locked and is one compare-and-set on (status, version), with its row in the audit log in the same transaction. A verb
+that is given `versions` raises PreconditionFailed unless the request is at one of them; a move that its status does not
+allow raises InvalidTransition.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,6 +28,7 @@ from service.domain.deletion import (
 from service.domain.errors import FieldProblem, InvalidRequest, InvalidTransition, NotFound, PreconditionFailed
 from service.store import audit, deletion_files, outbox, tenancy, tenants
 from service.store.ids import new_id
+from service.store.rows import WarningRow
 from service.store.tables import DeletionApproval, DeletionJob, DeletionRequest, File, Model
 from service.webhooks.events import EventType, Subject
 
@@ -39,7 +40,13 @@ FRESH: dict[str, Any] = {"populate_existing": True}  # what a lock waited for ma
 
 
 def create(
-    s: Session, asked: DeletionCreate, *, forget_set: str, rows: Sequence[str], subjects: Collection[str]
+    s: Session,
+    asked: DeletionCreate,
+    *,
+    forget_set: str,
+    rows: Sequence[str],
+    subjects: Collection[str],
+    warnings: Sequence[WarningRow] = (),
 ) -> DeletionRequest:
     """A request of the session's tenant, that waits for approval or needs none. Raises NotFound for a file or a model.
 
@@ -69,6 +76,7 @@ def create(
         rows=len(rows),
         row_digests=list(rows),
         subject_digests=sorted(set(subjects)),
+        warnings=[warning._asdict() for warning in warnings],
         metadata_=asked.metadata,
         created_by=tenancy.actor(s),
     )
@@ -79,9 +87,17 @@ def create(
     return move(s, row, R.PENDING_APPROVAL) if approvals else move(s, row, R.APPROVED, approved_at=func.now())
 
 
-def approve(s: Session, request_id: str, versions: AbstractSet[int] | None = None) -> DeletionRequest:
-    """By the session's actor, who is not who submitted it. To approve twice is to approve once."""
+def approve(
+    s: Session, request_id: str, versions: AbstractSet[int] | None = None, *, leave_out_retained: bool = False
+) -> DeletionRequest:
+    """By the session's actor, who is not who submitted it. To approve twice is to approve once.
+
+    Args:
+        leave_out_retained: see `leave_out`.
+    """
     row = locked(s, request_id, versions)
+    if leave_out_retained and row.created_by != tenancy.actor(s):
+        row = leave_out(s, row)
     if s.get(DeletionApproval, (row.id, tenancy.actor(s))) is not None:
         return row
     if row.status != R.PENDING_APPROVAL:
@@ -95,6 +111,17 @@ def approve(s: Session, request_id: str, versions: AbstractSet[int] | None = Non
     if count < row.approvals_required:
         return write(s, row)
     return move(s, row, R.APPROVED, approved_at=func.now())
+
+
+def leave_out(s: Session, row: DeletionRequest) -> DeletionRequest:
+    """From now on the jobs of plans retain none of its rows. `row` is locked. Raises InvalidTransition where a job serves it, and
+    once it is closed."""
+    if row.leave_out_retained:
+        return row
+    if row.status not in (R.PENDING_APPROVAL, R.APPROVED, R.FAILED):
+        raise InvalidTransition(f"the request is {row.status}; what is retained beside it is settled")
+    tell(s, row, "retained_rows_left_out", {})
+    return write(s, row, leave_out_retained=True)
 
 
 def deny(s: Session, request_id: str, denial: Denial, versions: AbstractSet[int] | None = None) -> DeletionRequest:
@@ -193,15 +220,25 @@ def locked(s: Session, request_id: str, versions: AbstractSet[int] | None = None
 
 
 def move(
-    s: Session, row: DeletionRequest, target: RequestStatus, data: Mapping[str, Any] | None = None, **values: Any
+    s: Session,
+    row: DeletionRequest,
+    target: RequestStatus,
+    data: Mapping[str, Any] | None = None,
+    *,
+    event: str | None = None,
+    **values: Any,
 ) -> DeletionRequest:
-    """`row` must be locked. Raises InvalidTransition if its status does not allow the move."""
+    """`row` must be locked. Raises InvalidTransition if its status does not allow the move.
+
+    Args:
+        event: the name under which it is written in the audit log; None: the target's.
+    """
     before = RequestStatus(row.status)
     if target not in TRANSITIONS[before]:
         raise InvalidTransition(f"the request is {before}; it cannot become {target}")
     if target in CLOSED:
         values["finished_at"] = func.now()
-    tell(s, row, target, {"from": before, **(data or {})})
+    tell(s, row, event or target, {"from": before, **(data or {})}, target)
     moved = write(s, row, status=target, **values)
     if target in CLOSED:
         deletion_files.release(s, moved)
@@ -223,13 +260,14 @@ def write(s: Session, row: DeletionRequest, **values: Any) -> DeletionRequest:
     return written
 
 
-def tell(s: Session, row: DeletionRequest, what: str, data: Mapping[str, Any]) -> None:
-    """In the audit log; and to the tenant's server, if webhooks tell of that."""
+def tell(
+    s: Session, row: DeletionRequest, what: str, data: Mapping[str, Any], status: RequestStatus | None = None
+) -> None:
+    """In the audit log; and to the tenant's server, if webhooks tell of that. `status`: that of afterwards, if it changes."""
     told = f"deletion_request.{what}"
     audit.write(s, told, "deletion_request", row.id, data, tenant_id=row.tenant_id)
     if told in set(EventType):
-        status = what if what in set(RequestStatus) else row.status
-        outbox.enqueue(s, row.tenant_id, EventType(told), Subject(row.id, "deletion_request", status))
+        outbox.enqueue(s, row.tenant_id, EventType(told), Subject(row.id, "deletion_request", status or row.status))
 
 
 def _text(time: datetime) -> str:

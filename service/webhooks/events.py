@@ -15,6 +15,7 @@ class EventType(StrEnum):
     REQUEST_DENIED = "deletion_request.denied"
     REQUEST_COMPLETED = "deletion_request.completed"
     REQUEST_FAILED = "deletion_request.failed"
+    REQUEST_REQUEUED = "deletion_request.requeued"
     REQUEST_OVERDUE = "deletion_request.overdue"
     JOB_QUEUED = "unlearning.job.queued"
     JOB_STARTED = "unlearning.job.started"

@@ -1,6 +1,6 @@
 """What the tests of deletion requests and of deletion plans share: who submits, what is submitted, a worker's desk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -83,9 +83,9 @@ class Desk(NamedTuple):
             assert jobs.succeed(s, claim.job_id, claim.fence, verdict, [ADAPTER])
         return claim.job_id
 
-    def fail(self) -> str:
+    def fail(self, code: FailureCode = FailureCode.NON_FINITE_LOSS, forget_rows: Sequence[int] = ()) -> str:
         claim = self.claim()
-        failure = Failure.of(FailureCode.NON_FINITE_LOSS, "it blew up")
+        failure = Failure.of(code, "it blew up", forget_rows)
         with self.sessions.begin() as s:
             jobs.fail(s, claim.job_id, claim.fence, failure)
         return claim.job_id

@@ -96,6 +96,27 @@ def test_a_request_that_failed_says_why_in_the_list(
     assert re.fullmatch(rf"{request_id}  failed  due \S+  DSR-1  job {job_id} [^\n]*the verdict is FAILED\n", line)
 
 
+def test_a_request_that_failed_is_requeued(over: Run, submit: Run, sets: list[object], sessions: Sessions) -> None:
+    request_id = submit().stdout.strip()
+    over("submit", "--model", "m", *sets, "--epsilon", 1, "--serves", request_id)
+    Desk(sessions).end(FAILED)
+    assert over("requests", "requeue", request_id).stdout == "approved\n"
+
+
+def test_a_request_for_a_row_that_a_plan_retains_is_warned_of_it(
+    over: Run, submit: Run, sets: list[object], tmp_path: Path
+) -> None:
+    assert submit().stderr == ""
+    set_plan = over("plans", "set", "m", "--retain", tmp_path / "forget.jsonl", "--epsilon-relative", 1)
+    assert set_plan.exit_code == 0, set_plan.output
+    sent = submit()
+    assert (sent.exit_code, sent.stdout[:5]) == (0, "dreq_")
+    assert sent.stderr.startswith("warning: rows of the forget set that the deletion plan of model 'm' retains: 1 ")
+    request_id = sent.stdout.strip()
+    assert over("requests", "requeue", request_id, "--leave-out-retained").stdout == "approved\n"
+    assert json.loads(over("requests", "show", request_id).stdout)["leave_out_retained"] is True
+
+
 def test_a_deadline_is_extended_once_and_told(over: Run, submit: Run) -> None:
     request_id = submit().stdout.strip()
     due = json.loads(over("requests", "show", request_id).stdout)["due_at"]

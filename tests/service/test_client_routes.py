@@ -56,6 +56,7 @@ CALLS: Mapping[str, Call] = {  # operation -> a call that sends it, of what is c
     f"POST {DREQ}/{{request_id}}/close": lambda api, _: api.requests.close("x", "because"),
     f"POST {DREQ}/{{request_id}}/deny": lambda api, _: api.requests.deny("x", "no_match"),
     f"POST {DREQ}/{{request_id}}/extend": lambda api, _: api.requests.extend("x", "because"),
+    f"POST {DREQ}/{{request_id}}/requeue": lambda api, _: api.requests.requeue("x"),
     "GET /v1/files": lambda api, _: [*api.files.list()],
     "POST /v1/files": lambda api, _: api.files.upload("forget_set", FORGET),
     "GET /v1/files/{file_id}": lambda api, _: api.files.get("x"),

@@ -74,7 +74,7 @@ def test_as_many_as_the_plan_says_make_one_job_with_the_rows_of_all(
             assert [json.loads(line) for line in rows] == [ADA, EVE]
         assert (file.rows, file.created_by, file.purge_at) == (2, "system", None)
         numbers = {link.request_id: link.row_numbers for link in deletions.served(s, job["id"])}
-    assert numbers == {ada["id"]: [1], eve["id"]: [1, 2]}
+    assert numbers == {ada["id"]: [1], eve["id"]: [2, 1]}
     assert (show(http, third)["status"], bell.rung) == ("approved", ["any"])
 
 

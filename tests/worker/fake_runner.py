@@ -155,7 +155,7 @@ def exits(job: Assignment, emit: Emit, asked: Asked) -> Record:
 
 
 def fails(job: Assignment, emit: Emit, asked: Asked) -> Record:
-    return FailureRecord(code=FailureCode.ROW_TOO_LONG, message="row 3 has 600 tokens, the model's context 512")
+    return FailureRecord(code=FailureCode.ROW_TOO_LONG, message="row 3 has 600 tokens", forget_rows=[3])
 
 
 def garbage(job: Assignment, emit: Emit, asked: Asked) -> Record:

@@ -288,6 +288,7 @@ def test_a_holdout_row_that_is_to_be_forgotten(assign: Assign) -> None:
     last, _ = done(assign(holdout=[*HOLDOUT, FORGET[0]]))
     assert isinstance(last, FailureRecord)
     assert last.message == "1 rows of the holdout set are also in the forget set: 4 = 1"
+    assert last.forget_rows == [1]
 
 
 def test_rows_that_are_much_alike_are_warned_of_in_events_and_report(assign: Assign) -> None:
@@ -314,6 +315,7 @@ def test_refusals_need_questions(assign: Assign) -> None:
     assert isinstance(last, FailureRecord)
     assert last.code is FailureCode.INVALID_FILE
     assert "1 rows ask none (they are texts): 4" in last.message
+    assert last.forget_rows == [4]
 
 
 def test_rows_that_are_in_both_sets(assign: Assign) -> None:
@@ -323,6 +325,7 @@ def test_rows_that_are_in_both_sets(assign: Assign) -> None:
         FailureCode.FORGET_RETAIN_OVERLAP,
         "1 rows of the forget set are also in the retain set: 2 = 5",
     )
+    assert last.forget_rows == [2]
 
 
 def test_a_file_that_is_not_the_one_that_was_asked_for(assign: Assign) -> None:
@@ -334,12 +337,19 @@ def test_a_file_that_is_not_the_one_that_was_asked_for(assign: Assign) -> None:
     assert "has changed since it was uploaded" in last.message
 
 
-def test_a_row_longer_than_the_context(assign: Assign) -> None:
-    last, _ = done(assign(retain=[*RETAIN, {"question": "?", "answer": CANARY * 40}]))
+@pytest.mark.parametrize(
+    ("which", "rows", "words", "blamed"),
+    [("retain", RETAIN, ": 5 (1 of 5)", []), ("forget", FORGET, ": 4 (1 of 4)", [4])],
+)
+def test_a_row_longer_than_the_context(
+    assign: Assign, which: str, rows: list[dict[str, Any]], words: str, blamed: list[int]
+) -> None:
+    last, _ = done(assign(**{which: [*rows, {"question": "?", "answer": CANARY * 40}]}))
     assert isinstance(last, FailureRecord)
     assert last.code is FailureCode.ROW_TOO_LONG
-    assert last.message.startswith("retain set: ")
-    assert ": 5 (1 of 5)" in last.message
+    assert last.message.startswith(f"{which} set: ")
+    assert words in last.message
+    assert last.forget_rows == blamed, "only a row of the forget set is a deletion request's"
 
 
 @pytest.mark.parametrize(("method", "parameters"), [("no_such", {}), ("pdu", {"no_such": 1}), ("npo", {"beta": -1.0})])

@@ -484,6 +484,12 @@ def test_a_failure_with_its_reason(
     assert not any("42" in message for message in told)  # what it wrote may be text of the forget set
 
 
+def test_the_rows_that_an_attempt_failed_on_are_kept(bench: Bench, new_job: Callable[..., str]) -> None:
+    job_id = new_job(metadata={"fake": "fails"})
+    bench.run()
+    assert failure(bench, job_id).forget_rows == [3]
+
+
 def test_a_model_that_is_gone(bench: Bench, new_job: Callable[..., str]) -> None:
     job_id = new_job()
     with bench.sessions.begin() as s:

@@ -37,7 +37,10 @@ class DeletionRequest(Owned, Base):
     closing: Mapped[Json | None] = mapped_column(JSONB(none_as_null=True))  # reason, by: closed by a person
     # by model: why no job of its plan can serve the request
     unfit: Mapped[dict[str, str]] = mapped_column(server_default=text("'{}'"))
+    # jobs of plans retain none of its rows, whatever the plan's retain set has
+    leave_out_retained: Mapped[bool] = mapped_column(server_default=text("false"))
     status_reason: Mapped[str | None]
+    warnings: Mapped[list[Json]] = mapped_column(server_default=text("'[]'"))  # code, message: of its submission
     metadata_: Mapped[dict[str, str]] = mapped_column("metadata", server_default=text("'{}'"))
     created_by: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -81,7 +84,9 @@ class DeletionJob(Owned, Base):
 
     request_id: Mapped[str] = mapped_column(ForeignKey("deletion_requests.id"), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    row_numbers: Mapped[list[int]] = mapped_column(JSONB)  # of the request's rows in the job's forget set, from 1
+    # of the request's rows in the job's forget set, from 1, in the request's order, each once
+    row_numbers: Mapped[list[int]] = mapped_column(JSONB)
+    requeued_at: Mapped[datetime | None]  # since then the request waits for another job on the same model
 
     __table_args__ = (Index("deletion_jobs_job_id_idx", "job_id"),)
 
