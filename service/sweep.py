@@ -5,6 +5,7 @@ python -m service.sweep. Several may run: rows that one works on, the others pas
 """
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -164,7 +165,7 @@ def _keep(here: Parts, name: str, duty: Callable[[Parts], object], figures: Duty
                 duty(here)
         except Exception as error:
             trace = not isinstance(error, EXPECTED)
-            log.error("a duty failed", duty=name, error=str(error).partition("\n")[0], exc_info=trace)
+            log.error("a duty failed", duty=name, error=error, exc_info=trace)
         stop.wait(here.settings.sweep_interval_s)
 
 
@@ -204,12 +205,17 @@ def delete_what_is_left(here: Parts) -> None:
 
 
 def main() -> None:
+    logs.configure()
     settings = Settings()
     logs.configure(settings.log_level)
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    run(settings, stop)
+    try:
+        run(settings, stop)
+    except RuntimeError as error:  # of a setting; this and the worker's, which have no other place for their words
+        log.error("the sweep cannot start", error=str(error))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Runner:
 def started(command: Sequence[str], extra_environment: Mapping[str, str], pid_file: Path) -> Iterator[Runner]:
     """A fresh interpreter without our credentials; at the end nothing of its group is alive.
 
-    Its standard output and error go to ours: they are the worker's log. `pid_file` is for `kill_leftover`.
+    Its standard output and error go to ours: they are the worker's log (service.logs). `pid_file` is for `kill_leftover`.
     """
     read_fd, write_fd = os.pipe()
     try:
