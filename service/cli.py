@@ -141,23 +141,30 @@ def migrate(
             upgrade(url, revision, grant_to, accept_loss=yes)
         except DataLoss as loss:
             if not sys.stdin.isatty():
-                raise UnlearnError(f"{loss}, then use --yes") from loss
+                raise UnlearnError(f"{loss}, then run `unlearn migrate --yes`") from loss
             typer.confirm(f"{loss}. Go on?", abort=True)
             upgrade(url, revision, grant_to, accept_loss=True)
     printing.line(f"the database is at {revision}")
 
 
 @app.command()
-def up(folder: Path = Path(".unlearn")) -> None:
+def up(
+    folder: Path = Path(".unlearn"),
+    yes: Annotated[bool, typer.Option("--yes", help="go on where uploaded files would be lost")] = False,
+) -> None:
     """Run the whole service on this machine: Postgres, Valkey, API, worker, sweep."""
     printing.line("Starting Postgres, Valkey, the API, a worker and the sweep; the first time takes longest.")
     with importing():
         from service import logs
         from service.local import up
+        from service.migrate import DataLoss
 
     logs.configure("WARNING")  # beside the lines for people; each part has a log of its own
     with _told():
-        up(folder)
+        try:
+            up(folder, accept_loss=yes)
+        except DataLoss as loss:
+            raise UnlearnError(f"{loss}, then run `unlearn up --yes`") from loss
 
 
 @app.command()
