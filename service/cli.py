@@ -172,8 +172,10 @@ def demo(folder: Path = Path(".unlearn/demo"), seed: int = 0) -> None:
     """Make a model that has memorised people, and have it forget some of them."""
     printing.line("Starting the service, and training a small model that knows people by heart.")
     with importing():
+        from service import logs
         from service.demo import demo
 
+    logs.configure("WARNING")
     with _told():
         code = demo(folder, seed)
     raise typer.Exit(code)

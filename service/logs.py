@@ -64,9 +64,11 @@ def configure(level: str = "INFO") -> None:
     warnings.showwarning = _warned
 
 
-def frames(exc_info: ExcInfo) -> str:
+def frames(exc_info: ExcInfo | tuple[None, None, None]) -> str:
     """Where it was raised and of what kinds; without its message."""
     _, error, trace = exc_info
+    if error is None:  # who logs with exc_info where nothing was raised
+        return ""
     named = " from ".join(_kind(one) for one in _chain(error))
     return "".join(traceback.format_tb(trace)) + named
 

@@ -58,6 +58,7 @@ def faults():
     asyncio.run(lose_a_task())
     gc.collect()
     library = logging.getLogger("a.library")
+    library.warning("nothing was raised", exc_info=True)
     try:
         fail()
     except ValueError as error:
@@ -184,6 +185,7 @@ def assert_faults_are_named(ended: Ended) -> None:
         assert ", in fail" in line["exception"]
     assert "UserWarning" in {line["category"] for line in ended.of("a library warns")}
     assert ended.of("tries again after builtins.ValueError")
+    assert ended.of("nothing was raised")
     assert ended.of("it failed: builtins.ValueError builtins.ValueError")
     assert [line["logger"] for line in ended.of("it failed")] == ["a.library"]
 
