@@ -24,7 +24,7 @@ class _Quiet(WSGIRequestHandler):
 
 class _Server(ThreadingWSGIServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.warning("an answer was not sent", exc_info=True)
+        log.warning("metrics response could not be sent", exc_info=True)
 
 
 @contextmanager
@@ -42,9 +42,9 @@ def exposed(host: str, port: int, registry: CollectorRegistry) -> Iterator[str]:
                 try:
                     return metrics(environ, start_response)
                 except Exception:
-                    log.exception("the figures cannot be read")
+                    log.exception("metrics collection failed")
                     start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
-                    return [b"the log says why\n"]
+                    return [b"see the log\n"]
             case "/livez":
                 start_response("200 OK", [("Content-Type", "text/plain")])
                 return [b"ok\n"]

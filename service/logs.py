@@ -1,7 +1,7 @@
-"""The log of every process: JSON lines on the standard error stream; the standard output belongs to the commands.
+"""Logging set-up of every process: JSON lines on standard error. Standard output is for the output of commands.
 
-What a library logs or warns of, and what ends a thread or the process, is written the same way. An error is named by where it was
-raised and by its kind, not by its message, which may quote a row or a subject; `reason` has the exceptions to that.
+Log records and warnings of libraries and uncaught exceptions have the same form. An exception is logged with its type and its
+stack frames, without its message, which may quote a row or a subject; see `reason` for the messages that are kept.
 """
 
 import json
@@ -22,9 +22,9 @@ log = structlog.get_logger(__name__)
 
 
 def configure(level: str = "INFO") -> None:
-    """For the process as a whole; may be called again, as when the settings are known.
+    """Applies to the whole process, and replaces an earlier call. Raises KeyError for an unknown level.
 
-    Handlers that libraries have installed are removed: what they write is no JSON, and may quote data.
+    Handlers that libraries have installed are removed: their output is not JSON and may quote data.
     """
     number = logging.getLevelNamesMapping()[level.upper()]
     common: list[structlog.typing.Processor] = [
@@ -65,19 +65,19 @@ def configure(level: str = "INFO") -> None:
 
 
 def frames(exc_info: ExcInfo | tuple[None, None, None]) -> str:
-    """Where it was raised and of what kinds; without its message."""
+    """Stack frames, and the types of the exception and of its causes; without messages."""
     _, error, trace = exc_info
-    if error is None:  # who logs with exc_info where nothing was raised
+    if error is None:  # exc_info=True outside an except block
         return ""
     named = " from ".join(_kind(one) for one in _chain(error))
     return "".join(traceback.format_tb(trace)) + named
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line: its kind; with its message where that is known to quote no data.
+    """One line for an exception: its type, and its message where that is known not to quote data.
 
-    Messages of this project's own errors are written for whoever reads them; those of a database or a broker that cannot be
-    reached, and of the operating system, name hosts and files. Of a value that does not validate, the field is named.
+    Kept are the messages of this project's own exceptions, of the operating system, and of a database or broker that cannot be
+    reached. Of a pydantic ValidationError, the fields and the types of the errors are.
     """
     if type(error).__module__.startswith(("service.", "worker.")):
         return _line(str(error))
@@ -96,20 +96,22 @@ def reason(error: BaseException) -> str:
 
 
 class _Handler(logging.Handler):
-    """Writes to what sys.stderr is at the time, and never fails: logging's own way of failing prints a record's arguments."""
+    """Writes to the current sys.stderr and never raises: logging's default error handling prints a record's arguments."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
         except Exception as error:
-            line = json.dumps({"event": "a record cannot be rendered", "logger": record.name, "error": _kind(error)})
+            line = json.dumps(
+                {"event": "log record could not be formatted", "logger": record.name, "error": _kind(error)}
+            )
         with suppress(OSError, ValueError):  # a closed stream
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
 
 
 def _of_library(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """One line; where it comes with an error, or has one among its arguments, without that error's message."""
+    """Formats a record of the standard library in one line, without the message of an exception in exc_info or its arguments."""
     record: logging.LogRecord = event["_record"]
     arguments, text = event.pop("positional_args", None), str(event["event"])
     if record.exc_info and record.exc_info[1]:
@@ -132,31 +134,33 @@ def _by_kind(arguments: Any) -> Any:
 
 
 def _with_reasons(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Fields that are errors: JSONRenderer would write their repr."""
+    """Replaces exceptions among the fields, of which JSONRenderer would write the repr."""
     return {name: reason(value) if isinstance(value, BaseException) else value for name, value in event.items()}
 
 
 def _process_ended(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, KeyboardInterrupt):
         return
-    log.critical("the process ends", error=error, exc_info=(kind, error, trace))
+    log.critical("process ended by an uncaught exception", error=error, exc_info=(kind, error, trace))
 
 
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
     if ended.exc_value is None or issubclass(ended.exc_type, SystemExit):
         return
     name = ended.thread.name if ended.thread else None
-    log.critical("a thread ends", thread=name, exc_info=(ended.exc_type, ended.exc_value, ended.exc_traceback))
+    log.critical(
+        "uncaught exception in a thread", thread=name, exc_info=(ended.exc_type, ended.exc_value, ended.exc_traceback)
+    )
 
 
 def _not_raised(given: "sys.UnraisableHookArgs") -> None:
     if given.exc_value is not None:
-        log.error("an error that nothing could raise", exc_info=(given.exc_type, given.exc_value, given.exc_traceback))
+        log.error("unraisable exception", exc_info=(given.exc_type, given.exc_value, given.exc_traceback))
 
 
 def _warned(message: object, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
-    """Its message is left out: pydantic's, for one, quotes values."""
-    log.warning("a library warns", category=category.__name__, at=f"{filename}:{lineno}")
+    """Without the message: pydantic's, for example, quotes values."""
+    log.warning("Python warning", category=category.__name__, at=f"{filename}:{lineno}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

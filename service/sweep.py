@@ -42,19 +42,19 @@ log = structlog.get_logger(__name__)
 
 
 class Figures:
-    """When each duty was last done, since when it is due, how long it takes, how often it fails; and what waits for one."""
+    """Metrics of the sweep: last success, delay, duration and failures of each duty, and outstanding certificates."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         name, labels = "unlearn_sweep_duty", ["duty"]
         self._done = Gauge(
             f"{name}_last_success_timestamp_seconds",
-            "end of the last time that it was done; 0: never",
+            "end of the last successful run; 0: never",
             labels,
             registry=registry,
         )
         self._due_age = Gauge(
             f"{name}_due_age_seconds",
-            "for how long it has been due and is not done; 0: not due",
+            "how long the duty has been due without being done; 0: not due",
             labels,
             registry=registry,
         )
@@ -64,13 +64,13 @@ class Figures:
         self._failures = Counter(f"{name}_failures", "how often it failed", labels, registry=registry)
         self.certificates_waiting = Gauge(
             "unlearn_certificates_waiting",
-            "succeeded jobs that neither have a certificate nor were refused one, after the last time that it was tried",
+            "succeeded jobs without a certificate or a refusal, counted after each attempt to issue them",
             registry=registry,
         )
         self._due_at: dict[str, float] = {}
 
     def due(self, duty: str, wait_s: float = 0.0) -> None:
-        """From when on it is to be done: in so many seconds."""
+        """Schedules the next run in `wait_s` seconds; the first call makes the duty's series."""
         if duty not in self._due_at:
             self._done.labels(duty)
             self._failures.labels(duty)
@@ -86,7 +86,7 @@ class Figures:
 
 class Duty(NamedTuple):
     do: Callable[[Parts], object]
-    every_s: float | None = None  # once it is done; None, and where it fails: sweep_interval_s
+    every_s: float | None = None  # after a success; None, and after a failure: sweep_interval_s
 
 
 class Swept(NamedTuple):
@@ -147,7 +147,7 @@ def run(settings: Settings, stop: Event) -> None:
         None,
     )
     evidence_keys.check_master_key(parts.sessions, parts.secrets)
-    with suppress(UnlearnError):  # of a storage that is away: the duties say so until it is there
+    with suppress(UnlearnError):  # the storage is unavailable: the duties report it until it is there
         parts.storage.create()  # as the API does, which may start later
     registry = CollectorRegistry()
     figures = Figures(registry)

@@ -26,7 +26,7 @@ CREDENTIALS = frozenset({"DATABASE_URL", "BROKER_URL", "PGPASSWORD", "PGPASSFILE
 LINE_MAX_BYTES = 2**20
 READ_BYTES = 2**16
 LEFTOVER_GONE_S = 10.0
-LOG_READ_S = 2.0  # for what it wrote last; a child that left its group may hold the pipe open
+LOG_READ_S = 2.0  # after its end; a child that left its group may hold the pipe open
 ACCELERATORS_TOLD_S = 120.0  # a cold import of torch takes long
 PR_SET_DUMPABLE = 4  # linux/prctl.h
 
@@ -132,15 +132,15 @@ def started(command: Sequence[str], extra_environment: Mapping[str, str], pid_fi
 
 
 def _pass_on(printed: IO[bytes]) -> None:
-    """The lines of its log, to ours. Of anything else, as libraries in C++ print it, the length alone: it may quote a row."""
+    """Copies log lines to our log. Of other output, such as that of C++ libraries, only the length: it may quote a row."""
     with printed:
         while line := printed.readline(LINE_MAX_BYTES):
             if _is_event(line):
-                with suppress(OSError, ValueError):  # nobody reads ours; but the runner must not wait for that
+                with suppress(OSError, ValueError):  # our own stderr is closed; the runner must not block
                     sys.stderr.write(line.decode())
                     sys.stderr.flush()
             elif not line.isspace():
-                log.warning("the runner printed what is no line of a log", bytes=len(line))
+                log.warning("unstructured runner output omitted", bytes=len(line))
 
 
 def _is_event(line: bytes) -> bool:

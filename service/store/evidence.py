@@ -33,7 +33,7 @@ def due(s: Session, limit: int = 100) -> Sequence[str]:
 
 
 def waiting(s: Session) -> int:
-    """How many succeeded jobs were not decided on."""
+    """The number of succeeded jobs that were not decided on."""
     return s.scalar(select(func.count()).select_from(Job).where(_undecided())) or 0
 
 

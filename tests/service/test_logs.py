@@ -104,7 +104,7 @@ service.cli.app(["migrate"])
 """
 UP = """
 import contextlib, service.cli, service.local
-service.local.stack = lambda *_: contextlib.nullcontext(faults() or fail())
+service.local.stack = lambda *_, **__: contextlib.nullcontext(faults() or fail())
 service.cli.app(["up"])
 """
 
@@ -175,15 +175,15 @@ def started(program: str, settings: Settings, folder: Path, **environment: str) 
 def assert_faults_are_named(ended: Ended) -> None:
     named = "builtins.ValueError from builtins.KeyError"
     for event in (
-        "a thread ends",
-        "an error that nothing could raise",
+        "uncaught exception in a thread",
+        "unraisable exception",
         "Task exception was never retrieved",
         "%(what)s",
     ):
         [line] = ended.of(event)
         assert line["exception"].endswith(named)
         assert ", in fail" in line["exception"]
-    assert "UserWarning" in {line["category"] for line in ended.of("a library warns")}
+    assert "UserWarning" in {line["category"] for line in ended.of("Python warning")}
     assert ended.of("tries again after builtins.ValueError")
     assert ended.of("nothing was raised")
     assert ended.of("it failed: builtins.ValueError builtins.ValueError")
@@ -278,7 +278,7 @@ def test_a_migration(settings: Settings, empty_database_url: str, tmp_path: Path
         ended = process.ended()
     assert_faults_are_named(ended)
     assert any(line["logger"] == "alembic.runtime.migration" for line in ended.lines)
-    [line] = ended.of("the process ends")
+    [line] = ended.of("process ended by an uncaught exception")
     assert (ended.status, line["error"]) == (1, "builtins.ValueError")
 
 
@@ -287,7 +287,7 @@ def test_the_local_stack(settings: Settings, tmp_path: Path) -> None:
     with started(UP, settings, tmp_path) as process:
         ended = process.ended()
     assert_faults_are_named(ended)
-    assert (ended.status, len(ended.of("the process ends"))) == (1, 1)
+    assert (ended.status, len(ended.of("process ended by an uncaught exception"))) == (1, 1)
     assert ended.printed.startswith("Starting Postgres")
 
 
@@ -295,7 +295,7 @@ def test_a_setting_that_is_wrong_is_named_without_its_value(settings: Settings, 
     with started("import service.sweep; service.sweep.main()", settings, tmp_path, SWEEP_INTERVAL_S=CANARY) as process:
         ended = process.ended()
     [line] = ended.lines
-    assert (ended.status, line["event"]) == (1, "the process ends")
+    assert (ended.status, line["event"]) == (1, "process ended by an uncaught exception")
     assert "sweep_interval_s: float_parsing" in line["error"]
 
 

@@ -57,7 +57,7 @@ def test_what_a_runner_prints_beside_its_log_is_counted_and_not_quoted(tmp_path:
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert "Quxolotl" not in done.stderr + done.stdout
     assert sum(line["event"] == "its own" for line in lines) == 1
-    strange = [line["bytes"] for line in lines if line["event"] == "the runner printed what is no line of a log"]
+    strange = [line["bytes"] for line in lines if line["event"] == "unstructured runner output omitted"]
     assert strange[0] == len("Quxolotl\n")
     assert sum(strange[1:4]) == 3_000_001, "a line without an end is no reason to keep it in memory"
     assert strange[4:] == [200_001, len("[1]\n"), 2, len('"event"\n'), 20, 29]

@@ -417,7 +417,7 @@ sys.exit(run.main(sys.argv[1:]))
     assert CANARY not in text
     lines = [json.loads(line) for line in text.splitlines()]
     events = {line["event"]: line for line in lines}
-    assert {"a library warns", "a warning of transformers", "a thread ends"} <= events.keys()
+    assert {"Python warning", "a warning of transformers", "uncaught exception in a thread"} <= events.keys()
     failed = events["the run failed"]
     assert failed["exception"].endswith("builtins.ZeroDivisionError")
     assert (failed["job_id"], failed["attempt"]) == ("ujob_1", 1)
