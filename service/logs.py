@@ -18,6 +18,8 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, ExcInfo, WrappedLogger
 
+BROKER = frozenset({"redis", "kombu", "limits"})  # packages of its clients, to which no row is given
+
 log = structlog.get_logger(__name__)
 
 
@@ -77,19 +79,20 @@ def reason(error: BaseException) -> str:
     """One line for an exception: its type, and its message where that is known not to quote data.
 
     Kept are the messages of this project's own exceptions, of the operating system, and of a database or broker that cannot be
-    reached. Of a pydantic ValidationError, the fields and the types of the errors are.
+    reached (psycopg's OperationalError is not about values). Of a pydantic ValidationError, the fields and the types of its
+    errors are kept.
     """
     if type(error).__module__.startswith(("service.", "worker.")):
         return _line(str(error))
     if isinstance(error, OSError):
-        return f"{_kind(error)}: {error.strerror or _line(str(error))}"
+        return f"{_kind(error)}: {error.strerror}" if error.strerror else _kind(error)
     if fields := getattr(error, "errors", None):  # pydantic's
         with suppress(Exception):
             return f"{_kind(error)}: " + "; ".join(
                 f"{'.'.join(map(str, one['loc']))}: {one['type']}" for one in fields()
             )
     cause = getattr(error, "orig", None) or error  # the driver's, of SQLAlchemy's
-    if type(cause).__name__ == "OperationalError":  # psycopg's and kombu's: they do not come from a statement's values
+    if type(cause).__name__ == "OperationalError" or type(cause).__module__.partition(".")[0] in BROKER:
         return f"{_kind(cause)}: {_line(str(cause))}"
     state = getattr(cause, "sqlstate", None)
     return f"{_kind(cause)} (SQLSTATE {state})" if state else _kind(cause)

@@ -17,10 +17,16 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+import redis
 from celery import Celery
-from sqlalchemy import make_url
+from pydantic import ValidationError
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.orm import Session
 
+from service import logs
 from service.dispatch import celery_config, queue_name
+from service.domain.errors import StorageFull
 from service.processes import free_port
 from service.settings import Settings
 
@@ -297,6 +303,28 @@ def test_a_setting_that_is_wrong_is_named_without_its_value(settings: Settings, 
     [line] = ended.lines
     assert (ended.status, line["event"]) == (1, "process ended by an uncaught exception")
     assert "sweep_interval_s: float_parsing" in line["error"]
+
+
+def test_a_reason_quotes_no_data_and_says_what_is_out_of_order(session: Session) -> None:
+    session.execute(text("CREATE TEMPORARY TABLE t (word text UNIQUE)"))
+    with pytest.raises(IntegrityError, match=CANARY) as twice:
+        session.execute(text("INSERT INTO t VALUES (:word), (:word)"), {"word": CANARY})
+    assert logs.reason(twice.value) == "psycopg.errors.UniqueViolation (SQLSTATE 23505)"
+    with pytest.raises(OperationalError) as away:
+        create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none").connect()
+    assert logs.reason(away.value).startswith("psycopg.OperationalError: ")
+    assert "refused" in logs.reason(away.value)
+    with pytest.raises(redis.ConnectionError) as refused:
+        redis.Redis(port=1).ping()
+    assert "refused" in logs.reason(refused.value)
+    with pytest.raises(ValidationError, match=CANARY) as malformed:
+        Settings(api_port=CANARY)  # type: ignore[arg-type]
+    assert logs.reason(malformed.value) == "pydantic_core._pydantic_core.ValidationError: api_port: int_parsing"
+    assert logs.reason(StorageFull("storage is full")) == "storage is full"
+    assert (
+        logs.reason(PermissionError(13, "Permission denied", CANARY)) == "builtins.PermissionError: Permission denied"
+    )
+    assert logs.reason(OSError(CANARY)) == "builtins.OSError"
 
 
 def test_no_error_is_logged_as_its_message() -> None:
