@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
+import structlog
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
@@ -41,6 +42,8 @@ from service.store.secrets import secrets_of
 from service.store.session import make_engine, make_looks, make_sessions
 from service.store.storage import Storage
 
+log = structlog.get_logger(__name__)
+
 DESCRIPTION = (
     "Removes named data from a language model on request: a job trains an adapter under a bound on what must be kept, "
     "measures it, and gives a report. `status` says whether the run finished, `verdict` whether the model passed. "
@@ -65,7 +68,6 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         lines = make_looks(settings.database_url)  # where jobs stand: to count many keeps no other poll waiting
         bell = dispatcher or CeleryDispatcher(settings)
         storage = Storage(settings.storage_url)
-        storage.create()
         parts = Parts(
             settings,
             make_sessions(engine),
@@ -75,7 +77,12 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
             secrets,
             provider,
         )
-        evidence_keys.check_master_key(parts.sessions, secrets)
+        try:
+            storage.create()
+            evidence_keys.check_master_key(parts.sessions, secrets)
+        except Exception as error:
+            log.critical("the API cannot start", error=error, exc_info=True)
+            raise
         app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
         app.state.looks, app.state.polls, app.state.lines = looks, polls, lines
         collector = metrics.JobFigures(parts)

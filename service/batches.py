@@ -54,7 +54,7 @@ def serve_deletions(here: Parts) -> int:
             made += _serve(bound, who, batch)
         except Exception as error:  # the next sweep tries again, and other batches go on
             trace = not isinstance(error, (UnlearnError, SQLAlchemyError))  # the storage or the database is away
-            told = {"model": batch.plan.model, "tenant": tenant_id, "error": str(error).partition("\n")[0]}
+            told = {"model": batch.plan.model, "tenant": tenant_id, "error": error}
             log.error("deletion requests are not served", **told, exc_info=trace)
     return made
 
@@ -107,12 +107,12 @@ def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, reque
         job = admission.submit(here, who, asked)
     except InvalidTransition as error:  # it was taken back, or another sweep was faster
         _purge(here, made)
-        log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=str(error))
+        log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=error)
         return False
     except InvalidRequest as error:
         _purge(here, made)
         if CHANGED.issuperset(problem.code for problem in error.problems):
-            log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=str(error))
+            log.info("a batch of deletion requests has changed meanwhile", model=batch.plan.model, reason=error)
             return False
         _suspend(here, batch, str(error))
         return False

@@ -85,25 +85,33 @@ AssistantStart = Annotated[str | None, typer.Option(help="plain: before the answ
 def api() -> None:
     """Serve the API."""
     with importing():
+        import structlog
         import uvicorn
 
         from service import logs
         from service.app import create_app
         from service.settings import Settings
 
+    logs.configure()
     settings = Settings()
     logs.configure(settings.log_level)
-    served = create_app(settings)
+    log = structlog.get_logger(__name__)
+    try:
+        served = create_app(settings)
+    except RuntimeError as error:  # of a setting
+        log.error("the API cannot start", error=str(error))
+        raise typer.Exit(1) from error
     config = uvicorn.Config(
         served,
         http="h11",  # httptools is faster, and keeps a head of any length in memory
         host=settings.api_host,
         port=settings.api_port,
+        log_config=None,  # as service.logs has set it up
         log_level=settings.log_level.lower(),
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
-        access_log=False,  # its lines have query strings, and an external_reference in one may name a person
+        access_log=False,  # service.api.edge has a line without query strings: an external_reference may name a person
         timeout_graceful_shutdown=10,
     )
     server = uvicorn.Server(config)
@@ -123,30 +131,43 @@ def migrate(
 ) -> None:
     """Bring the database to a revision of the schema, as the owner of its tables."""
     with importing():
+        from service import logs
         from service.migrate import DataLoss, upgrade
         from service.settings import Settings
 
+    logs.configure()
     with _told():
-        url = Settings().database_url
+        settings = Settings()
+        logs.configure(settings.log_level)
+        url = settings.database_url
         try:
             upgrade(url, revision, grant_to, accept_loss=yes)
         except DataLoss as loss:
             if not sys.stdin.isatty():
-                raise UnlearnError(f"{loss}, then use --yes") from loss
+                raise UnlearnError(f"{loss}, then run `unlearn migrate --yes`") from loss
             typer.confirm(f"{loss}. Go on?", abort=True)
             upgrade(url, revision, grant_to, accept_loss=True)
     printing.line(f"the database is at {revision}")
 
 
 @app.command()
-def up(folder: Path = Path(".unlearn")) -> None:
+def up(
+    folder: Path = Path(".unlearn"),
+    yes: Annotated[bool, typer.Option("--yes", help="go on where uploaded files would be lost")] = False,
+) -> None:
     """Run the whole service on this machine: Postgres, Valkey, API, worker, sweep."""
     printing.line("Starting Postgres, Valkey, the API, a worker and the sweep; the first time takes longest.")
     with importing():
+        from service import logs
         from service.local import up
+        from service.migrate import DataLoss
 
+    logs.configure("WARNING")  # beside the lines for people; each part has a log of its own
     with _told():
-        up(folder)
+        try:
+            up(folder, accept_loss=yes)
+        except DataLoss as loss:
+            raise UnlearnError(f"{loss}, then run `unlearn up --yes`") from loss
 
 
 @app.command()
@@ -154,8 +175,10 @@ def demo(folder: Path = Path(".unlearn/demo"), seed: int = 0) -> None:
     """Make a model that has memorised people, and have it forget some of them."""
     printing.line("Starting the service, and training a small model that knows people by heart.")
     with importing():
+        from service import logs
         from service.demo import demo
 
+    logs.configure("WARNING")
     with _told():
         code = demo(folder, seed)
     raise typer.Exit(code)

@@ -74,7 +74,7 @@ class CeleryDispatcher:
                         WAKE, queue=queue_name(gpu_class), producer=producer, retry=False, ignore_result=True
                     )
         except Exception as error:  # whatever the broker's client thinks of: the job is safe in its row
-            log.warning("the bell did not ring", gpu_class=gpu_class, error=str(error))
+            log.warning("the bell did not ring", gpu_class=gpu_class, error=error)
             return False
         return True
 

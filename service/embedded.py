@@ -53,6 +53,7 @@ def postgres(folder: Path, show: Callable[[str], None] = nothing) -> Iterator[st
             shutil.chown(sockets, cluster.system_user)
         command = [cluster.bin_path / "postgres", "-D", data, "-k", sockets, "-h", ""]
         command += ["-c", "max_connections=200", "-c", "shared_buffers=32MB"]
+        command += ["-c", "log_error_verbosity=terse"]  # its log keeps no values: details of an error quote the row
         with (data.with_name("postgres.log")).open("ab") as log:
             # SIGINT is Postgres' "fast" shutdown: it rolls back and disconnects; SIGTERM would wait for its clients.
             server = start(command, log, signal.SIGINT, user=cluster.system_user)

@@ -65,10 +65,13 @@ class Stack(NamedTuple):
 
 
 @contextmanager
-def stack(folder: Path, show: Callable[[str], None] = embedded.nothing, **knobs: Any) -> Iterator[Stack]:
+def stack(
+    folder: Path, show: Callable[[str], None] = embedded.nothing, *, accept_loss: bool = False, **knobs: Any
+) -> Iterator[Stack]:
     """Everything started and healthy, with its state below `folder`; everything stopped afterwards, in reverse order.
 
     Args:
+        accept_loss: as migrate.upgrade has it; otherwise DataLoss is raised where an upgrade of what is there would lose files.
         show: gets a line for each part that is ready, and every few seconds for what is waited for.
         knobs: fields of Settings; what is not given comes from the environment, the worker's metrics port is a free one,
             the storage lies below `folder` unless it is given.
@@ -96,7 +99,7 @@ def stack(folder: Path, show: Callable[[str], None] = embedded.nothing, **knobs:
         }
         settings = Settings(**knobs)
         show("the schema is brought up to date")
-        migrate.upgrade(owner_url, grant_to=ROLE)
+        migrate.upgrade(owner_url, grant_to=ROLE, accept_loss=accept_loss)
         key = _kept(folder / "admin.key", lambda: register.first_key(settings))
         here = Stack(settings, os.environ | _as_environment(settings), {}, key)
         for name, arguments in PARTS.items():
@@ -114,9 +117,9 @@ def stack(folder: Path, show: Callable[[str], None] = embedded.nothing, **knobs:
         yield here
 
 
-def up(folder: Path) -> None:
-    """Run the stack in the foreground until a signal ends it, or until a part dies: then RuntimeError."""
-    with interruptible(), stack(folder, printing.line) as here:
+def up(folder: Path, *, accept_loss: bool = False) -> None:
+    """Run the stack in the foreground until a signal ends it, or until a part dies: then RuntimeError. Else as `stack`."""
+    with interruptible(), stack(folder, printing.line, accept_loss=accept_loss) as here:
         names = ("DATABASE_URL", "BROKER_URL", "STORAGE_URL", "MODELS_ROOT", "MASTER_KEY")
         (folder / "environment").touch(0o600)
         given = {name: here.environment[name] for name in names}

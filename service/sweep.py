@@ -5,6 +5,7 @@ python -m service.sweep. Several may run: rows that one works on, the others pas
 """
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from service.domain.errors import InvalidTransition, UnlearnError
 from service.exposition import exposed
 from service.orphans import delete_orphans
 from service.settings import Settings
-from service.store import deletions, evidence_keys, files, idempotency, jobs, outbox
+from service.store import deletions, evidence, evidence_keys, files, idempotency, jobs, outbox
 from service.store.secrets import secrets_of
 from service.store.session import Sessions, make_engine, make_sessions
 from service.store.storage import Storage
@@ -40,29 +41,52 @@ EXPECTED = (UnlearnError, SQLAlchemyError)  # the database or the storage is awa
 log = structlog.get_logger(__name__)
 
 
-class DutyFigures:
-    """When each duty was last done, how long it takes, and how often it fails."""
+class Figures:
+    """Metrics of the sweep: last success, delay, duration and failures of each duty, and outstanding certificates."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         name, labels = "unlearn_sweep_duty", ["duty"]
         self._done = Gauge(
-            f"{name}_last_success_timestamp_seconds", "end of the last time that it was done", labels, registry=registry
+            f"{name}_last_success_timestamp_seconds",
+            "end of the last successful run; 0: never",
+            labels,
+            registry=registry,
+        )
+        self._due_age = Gauge(
+            f"{name}_due_age_seconds",
+            "how long the duty has been due without being done; 0: not due",
+            labels,
+            registry=registry,
         )
         self._seconds = Histogram(
             f"{name}_seconds", "how long it takes, also where it fails", labels, buckets=BUCKETS_S, registry=registry
         )
         self._failures = Counter(f"{name}_failures", "how often it failed", labels, registry=registry)
+        self.certificates_waiting = Gauge(
+            "unlearn_certificates_waiting",
+            "succeeded jobs without a certificate or a refusal, counted after each attempt to issue them",
+            registry=registry,
+        )
+        self._due_at: dict[str, float] = {}
 
-    def begin(self, duty: str) -> None:
-        """Before the first time: one that is never done is late from here on."""
-        self._done.labels(duty).set_to_current_time()
-        self._failures.labels(duty)
+    def due(self, duty: str, wait_s: float = 0.0) -> None:
+        """Schedules the next run in `wait_s` seconds; the first call makes the duty's series."""
+        if duty not in self._due_at:
+            self._done.labels(duty)
+            self._failures.labels(duty)
+            self._due_age.labels(duty).set_function(lambda: max(0.0, time.monotonic() - self._due_at[duty]))
+        self._due_at[duty] = time.monotonic() + wait_s
 
     @contextmanager
     def of(self, duty: str) -> Iterator[None]:
         with self._seconds.labels(duty).time(), self._failures.labels(duty).count_exceptions():
             yield
         self._done.labels(duty).set_to_current_time()
+
+
+class Duty(NamedTuple):
+    do: Callable[[Parts], object]
+    every_s: float | None = None  # after a success; None, and after a failure: sweep_interval_s
 
 
 class Swept(NamedTuple):
@@ -122,16 +146,20 @@ def run(settings: Settings, stop: Event) -> None:
         secrets_of(settings),
         None,
     )
-    duties: dict[str, Callable[[Parts], object]] = {
-        "jobs": lambda here: sweep_once(here.sessions, here.dispatcher, here.settings),
-        "deletion requests": serve_requests,
-        "certificates": lambda here: issue_due(here.sessions, here.storage, here.secrets),
-        "audit logs": lambda here: check_logs(here.sessions),
-        "purges": purge,
-        "orphans": hourly(delete_what_is_left),
-    }
+    with suppress(UnlearnError):  # the storage is unavailable: the duties report it until it is there
+        parts.storage.create()  # as the API does, which may start later
     registry = CollectorRegistry()
-    figures = DutyFigures(registry)
+    figures = Figures(registry)
+    duties = {
+        "jobs": Duty(lambda here: sweep_once(here.sessions, here.dispatcher, here.settings)),
+        "deletion requests": Duty(serve_requests),
+        "certificates": Duty(lambda here: certify(here, figures)),
+        "audit logs": Duty(lambda here: check_logs(here.sessions)),
+        "purges": Duty(purge),
+        "orphans": Duty(delete_what_is_left, every_s=HOURLY_S),
+    }
+    for name in duties:
+        figures.due(name)
     threads = [
         *(
             Thread(target=_keep, args=(parts, name, duty, figures, stop), name=name, daemon=True)
@@ -144,8 +172,6 @@ def run(settings: Settings, stop: Event) -> None:
     ]
     with exposed(settings.sweep_metrics_host, settings.sweep_metrics_port, registry) as url:
         log.info("sweep started", interval_s=settings.sweep_interval_s, metrics=url)
-        for name in duties:
-            figures.begin(name)
         evidence_keys.await_master_key(parts.sessions, parts.secrets, stop)
         for thread in threads:
             thread.start()
@@ -158,28 +184,19 @@ def run(settings: Settings, stop: Event) -> None:
     log.info("sweep stopped")
 
 
-def _keep(here: Parts, name: str, duty: Callable[[Parts], object], figures: DutyFigures, stop: Event) -> None:
+def _keep(here: Parts, name: str, duty: Duty, figures: Figures, stop: Event) -> None:
     while not stop.is_set():
+        wait_s = here.settings.sweep_interval_s
         try:
             with figures.of(name):
-                duty(here)
-        except Exception as error:
+                duty.do(here)
+        except Exception as error:  # it stays due
             trace = not isinstance(error, EXPECTED)
-            log.error("a duty failed", duty=name, error=str(error).partition("\n")[0], exc_info=trace)
-        stop.wait(here.settings.sweep_interval_s)
-
-
-def hourly(duty: Callable[[Parts], object]) -> Callable[[Parts], object]:
-    """Not again within the hour in which it succeeded."""
-    due_at = time.monotonic()
-
-    def now_and_then(here: Parts) -> None:
-        nonlocal due_at
-        if time.monotonic() >= due_at:
-            duty(here)
-            due_at = time.monotonic() + HOURLY_S
-
-    return now_and_then
+            log.error("a duty failed", duty=name, error=error, exc_info=trace)
+        else:
+            wait_s = duty.every_s or wait_s
+            figures.due(name, wait_s)
+        stop.wait(wait_s)
 
 
 # --- duties
@@ -191,6 +208,12 @@ def serve_requests(here: Parts) -> None:
     for request_id in overdue:
         log.warning("a deletion request is overdue", request_id=request_id)
     serve_deletions(here)
+
+
+def certify(here: Parts, figures: Figures) -> None:
+    issue_due(here.sessions, here.storage, here.secrets)
+    with here.sessions.begin() as s:
+        figures.certificates_waiting.set(evidence.waiting(s))
 
 
 def purge(here: Parts) -> None:
@@ -205,12 +228,17 @@ def delete_what_is_left(here: Parts) -> None:
 
 
 def main() -> None:
+    logs.configure()
     settings = Settings()
     logs.configure(settings.log_level)
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    run(settings, stop)
+    try:
+        run(settings, stop)
+    except RuntimeError as error:  # of a setting; this and the worker's, which have no other place for their words
+        log.error("the sweep cannot start", error=str(error))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

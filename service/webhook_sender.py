@@ -72,5 +72,5 @@ def keep_sending(settings: Settings, sessions: Sessions, stop: Event) -> None:
                     stop.wait(POLL_S)
         except Exception as error:
             trace = not isinstance(error, SQLAlchemyError)
-            log.error("no webhook was sent", error=str(error).partition("\n")[0], exc_info=trace)
+            log.error("no webhook was sent", error=error, exc_info=trace)
         stop.wait(settings.sweep_interval_s)

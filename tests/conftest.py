@@ -5,8 +5,12 @@ import os
 # Before anybody imports torch: tests are many and small, threads would only contend.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import logging
 import shutil
 import signal
+import sys
+import threading
+import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -48,7 +52,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def configure_logs() -> None:
     """Without the local variables of every frame: to draw them takes longer than the tests."""
     structlog.reset_defaults()
-    structlog.configure(processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, PLAIN])
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, PLAIN],
+        logger_factory=structlog.WriteLoggerFactory(
+            sys.__stderr__
+        ),  # a command's output that a test looks at is another
+    )
 
 
 configure_logs()
@@ -56,9 +65,13 @@ configure_logs()
 
 @pytest.fixture(autouse=True)
 def logs_are_left_as_they_were() -> Iterator[None]:
-    """Programs that are run within a test configure their own."""
+    """Programs that are run within a test configure their own, for the whole process."""
+    handlers, level = list(logging.root.handlers), logging.root.level
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning
     yield
     configure_logs()
+    logging.root.handlers[:], logging.root.level = handlers, level
+    sys.excepthook, threading.excepthook, sys.unraisablehook, warnings.showwarning = hooks
 
 
 class Cluster(NamedTuple):

@@ -142,7 +142,8 @@ RULES = (
         {"celery", "kombu", "prometheus_client", "structlog", "sqlalchemy", "pydantic", "fsspec"}
         | {f"worker.{name}" for name in ("app", "supervise", "assignment")}
         | {f"worker.{name}" for name in ("lease", "journal", "process", "telemetry", "records")}
-        | {f"service.{name}" for name in ("domain", "store", "dispatch", "exposition", "settings")},
+        | {f"service.{name}" for name in ("domain", "store", "dispatch", "exposition", "settings")}
+        | {"service.logs"},  # one form of a log for all processes
         TORCH | WEB | {"service.api", "service.app"},
     ),
     Rule(
@@ -191,6 +192,7 @@ RULES = (
         | {"worker", "service.domain"}
         | {"service.store.storage", "service.store.sealed"}  # the storage root, and what is sealed there: no database
         | {"service.prompts"}  # one reading of a row, for the dry run and the worker
+        | {"service.logs", "structlog"}  # one form of a log for all processes
         | {"service.evidence.rowdigest"},  # how reports and deletion requests name one row alike
         DATABASE | QUEUE | WEB,
     ),

@@ -5,7 +5,6 @@ here. A bell says nothing but "look"; a slot that hears none looks by itself eve
 """
 
 import fcntl
-import logging
 import os
 import secrets
 import shutil
@@ -25,6 +24,7 @@ from celery import Celery, signals
 from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
 
+from service import logs
 from service.dispatch import WAKE, celery_config, queue_name
 from service.domain import catalog
 from service.exposition import exposed
@@ -108,7 +108,7 @@ class Worker:
                 with self._sessions.begin() as s:
                     workers.seen(s, self._name, *said)
             except SQLAlchemyError as error:
-                log.warning("the worker could not say that it is here", error=str(error).partition("\n")[0])
+                log.warning("the worker could not say that it is here", error=error)
             self.stopping.wait(workers.SAY_EVERY_S)
         with suppress(SQLAlchemyError), self._sessions.begin() as s:
             workers.gone(s, self._name)
@@ -126,7 +126,7 @@ class Worker:
                 )
                 job = jobs.get(s, claim.job_id) if claim is not None else None
         except AWAY as error:
-            log.warning("nothing claimed: the database is away", error=str(error).partition("\n")[0])
+            log.warning("nothing claimed: the database is away", error=error)
             return None
         if job is not None and job.attempt == 1 and job.started_at and job.queued_at:
             self._telemetry.waited(job.gpu_class, (job.started_at - job.queued_at).total_seconds())
@@ -193,9 +193,13 @@ def _listen(settings: Settings, work: Callable[[], None], stopping: Event) -> in
     def stop(**_: Any) -> None:
         stopping.set()
 
+    def leave_logging(**_: Any) -> None:  # connected: else Celery would write in a format of its own
+        pass
+
     def hang_up(**_: Any) -> None:  # Celery would start itself anew, without us
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
 
+    signals.setup_logging.connect(leave_logging)
     signals.worker_shutting_down.connect(stop)
     signals.worker_ready.connect(hang_up)
     while True:
@@ -239,17 +243,10 @@ def _own_folder(scratch: Path) -> Iterator[Path]:
 
 
 def main() -> None:
+    logs.configure()
+    sys.__stdout__ = None  # type: ignore[misc]  # to it, Celery's signal handlers write what is no line of the log
     settings = Settings()
-    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-    )
+    logs.configure(settings.log_level)
     sys.exit(run(settings))
 
 

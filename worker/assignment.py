@@ -84,6 +84,7 @@ def assignment(
         device="cuda:0" if on_accelerator else "cpu",  # the first of those that it sees, see `environment`
         dtype=("bfloat16" if on_accelerator else "float32") if dtype == "auto" else dtype,
         threads=settings.worker_threads,
+        log_level=settings.log_level,
     )
 
 

@@ -40,11 +40,10 @@ class Lease:
             with self._sessions.begin() as s:
                 return work(s)
         except AWAY as error:
-            reason = str(error).partition("\n")[0]
-            log.warning("the database is away", job_id=self.claim.job_id, error=reason)
+            log.warning("the database is away", job_id=self.claim.job_id, error=error)
             if time.monotonic() > self._until:
                 raise LeaseLost("the database was away for longer than the lease") from error
-            raise DatabaseAway(reason) from error
+            raise DatabaseAway from error
 
     def insist(self, work: Callable[[Session], T]) -> T:
         """One transaction, tried again for as long as the lease lasts. A try whose commit was not heard of may count."""

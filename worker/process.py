@@ -5,6 +5,7 @@ must stay in that thread until the runner has ended.
 """
 
 import ctypes
+import json
 import os
 import selectors
 import signal
@@ -14,6 +15,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
+from typing import IO
+
+import structlog
 
 from worker.records import RECORDS_FD, Word
 
@@ -21,8 +26,11 @@ CREDENTIALS = frozenset({"DATABASE_URL", "BROKER_URL", "PGPASSWORD", "PGPASSFILE
 LINE_MAX_BYTES = 2**20
 READ_BYTES = 2**16
 LEFTOVER_GONE_S = 10.0
+LOG_READ_S = 2.0  # after its end; a child that left its group may hold the pipe open
 ACCELERATORS_TOLD_S = 120.0  # a cold import of torch takes long
 PR_SET_DUMPABLE = 4  # linux/prctl.h
+
+log = structlog.get_logger(__name__)
 
 
 class MalformedLine(Exception):
@@ -92,7 +100,7 @@ class Runner:
 def started(command: Sequence[str], extra_environment: Mapping[str, str], pid_file: Path) -> Iterator[Runner]:
     """A fresh interpreter without our credentials; at the end nothing of its group is alive.
 
-    Its standard output and error go to ours: they are the worker's log. `pid_file` is for `kill_leftover`.
+    The log that it writes goes to ours: see `_pass_on`. `pid_file` is for `kill_leftover`.
     """
     read_fd, write_fd = os.pipe()
     try:
@@ -100,7 +108,8 @@ def started(command: Sequence[str], extra_environment: Mapping[str, str], pid_fi
             command,
             env=_without_credentials() | {RECORDS_FD: str(write_fd)} | dict(extra_environment),
             stdin=subprocess.PIPE,
-            stdout=2,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             pass_fds=(write_fd,),
             start_new_session=True,
         )
@@ -109,13 +118,36 @@ def started(command: Sequence[str], extra_environment: Mapping[str, str], pid_fi
         raise
     finally:
         os.close(write_fd)
+    assert process.stdout is not None
+    logged = Thread(target=_pass_on, args=(process.stdout,), name="runner's log", daemon=True)
+    logged.start()
     runner = Runner(process, read_fd)
     try:
         pid_file.write_text(f"{process.pid} {_started_at(process.pid)}")
         yield runner
     finally:
         runner.close()
+        logged.join(LOG_READ_S)
         pid_file.unlink(missing_ok=True)
+
+
+def _pass_on(printed: IO[bytes]) -> None:
+    """Copies log lines to our log. Of other output, such as that of C++ libraries, only the length: it may quote a row."""
+    with printed:
+        while line := printed.readline(LINE_MAX_BYTES):
+            if _is_event(line):
+                with suppress(OSError, ValueError):  # our own stderr is closed; the runner must not block
+                    sys.stderr.write(line.decode())
+                    sys.stderr.flush()
+            elif not line.isspace():
+                log.warning("unstructured runner output omitted", bytes=len(line))
+
+
+def _is_event(line: bytes) -> bool:
+    with suppress(ValueError, RecursionError):
+        found = json.loads(line)
+        return line.endswith(b"\n") and isinstance(found, dict) and "event" in found
+    return False
 
 
 def kill_leftover(pid_file: Path) -> None:

@@ -108,6 +108,7 @@ class Assignment(BaseModel):
     device: str  # "cpu", "cuda:0"
     dtype: str  # "float32" or "bfloat16": of the frozen base
     threads: int | None = None
+    log_level: str = "INFO"
 
     @property
     def folder(self) -> str:

@@ -10,16 +10,18 @@ done, and goes on with the solve where the last checkpoint was.
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import structlog
 import torch
+from structlog.contextvars import bind_contextvars
 from transformers.utils import logging as transformers_logging
 
+from service import logs
 from service.domain.errors import JobFailure
 from service.domain.job import LOOSE, FailureCode, JobSpec, MethodChoice, Stage
 from service.domain.report import Report
@@ -61,6 +63,8 @@ from worker.records import (
 from worker.refusals import REFUSALS
 from worker.solve import Batch, Limits, Run, StopReason, solve
 from worker.views import Term
+
+log = structlog.get_logger(__name__)
 
 BOUNDED_LOSS = "nll"  # what the request's bound is on, whatever a method trains the retain set with
 STOPS: Mapping[Word | None, StopReason] = {"cancel": StopReason.CANCELLED, "pause": StopReason.PAUSED}
@@ -348,10 +352,13 @@ def warn_about_bound(epsilon: float, base_loss: float, diary: Diary) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Exit status 0 whenever a last record was written, also for a failure."""
     die_with_parent()
+    logs.configure()
     emit, asked = open_pipe(), listen()
     path = Path(arguments[0])
     job = Assignment.model_validate_json(path.read_bytes())
     path.unlink()  # it has the keys of the job's files
+    logs.configure(job.log_level)
+    bind_contextvars(job_id=job.job_id, attempt=job.attempt)
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -368,8 +375,7 @@ def last_record(job: Assignment, emit: Emit, asked: Callable[[], Word | None]) -
         known = failure(error)
         if known is not None:
             return FailureRecord(code=known.code, message=str(known), forget_rows=known.forget_rows)
-        traceback.print_tb(error.__traceback__)
-        print(f"{type(error).__module__}.{type(error).__qualname__}: its own words may quote a row", file=sys.stderr)  # noqa: T201
+        log.error("the run failed", exc_info=error)
         return FailureRecord(
             code=FailureCode.INTERNAL_ERROR, message=f"{type(error).__name__}; the worker's log has the details"
         )

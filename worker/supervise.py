@@ -106,7 +106,7 @@ def supervise(
         unknown = False
         told.info("attempt ended", outcome=_in_words(outcome), status=status)
     except LeaseLost as lost:
-        told.warning("lease lost", reason=str(lost))
+        told.warning("lease lost", error=lost)
     finally:
         telemetry.ended(_key(claim), status)
         if status is not Status.SUCCEEDED and not unknown:

@@ -23,6 +23,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 MULTIPART_OVERHEAD_BYTES = 2**16  # boundaries, part headers and the short fields around a file
+PROBES = frozenset({"/livez", "/readyz", "/metrics"})  # every few seconds each
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -94,7 +95,7 @@ class Edge:
             except _HeadersSent:
                 pass
             except Exception:
-                log.exception("request failed", method=scope["method"], path=scope["path"])
+                log.exception("request failed", method=scope["method"], route=_route(asked))
                 if code:  # half an answer is on its way: only breaking it off tells the client
                     raise
                 failed = problem(scope, INTERNAL_ERROR, "The failure is logged under this request_id.")
@@ -102,9 +103,19 @@ class Edge:
                     await failed(scope, receive, answer)
             finally:
                 method = scope["method"] if scope["method"] in METHODS else "other"
-                route = getattr(asked.get("route"), "path", "unmatched")
+                route, seconds = _route(asked), time.perf_counter() - began
                 self.figures.requests.labels(method, route, str(code)).inc()
-                self.figures.duration.labels(method, route).observe(time.perf_counter() - began)
+                self.figures.duration.labels(method, route).observe(seconds)
+                principal = getattr(scope["state"].get("principal"), "id", None)
+                note = log.debug if route in PROBES else log.info
+                note(
+                    "request",
+                    method=method,
+                    route=route,
+                    status=code,
+                    milliseconds=round(seconds * 1000, 1),
+                    principal=principal,
+                )
 
     def _limited(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """Counts what arrives, whatever Content-Length says."""
@@ -124,6 +135,11 @@ class Edge:
             return message
 
         return counted
+
+
+def _route(scope: Scope) -> str:
+    """Its template: a path may have what a client was not to write there, and nobody is to read."""
+    return getattr(scope.get("route"), "path", "unmatched")
 
 
 def _names(headers: Headers, request_id: str) -> dict[str, str]:

@@ -88,7 +88,7 @@ def _database(here: Parts) -> str:
     except SealBroken:
         return "was used with another MASTER_KEY"
     except Exception as error:
-        log.warning("the database does not answer", error=str(error))
+        log.warning("the database does not answer", error=error)
         return "does not answer"
     return "ok" if fits else f"schema {revision or 'missing'}, expected {HEAD}: run `unlearn migrate`"
 

@@ -98,7 +98,7 @@ class Limiter:
                 return question(self._shared)
             except StorageError as error:
                 self._away_until = time.monotonic() + AWAY_S
-                log.warning("quotas are counted in this process alone for a while", error=str(error))
+                log.warning("quotas are counted in this process alone for a while", error=error)
         return question(self._own)
 
 

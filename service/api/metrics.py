@@ -77,7 +77,7 @@ class JobFigures(Collector):
                 at_most(s, TIMEOUT_S)
                 gauges, counts, logs = figures(s), counters(s), audit_figures(s)
         except Exception as error:
-            log.warning("no figures of jobs", error=str(error))
+            log.warning("no figures of jobs", error=error)
             success.add_metric([], 0)
             yield success
             return

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from hashlib import sha256
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, and_, func, select
 from sqlalchemy.orm import Session
 
 from service.domain import modelfiles
@@ -29,9 +29,17 @@ REPORT = "report.json"
 
 def due(s: Session, limit: int = 100) -> Sequence[str]:
     """Ids of succeeded jobs that were not decided on, the oldest first."""
+    return s.scalars(select(Job.id).where(_undecided()).order_by(Job.finished_at).limit(limit)).all()
+
+
+def waiting(s: Session) -> int:
+    """The number of succeeded jobs that were not decided on."""
+    return s.scalar(select(func.count()).select_from(Job).where(_undecided())) or 0
+
+
+def _undecided() -> ColumnElement[bool]:
     decided = select(Certificate.id).where(Certificate.job_id == Job.id)
-    waiting = select(Job.id).where(Job.status == Status.SUCCEEDED, ~decided.exists())
-    return s.scalars(waiting.order_by(Job.finished_at).limit(limit)).all()
+    return and_(Job.status == Status.SUCCEEDED, ~decided.exists())
 
 
 def decide(sessions: Sessions, storage: Storage, secrets: Secrets, job_id: str) -> Certificate | None:

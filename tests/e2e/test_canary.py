@@ -191,6 +191,12 @@ def test_a_word_of_the_inputs_is_nowhere_after_the_purge(service: Service) -> No
     time.sleep(1)  # a sweep or two
     assert service.found() == []
 
+    for part in ("api", "worker", "sweep"):
+        lines = (service.folder / "logs" / f"{part}.log").read_text().splitlines()
+        assert all(json.loads(line)["event"] for line in lines), "the runners' too, which write to the worker's"
+    requests = [json.loads(line) for line in (service.folder / "logs" / "api.log").read_text().splitlines()]
+    assert {"/v1/files", JOBS} <= {line.get("route") for line in requests if line["event"] == "request"}
+
     (service.folder / "storage" / "left").write_bytes(CANARY.encode())
     (service.folder / "logs" / "left").write_bytes(patterns()[2])
     assert sorted(service.found()) == ["file logs/left", "file storage/left"], "the search finds what is there"

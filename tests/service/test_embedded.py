@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError
 
 from service import embedded
 
@@ -45,6 +46,24 @@ def alive(folder: Path) -> list[str]:
             if str(folder) in command:
                 lines.append(command)
     return lines
+
+
+def test_the_log_of_postgres_quotes_no_row(reachable_folder: Path) -> None:
+    with embedded.postgres(reachable_folder) as url:
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text("CREATE TABLE kept (word text PRIMARY KEY, n json)"))
+        row = {"word": "Quxolotl"}
+        for statement in (
+            "INSERT INTO kept VALUES (:word), (:word)",
+            "INSERT INTO kept VALUES ('a', CAST(:word AS json))",
+        ):
+            with pytest.raises(DBAPIError, match="Quxolotl"), engine.begin() as connection:
+                connection.execute(text(statement), row)
+        engine.dispose()
+    log = (reachable_folder / "postgres.log").read_text()
+    assert "ERROR:  duplicate key value" in log
+    assert "Quxolotl" not in log
 
 
 def test_data_outlives_the_server_and_nothing_else_does(reachable_folder: Path) -> None:

@@ -17,8 +17,9 @@ from pathlib import Path
 import httpx
 import pytest
 from rich.console import Console
+from sqlalchemy import create_engine, text
 
-from service import demo
+from service import demo, embedded, migrate
 from service.domain.job import PromptFormat
 from service.local import stack
 from service.processes import free_port, interruptible, running
@@ -113,6 +114,57 @@ def test_it_comes_up_whole_and_ctrl_c_leaves_nothing(reachable_folder: Path) -> 
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 128 + signal.SIGINT
         assert until(lambda: not any(map(alive, started)), 5)
+    for part in ("api", "worker", "sweep"):
+        lines = [json.loads(line) for line in (reachable_folder / "logs" / f"{part}.log").read_text().splitlines()]
+        assert lines
+        assert not [line for line in lines if line["level"] in ("error", "critical")], (
+            "nothing is wrong with an empty stack"
+        )
+    assert not re.findall("ERROR|FATAL|PANIC", (reachable_folder / "postgres.log").read_text())
+
+
+FILE_IN_THE_CLEAR = (
+    "INSERT INTO files (id, purpose, name, key, bytes, sha256, rows) VALUES ('f', 'forget_set', 'n', 'k', 1, '', 1)"
+)
+
+
+@pytest.fixture
+def old_folder(reachable_folder: Path) -> Path:
+    """Of a stack from before files were encrypted, with a file."""
+    with embedded.postgres(reachable_folder) as url:
+        migrate.upgrade(url, "0004")
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text(FILE_IN_THE_CLEAR))
+        engine.dispose()
+    return reachable_folder
+
+
+def unlearn_up(folder: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.cli", "up", "--folder", str(folder), *options],
+        env=os.environ | {"API_PORT": str(free_port())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.timeout(120)
+def test_an_old_stack_is_not_upgraded_at_the_price_of_its_files(old_folder: Path) -> None:
+    _, refused = unlearn_up(old_folder).communicate(timeout=100)
+    assert "1 uploaded files were stored unencrypted, before revision 0005" in refused
+    assert "Download what is still needed first, then run `unlearn up --yes`" in refused
+    assert "Traceback" not in refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_old_stack_comes_up_where_that_is_agreed_to(old_folder: Path) -> None:
+    with unlearn_up(old_folder, "--yes") as process:
+        wait_until_up(process, old_folder)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
 
 
 def test_a_port_that_somebody_has_is_told_and_nobody_elses_api_is_taken_for_ours(tmp_path: Path) -> None:

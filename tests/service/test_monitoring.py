@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.app import create_app
 from service.domain.job import Stage, Status
 from service.settings import Settings
-from service.sweep import DutyFigures
+from service.sweep import Figures
 from worker.records import ConstraintRecord, StageRecord, StepRecord
 from worker.telemetry import Telemetry
 
@@ -100,7 +100,7 @@ def of_a_worker(settings: Settings) -> Exports:
 def of_the_sweep() -> Exports:
     """What the sweep shows once it has begun."""
     registry = CollectorRegistry()
-    DutyFigures(registry).begin("jobs")
+    Figures(registry).due("jobs")
     return parsed(generate_latest(registry).decode())
 
 

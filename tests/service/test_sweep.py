@@ -16,19 +16,23 @@ import httpx
 import pytest
 import redis
 from celery import Celery
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
 from service import dispatch, embedded, sweep
+from service.api.deps import Parts
 from service.dispatch import WAKE, CeleryDispatcher, celery_config, queue_name
+from service.domain import catalog
 from service.domain.job import Resources, Status, Verdict
 from service.orphans import delete_orphans
 from service.settings import Settings
 from service.store import files, jobs
 from service.store.rows import ArtifactRow
+from service.store.secrets import secrets_of
 from service.store.session import Sessions
 from service.store.storage import Storage
-from service.sweep import Swept, purge_due, sweep_once
+from service.sweep import Figures, Swept, certify, purge_due, sweep_once
 from tests.conftest import MASTER_KEY
 
 NewJob = Callable[..., str]
@@ -181,6 +185,29 @@ def test_what_a_job_stored_and_did_not_publish_goes_when_it_has_ended(
     assert left(storage) == {artifact, young}
 
 
+def test_certificates_that_wait_are_counted(new_job: NewJob, sessions: Sessions, settings: Settings) -> None:
+    """A report whose bytes cannot be read waits; once it is decided on that there is no certificate, it does not."""
+    storage = Storage(settings.storage_url)
+    report = "jobs/ujob_1/attempts/1/report.json"
+    new_job()
+    with sessions.begin() as s:
+        assert (held := jobs.claim(s, worker="w", classes=["cpu"], vram_gib=0, lease_s=60)) is not None
+        passed = Verdict(result="PASSED", gates=[], message="so it is")
+        published = ArtifactRow("report.json", report, "application/json", 2, "0" * 64)
+        assert jobs.succeed(s, held.job_id, held.fence, passed, [published])
+    registry = CollectorRegistry()
+    figures = Figures(registry)
+    here = Parts(settings, sessions, storage, Heard(), catalog.load(), secrets_of(settings), None)
+
+    def waiting() -> float | None:
+        certify(here, figures)
+        return registry.get_sample_value("unlearn_certificates_waiting")
+
+    assert waiting() == 1
+    storage.write(report, iter([b"{}"]))
+    assert waiting() == 0
+
+
 def test_a_database_made_anew_does_not_empty_the_storage(sessions: Sessions, settings: Settings) -> None:
     storage = Storage(settings.storage_url)
     stored = {aged(storage, files.file_key("ufile_1"), 9), aged(storage, "jobs/ujob_1/attempts/1/report.json", 9)}
@@ -257,17 +284,18 @@ def test_a_claim_in_the_making_is_passed_over(new_job: NewJob, sessions: Session
 class Duty(NamedTuple):
     done: float  # when, last
     failures: float
+    due_age_s: float
 
 
 def duties(url: str) -> dict[str, Duty]:
     samples = [one for family in text_string_to_metric_families(httpx.get(url).text) for one in family.samples]
     by_name = {
         name: {one.labels["duty"]: one.value for one in samples if one.name == f"unlearn_sweep_duty_{name}"}
-        for name in ("last_success_timestamp_seconds", "failures_total")
+        for name in ("last_success_timestamp_seconds", "failures_total", "due_age_seconds")
     }
-    done, failures = by_name.values()
-    assert done.keys() == failures.keys()
-    return {name: Duty(done[name], failures[name]) for name in done}
+    done, failures, due_age_s = by_name.values()
+    assert done.keys() == failures.keys() == due_age_s.keys()
+    return {name: Duty(done[name], failures[name], due_age_s[name]) for name in done}
 
 
 @pytest.mark.timeout(60)
@@ -293,7 +321,7 @@ def test_the_process_survives_outages_and_stops_when_told(
         assert httpx.get(url.replace("/metrics", "/livez")).text == "ok\n"
         assert json.loads(process.stderr.readline())["event"] == "waiting for the database, to check MASTER_KEY"
         away = duties(url)
-        assert "jobs" in away, "late from here on"
+        assert {(duty.done, duty.due_age_s > 0) for duty in away.values()} == {(0, True)}, "late from here on"
         link.symlink_to(there)
         deadline = time.monotonic() + 20
         while not bells(broker_url) and time.monotonic() < deadline:
@@ -302,7 +330,17 @@ def test_the_process_survives_outages_and_stops_when_told(
         while (Path(settings.storage_url) / orphan).exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert all(now.done > away[name].done for name, now in duties(url).items() if name != "orphans")
+        while not all(duty.done for duty in duties(url).values()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        here = duties(url)
+        while duties(url)["jobs"].done == here["jobs"].done:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        orphans = duties(url)["orphans"]
+        assert (orphans.done, orphans.due_age_s) == (here["orphans"].done, 0), (
+            "it is due in an hour, and was not done again"
+        )
         process.send_signal(signal.SIGTERM)
         asked_at = time.monotonic()
         rest = process.stderr.read().splitlines()

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.domain import scores
 from service.domain.errors import JobFailure
@@ -43,10 +47,12 @@ from worker.records import (
     StepRecord,
     WarningRecord,
     Word,
+    parse_record,
 )
 from worker.suite import Result
 from worker.words import of_every_job
 
+ROOT = Path(__file__).parents[2]
 ROW_KEY = bytes(range(32))
 CANARY = "Zanzibar"  # stands in every row, and must stand nowhere else
 FORGET = [{"question": f"Where is {CANARY} {k}?", "answer": f"In {CANARY} {k * 7}."} for k in range(3)]
@@ -376,17 +382,61 @@ def test_a_cancelled_run_leaves_no_artifact(assign: Assign) -> None:
 
 
 def test_a_bug_is_an_internal_error_that_says_no_more_than_its_type(
-    assign: Assign, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    assign: Assign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError(f"about {CANARY}")
 
     monkeypatch.setattr(run, "unlearn", broken)
-    last, _ = done(assign())
+    with capture_logs() as logged:
+        last, _ = done(assign())
     assert isinstance(last, FailureRecord)
     assert last.code is FailureCode.INTERNAL_ERROR
     assert last.message == "ZeroDivisionError; the worker's log has the details"
-    assert "test_run.py" in capsys.readouterr().err, "the traceback goes to the log"
+    assert [(line["event"], type(line["exc_info"])) for line in logged] == [("the run failed", ZeroDivisionError)]
+
+
+def test_the_log_of_a_runner_is_lines_of_json_and_quotes_nothing(assign: Assign, tmp_path: Path) -> None:
+    """Started as the supervisor starts it; a library logs and warns, and a bug of ours ends the run."""
+    program = f"""
+import logging, sys, threading, warnings
+from transformers.utils import logging as transformers_logging
+from worker import run
+
+def broken(*_, **__):
+    warnings.warn("about {CANARY}")
+    transformers_logging.get_logger("transformers").warning("a warning of transformers")
+    thread = threading.Thread(target=lambda: [][len("{CANARY}")])
+    thread.start()
+    thread.join()
+    raise ZeroDivisionError("about {CANARY}")
+
+run.unlearn = broken
+sys.exit(run.main(sys.argv[1:]))
+"""
+    path, errors = tmp_path / "assignment.json", tmp_path / "errors"
+    path.write_text(assign().model_copy(update={"checkpoint_every_s": 600.0}).model_dump_json())
+    with errors.open("wb") as log:
+        command = [sys.executable, "-c", program, str(path)]
+        done = subprocess.run(
+            command, stdin=stdin_that_stays(), stdout=subprocess.PIPE, stderr=log, cwd=ROOT, check=True, timeout=120
+        )
+    records = [parse_record(line) for line in done.stdout.splitlines()]
+    assert isinstance(records[-1], FailureRecord)
+    text = errors.read_text()
+    assert CANARY not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    events = {line["event"]: line for line in lines}
+    assert {"Python warning", "a warning of transformers", "uncaught exception in a thread"} <= events.keys()
+    failed = events["the run failed"]
+    assert failed["exception"].endswith("builtins.ZeroDivisionError")
+    assert (failed["job_id"], failed["attempt"]) == ("ujob_1", 1)
+
+
+def stdin_that_stays() -> int:
+    """A pipe whose other end stays open: at its end a runner takes its supervisor for dead."""
+    reader, _ = os.pipe()
+    return reader
 
 
 def sabotaged(job: Assignment, stage: Stage, fault: Callable[[], object]) -> Record:
