@@ -5,12 +5,13 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 
 from service.api import (
     benchmarks,
+    concurrency,
     deletion_plans,
     deletions,
     docs,
@@ -76,6 +77,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         )
         evidence_keys.check_master_key(parts.sessions, secrets)
         app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
+        app.state.concurrency = concurrency.limits()
         app.state.looks, app.state.polls, app.state.lines = looks, polls, lines
         collector = metrics.JobFigures(parts)
         registry.register(collector)
@@ -95,6 +97,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(concurrency.slot, scope="function")],
     )
     app.add_middleware(Edge, settings=settings, figures=HttpFigures(registry))
     metrics.build_info(registry)

@@ -131,7 +131,8 @@ async def get(
     applied = {"Preference-Applied": f"wait={wait_s}"} if wait_s else {}
     if wait_s and (seen := await _waited(request, job_id, wait_s)):
         return Response(status_code=304, headers=seen.headers | applied)
-    answer = await run_sync(_look, here, job_id)
+    async with request.app.state.concurrency["reads"].slot():
+        answer = await run_sync(_look, here, job_id)
     response.headers.update(polling.headers(answer) | applied)
     return answer
 
