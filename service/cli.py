@@ -88,6 +88,7 @@ def api() -> None:
 
         from service import logs
         from service.app import create_app
+        from service.connections import timed
         from service.settings import Settings
 
     settings = Settings()
@@ -95,7 +96,8 @@ def api() -> None:
     served = create_app(settings)
     config = uvicorn.Config(
         served,
-        http="h11",  # httptools is faster, and keeps a head of any length in memory
+        http=timed(settings.request_head_s, settings.request_idle_s),
+        ws="none",
         host=settings.api_host,
         port=settings.api_port,
         log_level=settings.log_level.lower(),
