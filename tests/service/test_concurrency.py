@@ -11,8 +11,11 @@ import pytest
 from anyio.to_thread import current_default_thread_limiter
 from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
+from starlette.testclient import TestClient
 
 from service.api import concurrency
+from service.api.concurrency import ConcurrencyLimit
+from service.api.stream import follow
 from service.domain.job import ModelEntry, PromptFormat
 from service.settings import Settings
 from service.store import models
@@ -120,6 +123,25 @@ def test_what_runs_at_once_leaves_connections_and_threads_to_health_metrics_and_
 
 async def default_threads() -> float:
     return current_default_thread_limiter().total_tokens
+
+
+def test_a_stream_of_events_outlasts_an_overload(
+    http: TestClient, sessions: Sessions, new_job: Callable[..., str]
+) -> None:
+    parts = http.app.state.parts._replace(sessions=sessions)  # type: ignore[attr-defined]
+    job_id = new_job()
+
+    async def through_an_overload() -> bytes:
+        limit = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # which refuses all
+        stream = follow(parts, job_id, 0, limit, lambda: False)
+        assert b"retry" in await anext(stream)
+        event = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.2)
+        assert not event.done()
+        limit.waiting = 1
+        return await asyncio.wait_for(event, 10)
+
+    assert b"job.created" in asyncio.run(through_an_overload())
 
 
 @pytest.mark.slow
