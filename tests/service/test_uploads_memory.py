@@ -79,8 +79,8 @@ def chunked(*parts: bytes) -> Iterator[bytes]:
 UNFINISHED = {
     "a second file": PURPOSE + file_part() + ROW + b"\r\n" + file_part(),
     "a second file of another name": PURPOSE + file_part() + ROW + b"\r\n" + file_part("other"),
-    "a second field": PURPOSE + field("other", b"x") + file_part(),
-    "a field that comes again": PURPOSE + PURPOSE + file_part(),
+    "a third field": PURPOSE + field("other", b"x") + field("third", b"x") + file_part(),
+    "a field that comes again": PURPOSE * 3 + file_part(),
     "a long field": field("purpose", b"x" * 2000),
     "a long header of a part": b"--b\r\nContent-Disposition: form-data; name=" + b"x" * 5000,
     "many headers of a part": b"--b\r\n" + b"".join(b"X-%d: x\r\n" % number for number in range(20)),
