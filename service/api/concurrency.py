@@ -13,10 +13,15 @@ from typing import Literal
 import anyio
 from fastapi import Request
 
-from service.api.shapes import FILES_PATH
+from service.api.shapes import FILES_PATH, JOBS_PATH
 from service.domain.errors import Overloaded
 
-Work = Literal["reads", "writes", "uploads"]
+Work = Literal["reads", "writes", "transfers"]
+TRANSFERS = {  # which move a file to the storage or from it: where that hangs, nothing else shall
+    ("POST", FILES_PATH),
+    ("GET", f"{JOBS_PATH}/{{job_id}}/report"),
+    ("GET", f"{JOBS_PATH}/{{job_id}}/artifacts/{{artifact_id}}/content"),
+}
 
 
 class ConcurrencyLimit:
@@ -49,23 +54,24 @@ class ConcurrencyLimit:
 def limits() -> dict[Work, ConcurrencyLimit]:
     """Of one process. Together they leave connections and threads to /readyz, /metrics and quotas.
 
-    An upload is kept waiting longer: when it waits, all of it has been sent already.
+    A transfer is kept waiting longer: of an upload that waits all has been sent already.
     """
     return {
         "reads": ConcurrencyLimit(8, 100, 2.0),
         "writes": ConcurrencyLimit(8, 100, 2.0),
-        "uploads": ConcurrencyLimit(4, 16, 10.0),
+        "transfers": ConcurrencyLimit(4, 16, 10.0),
     }
 
 
 def limit_of(request: Request) -> ConcurrencyLimit | None:
     """None: the endpoint is not limited as a whole."""
-    if iscoroutinefunction(request.scope["route"].endpoint):
+    route = request.scope["route"]
+    if iscoroutinefunction(route.endpoint):
         return None
     found: dict[Work, ConcurrencyLimit] = request.app.state.concurrency
-    if request.method == "GET":
-        return found["reads"]
-    return found["uploads" if (request.method, request.url.path) == ("POST", FILES_PATH) else "writes"]
+    if (request.method, route.path) in TRANSFERS:
+        return found["transfers"]
+    return found["reads" if request.method == "GET" else "writes"]
 
 
 async def slot(request: Request) -> AsyncIterator[None]:

@@ -125,6 +125,25 @@ async def default_threads() -> float:
     return current_default_thread_limiter().total_tokens
 
 
+@pytest.mark.parametrize("full", ["reads", "writes", "transfers"])
+def test_work_of_one_kind_keeps_no_other_from_being_done(
+    http: TestClient, new_job: Callable[..., str], request_body: dict[str, Any], full: str
+) -> None:
+    job = f"{JOBS}/{new_job()}"
+    http.app.state.concurrency[full] = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # type: ignore[attr-defined]
+    row = {"file": ("f.jsonl", b'{"text": "a"}')}
+    answers = {
+        "reads": [http.get(JOBS), http.get(job), http.get("/v1/models")],
+        "writes": [http.post(JOBS, json=request_body), http.post(f"{job}/pause"), http.post(f"{job}/resume")],
+        "transfers": [http.post("/v1/files", data={"purpose": "forget_set"}, files=row), http.get(f"{job}/report")],
+    }
+    for kind, found in answers.items():
+        refused = [answer.status_code == 503 and answer.json()["type"] == "/docs#overloaded" for answer in found]
+        assert refused == [kind == full] * len(found), kind
+        assert all(answer.status_code < 500 for answer in found) or kind == full
+    assert {http.get(path).status_code for path in ("/livez", "/readyz", "/metrics")} == {200}
+
+
 def test_a_stream_of_events_outlasts_an_overload(
     http: TestClient, sessions: Sessions, new_job: Callable[..., str]
 ) -> None:
