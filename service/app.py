@@ -6,13 +6,14 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 
 from service.api import (
     benchmarks,
     bodies,
+    concurrency,
     deletion_plans,
     deletions,
     docs,
@@ -84,6 +85,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
             log.critical("the API cannot start", error=error, exc_info=True)
             raise
         app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
+        app.state.concurrency = concurrency.limits()
         app.state.looks, app.state.polls, app.state.lines = looks, polls, lines
         collector = metrics.JobFigures(parts)
         registry.register(collector)
@@ -103,6 +105,7 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        dependencies=[Depends(concurrency.slot, scope="function")],
     )
     app.add_middleware(Edge, settings=settings, figures=HttpFigures(registry))
     metrics.build_info(registry)

@@ -90,6 +90,7 @@ def api() -> None:
 
         from service import logs
         from service.app import create_app
+        from service.connections import timed
         from service.settings import Settings
 
     logs.configure()
@@ -103,7 +104,8 @@ def api() -> None:
         raise typer.Exit(1) from error
     config = uvicorn.Config(
         served,
-        http="h11",  # httptools is faster, and keeps a head of any length in memory
+        http=timed(settings.request_head_s, settings.request_idle_s),
+        ws="none",
         host=settings.api_host,
         port=settings.api_port,
         log_config=None,  # as service.logs has set it up

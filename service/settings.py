@@ -61,6 +61,10 @@ class Settings(BaseSettings):
     api_host: str = "127.0.0.1"
     api_port: int = 8000
     trusted_proxies: str = Field(default="", description="addresses whose X-Forwarded-For is believed, with commas")
+    request_head_s: float = Field(default=10.0, gt=0, description="for a request's head to arrive; then 408")
+    request_idle_s: float = Field(
+        default=30.0, gt=0, description="without a byte of a request's body, or of an answer that a client reads"
+    )
     upload_max_bytes: int = Field(default=256 * 2**20, gt=0)
     body_max_bytes: int = Field(default=8 * 2**20, gt=0, description="of a JSON request body")
     rate_limit_per_minute: int = Field(default=600, ge=0, description="requests of a principal; 0: no limit")

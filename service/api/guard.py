@@ -9,7 +9,7 @@ from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from service.api import limits
+from service.api import concurrency, limits
 from service.api.bodies import JsonRequest
 from service.api.deps import Parts, revalidated
 from service.domain.errors import Forbidden, ProviderUnavailable, Unauthenticated
@@ -42,6 +42,8 @@ class Guarded(APIRoute):
             request = JsonRequest(received.scope, received.receive)
             if self.open(request.app.state.parts.settings):
                 return await handle(request)
+            if limit := concurrency.limit_of(request):
+                limit.check()  # before its body is received
             request.state.principal = principal = await admit(request, self.recognise)
             lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
             if lacking:

@@ -66,8 +66,9 @@ figures_router = APIRouter(tags=["operation"], route_class=MetricsRoute)
     response_class=Response,
     responses=declared(503) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def metrics(request: Request) -> Response:
-    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request) -> Response:
+    figures = await anyio.to_thread.run_sync(generate_latest, request.app.state.registry)
+    return Response(figures, media_type=CONTENT_TYPE_LATEST)
 
 
 async def _within(seconds: float, check: Any, here: Parts) -> str | None:

@@ -131,7 +131,8 @@ async def get(
     applied = {"Preference-Applied": f"wait={wait_s}"} if wait_s else {}
     if wait_s and (seen := await _waited(request, job_id, wait_s)):
         return Response(status_code=304, headers=seen.headers | applied)
-    answer = await run_sync(_look, here, job_id)
+    async with request.app.state.concurrency["reads"].slot():
+        answer = await run_sync(_look, here, job_id)
     response.headers.update(polling.headers(answer) | applied)
     return answer
 
@@ -312,7 +313,8 @@ def events(
         if media_type == STREAM:
             if job.status in TERMINAL and job.last_seq <= after_seq:
                 return Response(status_code=204)  # by which a browser knows that it need not come again
-            return EventStream(here, who, job_id, after_seq, request.app.state.stopping)
+            state = request.app.state
+            return EventStream(here, who, job_id, after_seq, state.concurrency["reads"], state.stopping)
         found = reads.events(s, job_id, query.after_seq, query.limit + 1)
     return Events(data=[shapes.event_object(row) for row in found[: query.limit]], has_more=len(found) > query.limit)
 

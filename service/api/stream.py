@@ -13,7 +13,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api import limits, shapes
+from service.api.concurrency import ConcurrencyLimit
 from service.api.deps import Parts
+from service.domain.errors import Overloaded
 from service.domain.identity import Principal
 from service.store import reads
 from service.store.session import AWAY
@@ -32,10 +34,18 @@ class EventStream(Response):
 
     media_type = EventSourceResponse.media_type
 
-    def __init__(self, here: Parts, who: Principal, job_id: str, after_seq: int, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        here: Parts,
+        who: Principal,
+        job_id: str,
+        after_seq: int,
+        limit: ConcurrencyLimit,
+        stopping: Callable[[], bool],
+    ) -> None:
         super().__init__(headers=HEADERS)
         self._whose = limits.of(who)
-        self._events = follow(here, job_id, after_seq, stopping)
+        self._events = follow(here, job_id, after_seq, limit, stopping)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limiter: limits.Limiter = scope["app"].state.limiter
@@ -43,14 +53,19 @@ class EventStream(Response):
             await EventSourceResponse(self._events, headers=HEADERS)(scope, receive, send)
 
 
-async def follow(here: Parts, job_id: str, after_seq: int, stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
+async def follow(
+    here: Parts, job_id: str, after_seq: int, limit: ConcurrencyLimit, stopping: Callable[[], bool]
+) -> AsyncIterator[bytes]:
     """Until the job has ended. It breaks off earlier, to be resumed, where the server stops or the database is away."""
     yield format_sse_event(retry=RETRY_MS)
     said = time.monotonic()
     ends = said + LENGTH_S
     while not stopping() and time.monotonic() < ends:
         try:
-            found, ended = await run_sync(_following, here, job_id, after_seq)
+            async with limit.slot():
+                found, ended = await run_sync(_following, here, job_id, after_seq)
+        except Overloaded:  # the stream stays open: to come again would cost more than to look a second later
+            found, ended = (), False
         except AWAY:
             return
         for event in found:

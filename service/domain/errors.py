@@ -89,6 +89,10 @@ class NotReady(UnlearnError):
     pass
 
 
+class Overloaded(UnlearnError):
+    pass
+
+
 class TooLarge(UnlearnError):
     pass
 

@@ -65,7 +65,8 @@ def make_engine(database_url: str) -> Engine:
 def make_looks(database_url: str) -> AsyncEngine:
     """What `look` looks through. Connects lazily, as make_engine does.
 
-    A statement of a look is given up after 5 s, so that none that hangs holds one of the few connections for long.
+    A statement of a look is given up after 5 s, so that none that hangs holds one of the few connections for long. Who
+    waits for one that others hold is refused after 2 s: looks take milliseconds.
     """
     looks = create_async_engine(
         database_url,
@@ -73,7 +74,7 @@ def make_looks(database_url: str) -> AsyncEngine:
         max_overflow=0,
         isolation_level="AUTOCOMMIT",
         pool_reset_on_return=None,  # there is never a transaction to end
-        **OPTIONS | {"connect_args": CONNECT | {"options": f"{TIMEOUTS} -c statement_timeout=5s"}},
+        **OPTIONS | {"pool_timeout": 2, "connect_args": CONNECT | {"options": f"{TIMEOUTS} -c statement_timeout=5s"}},
     )
     _ping_without_asking(looks.sync_engine)
     return looks

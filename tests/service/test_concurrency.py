@@ -1,0 +1,180 @@
+"""More requests at once than can be served: each is answered soon, and who polls notices nothing."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from anyio.to_thread import current_default_thread_limiter
+from sqlalchemy import text
+from sqlalchemy.pool import QueuePool
+from starlette.testclient import TestClient
+
+from service.api import concurrency
+from service.api.concurrency import ConcurrencyLimit
+from service.api.stream import follow
+from service.domain.job import ModelEntry, PromptFormat
+from service.settings import Settings
+from service.store import models
+from service.store.session import Sessions, make_engine
+from tests.conftest import owner
+from tests.service.conftest import JOBS
+from tests.service.live import Live, served
+
+AT_ONCE = 200
+SOON_S = 10.0  # of a machine that others use too
+NO_QUOTAS = {"RATE_LIMIT_PER_MINUTE": "0", "RATE_LIMIT_JOBS_PER_HOUR": "0"}
+SLOW = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS '
+    BEGIN PERFORM pg_advisory_xact_lock(1), pg_sleep(0.25); RETURN NEW; END';
+CREATE TRIGGER slow BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION slow();
+"""
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    seconds: float
+
+
+async def ask(live: Live, key: str, method: str, path: str, body: Any = None) -> Answer:
+    """On a connection of its own, without a client's library: 200 of those would wait for each other."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
+    content = b"" if body is None else json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    began = time.monotonic()
+    writer.write(head.encode() + content)
+    answer = await reader.read()
+    writer.close()
+    told, _, content = answer.partition(b"\r\n\r\n")
+    status, *lines = told.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+    return Answer(int(status.split()[1]), headers, content, time.monotonic() - began)
+
+
+@pytest.fixture
+def key(sessions: Sessions, make_key: Callable[..., str]) -> str:
+    with sessions.begin() as s:
+        models.add(s, ModelEntry(name="m", source="path", location="m", prompt_format=PromptFormat()))
+    return make_key("admin")
+
+
+@pytest.fixture
+def slow_database(sessions: Sessions) -> None:
+    """Which takes one submission at a time, and four in a second."""
+    with owner(sessions).begin() as connection:
+        connection.execute(text(SLOW))
+
+
+@pytest.mark.usefixtures("slow_database")
+def test_two_hundred_submissions_to_a_slow_database_are_served_or_refused_soon(
+    settings: Settings, sessions: Sessions, key: str, request_body: dict[str, Any], tmp_path: Path
+) -> None:
+    polls = list[tuple[str, Answer]]()
+
+    async def poll(live: Live, job: str, until: asyncio.Event) -> None:
+        while not until.is_set():
+            for path in ("/livez", "/readyz", "/metrics", job, f"{JOBS}?limit=1"):
+                polls.append((path, await ask(live, key, "GET", path)))
+
+    async def storm(live: Live) -> list[Answer]:
+        job = (await ask(live, key, "POST", JOBS, request_body)).headers["location"]
+        over = asyncio.Event()
+        polling = asyncio.create_task(poll(live, job, over))
+        answers = await asyncio.gather(*(ask(live, key, "POST", JOBS, request_body) for _ in range(AT_ONCE)))
+        over.set()
+        await polling
+        return answers
+
+    with served(settings, tmp_path, **NO_QUOTAS) as live:
+        answers = asyncio.run(storm(live))
+    with sessions.begin() as s:
+        kept = s.scalar(text("SELECT count(*) FROM jobs"))
+    for status in sorted({answer.status for answer in answers}):
+        took = [answer.seconds for answer in answers if answer.status == status]
+        print(f"{status}: {len(took)}, {min(took):.2f} to {max(took):.2f} s")
+    for path in sorted({path for path, _ in polls}):
+        took = [answer.seconds for at, answer in polls if at == path]
+        print(path, {answer.status for at, answer in polls if at == path}, len(took), f"max {max(took):.2f} s")
+    served_ones = [answer for answer in answers if answer.status == 201]
+    assert len(served_ones) >= 8
+    assert kept == len(served_ones) + 1, "what was refused was not carried out"
+    for answer in answers:
+        assert answer.seconds < SOON_S
+        if answer.status != 201:
+            assert (answer.status, answer.headers["retry-after"]) == (503, "2")
+            assert json.loads(answer.body)["type"] == "/docs#overloaded"
+    assert {answer.status for _, answer in polls} == {200}
+    assert max(answer.seconds for _, answer in polls) < SOON_S / 2
+
+
+def test_what_runs_at_once_leaves_connections_and_threads_to_health_metrics_and_quotas() -> None:
+    pool = make_engine("postgresql+psycopg://u@h/d").pool
+    assert isinstance(pool, QueuePool)
+    running = sum(limit.running for limit in concurrency.limits().values())
+    assert running <= pool.size() + pool._max_overflow - 5
+    assert running <= asyncio.run(default_threads()) / 2
+
+
+async def default_threads() -> float:
+    return current_default_thread_limiter().total_tokens
+
+
+@pytest.mark.parametrize("full", ["reads", "writes", "transfers"])
+def test_work_of_one_kind_keeps_no_other_from_being_done(
+    http: TestClient, new_job: Callable[..., str], request_body: dict[str, Any], full: str
+) -> None:
+    job = f"{JOBS}/{new_job()}"
+    http.app.state.concurrency[full] = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # type: ignore[attr-defined]
+    row = {"file": ("f.jsonl", b'{"text": "a"}')}
+    answers = {
+        "reads": [http.get(JOBS), http.get(job), http.get("/v1/models")],
+        "writes": [http.post(JOBS, json=request_body), http.post(f"{job}/pause"), http.post(f"{job}/resume")],
+        "transfers": [http.post("/v1/files", data={"purpose": "forget_set"}, files=row), http.get(f"{job}/report")],
+    }
+    for kind, found in answers.items():
+        refused = [answer.status_code == 503 and answer.json()["type"] == "/docs#overloaded" for answer in found]
+        assert refused == [kind == full] * len(found), kind
+        assert all(answer.status_code < 500 for answer in found) or kind == full
+    assert {http.get(path).status_code for path in ("/livez", "/readyz", "/metrics")} == {200}
+
+
+def test_a_stream_of_events_outlasts_an_overload(
+    http: TestClient, sessions: Sessions, new_job: Callable[..., str]
+) -> None:
+    parts = http.app.state.parts._replace(sessions=sessions)  # type: ignore[attr-defined]
+    job_id = new_job()
+
+    async def through_an_overload() -> bytes:
+        limit = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # which refuses all
+        stream = follow(parts, job_id, 0, limit, lambda: False)
+        assert b"retry" in await anext(stream)
+        event = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.2)
+        assert not event.done()
+        limit.waiting = 1
+        return await asyncio.wait_for(event, 10)
+
+    assert b"job.created" in asyncio.run(through_an_overload())
+
+
+@pytest.mark.slow
+def test_who_cannot_be_recognised_soon_is_refused_soon(
+    settings: Settings, sessions: Sessions, key: str, tmp_path: Path
+) -> None:
+    """The first look that hangs is given up after 5 s; those that wait for its connection do not wait as long."""
+
+    async def storm(live: Live) -> list[Answer]:
+        return await asyncio.gather(*(ask(live, key, "GET", f"{JOBS}?limit=1") for _ in range(30)))
+
+    with served(settings, tmp_path, **NO_QUOTAS) as live, owner(sessions).begin() as connection:
+        connection.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
+        answers = asyncio.run(storm(live))
+    assert {(answer.status, answer.headers["retry-after"]) for answer in answers} == {(503, "5")}
+    assert sorted(answer.seconds for answer in answers)[24] < 5
+    assert max(answer.seconds for answer in answers) < SOON_S
