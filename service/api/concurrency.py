@@ -57,8 +57,8 @@ def limits() -> dict[Work, ConcurrencyLimit]:
     A transfer is kept waiting longer: of an upload that waits all has been sent already.
     """
     return {
-        "reads": ConcurrencyLimit(8, 100, 2.0),
-        "writes": ConcurrencyLimit(8, 100, 2.0),
+        "reads": ConcurrencyLimit(8, 100, 1.0),
+        "writes": ConcurrencyLimit(8, 100, 1.0),
         "transfers": ConcurrencyLimit(4, 16, 10.0),
     }
 
