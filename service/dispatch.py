@@ -1,5 +1,6 @@
 """The bell: a message by name that carries nothing. The job's row is the truth; what is not heard is rung again."""
 
+import time
 from typing import Any, Protocol
 
 import structlog
@@ -10,6 +11,7 @@ from service.settings import Settings
 
 WAKE = "worker.wake"
 RING_TIMEOUT_S = 2.0
+PAUSE_S = 5.0  # for which nobody rings, after a broker took longer: each request would wait for it, and hold its thread
 UNREAD_MAX = 100  # as many wake everybody; more would pile up for as long as nobody listens
 
 log = structlog.get_logger(__name__)
@@ -65,10 +67,14 @@ class CeleryDispatcher:
         config["broker_transport_options"] |= {"max_retries": 0, "socket_timeout": RING_TIMEOUT_S}
         self._celery = Celery("unlearn", set_as_current=False)
         self._celery.conf.update(config)
+        self._pause_until = 0.0
 
     def ring(self, gpu_class: str) -> bool:
+        began = time.monotonic()
         try:
             with self._celery.producer_or_acquire() as producer:
+                if time.monotonic() < self._pause_until:  # here: to get a producer may have been a wait
+                    return False
                 if _unread(producer.channel, queue_name(gpu_class)) < UNREAD_MAX:
                     self._celery.send_task(
                         WAKE, queue=queue_name(gpu_class), producer=producer, retry=False, ignore_result=True
@@ -76,6 +82,9 @@ class CeleryDispatcher:
         except Exception as error:  # whatever the broker's client thinks of: the job is safe in its row
             log.warning("the bell did not ring", gpu_class=gpu_class, error=error)
             return False
+        finally:
+            if time.monotonic() - began > RING_TIMEOUT_S:
+                self._pause_until = time.monotonic() + PAUSE_S
         return True
 
     def reachable(self) -> bool:

@@ -172,7 +172,9 @@ def run(settings: Settings, stop: Event) -> None:
     ]
     with exposed(settings.sweep_metrics_host, settings.sweep_metrics_port, registry) as url:
         log.info("sweep started", interval_s=settings.sweep_interval_s, metrics=url)
-        evidence_keys.await_master_key(parts.sessions, parts.secrets, stop)
+        if not evidence_keys.check_master_key(parts.sessions, parts.secrets):
+            log.warning("waiting for the database, to check MASTER_KEY")
+            evidence_keys.await_master_key(parts.sessions, parts.secrets, stop)
         for thread in threads:
             thread.start()
         stop.wait()

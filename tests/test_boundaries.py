@@ -66,6 +66,7 @@ RULES = (
         "store",
         r"service\.store(\..*)?",
         {"sqlalchemy", "fsspec", "uuid_utils", "pydantic", "service.domain", "service.settings", "service.store"}
+        | {"psycopg"}  # how long its connections wait
         | {"cryptography"}  # what is stored is sealed
         | {"s3fs", "botocore", "aiobotocore"}  # a bucket
         | {"service.evidence"}  # the audit log's chain; certificates, and the keys that sign them
@@ -125,6 +126,7 @@ RULES = (
         r"service\.api(\..*)?",
         {"fastapi", "starlette", "anyio", "pydantic", "sqlalchemy", "prometheus_client", "structlog", "uuid_utils"}
         | {"jwt", "limits", "tokenizers"}
+        | {"httpx"}  # the identity provider's keys
         | {f"service.{name}" for name in ("api", "domain", "store", "dispatch", "settings")}
         | {f"service.{name}" for name in ("evidence", "hub", "prompts", "webhooks")},
         TORCH | {"worker", "alembic"},

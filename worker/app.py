@@ -153,10 +153,10 @@ def run(settings: Settings, runner: Sequence[str] = RUNNER) -> int:
         exposed(settings.worker_metrics_host, settings.worker_metrics_port, registry) as url,
     ):
         worker = Worker(sessions, settings, telemetry, folder, devices, runner)
-        try:
-            evidence_keys.await_master_key(
-                sessions, master_key, worker.stopping
-            )  # with another, no job's files can be read
+        try:  # with another master key no job's files can be read
+            if not evidence_keys.check_master_key(sessions, master_key):
+                log.warning("waiting for the database, to check MASTER_KEY")
+                evidence_keys.await_master_key(sessions, master_key, worker.stopping)
         except evidence_keys.WrongMasterKey as error:
             log.error("the worker cannot start", error=str(error))
             return 1

@@ -1,9 +1,13 @@
 """People: tokens of an identity provider, verified against the keys that it publishes (OpenID Connect)."""
 
+import asyncio
+import json
+import ssl
 import time
 from threading import Lock
 from typing import TypeGuard
 
+import httpx
 import jwt
 import structlog
 from anyio import CapacityLimiter
@@ -26,7 +30,11 @@ KEYS_S = 300  # after which the provider's keys are fetched again
 STALE_S = 3600  # for which they are used while that fails
 AGAIN_S = 10  # between two fetches, whatever tokens come: anybody can invent a key's name
 WAIT_S = 1.0  # for a fetch that another token has begun
-TIMEOUT_S = 5
+TIMEOUT_S = 5  # for all of a fetch
+ANSWER_MAX_BYTES = 2**20
+# It is away, or what answers in its place is something else.
+UNUSABLE = (jwt.PyJWTError, httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError, RecursionError)
+USES = ("sig", None)  # of a key (RFC 7517, section 4.2): one for encryption signs nothing
 THREADS = 4  # of all tokens at once: a provider that hangs keeps no thread from API keys
 SUBJECT_MAX = 255  # OpenID Connect Core 1.0, section 2
 
@@ -37,7 +45,7 @@ class Keys:
     """What the provider publishes, by `kid`; fetched by one thread at a time."""
 
     def __init__(self, url: str) -> None:
-        self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=TIMEOUT_S)
+        self._url = url
         self._found: dict[str, jwt.PyJWK] = {}
         self._fetched_at = self._tried_at = -float("inf")
         self._failed = False  # the last time
@@ -68,12 +76,35 @@ class Keys:
             return
         self._tried_at = time.monotonic()
         try:
-            self._found = {key.key_id: key for key in self._client.get_signing_keys() if key.key_id}
-        except (jwt.PyJWTError, OSError, ValueError) as error:  # it is away, or what answers in its place is no JSON
+            published = json.loads(asyncio.run(_get(self._url)))
+            if not isinstance(published, dict):
+                raise ValueError("it is no set of keys")
+            found = jwt.PyJWKSet.from_dict(published)
+            self._found = {key.key_id: key for key in found.keys if key.key_id and key.public_key_use in USES}
+        except UNUSABLE as error:
             log.warning("the identity provider's keys cannot be had", error=type(error).__name__)
             self._failed = True
         else:
             self._fetched_at, self._failed = time.monotonic(), False
+
+
+async def _get(url: str) -> bytes:
+    """The whole answer within `TIMEOUT_S`: timeouts of single reads do not end one that trickles.
+
+    Raises TimeoutError, httpx.HTTPError, ValueError for one that is too long.
+    """
+    answer = b""
+    async with (
+        asyncio.timeout(TIMEOUT_S),
+        httpx.AsyncClient(verify=ssl.create_default_context()) as client,  # whom this machine trusts
+        client.stream("GET", url) as response,
+    ):
+        response.raise_for_status()
+        async for part in response.aiter_bytes():
+            answer += part
+            if len(answer) > ANSWER_MAX_BYTES:
+                raise ValueError("it is too long for a set of keys")
+    return answer
 
 
 class Provider:

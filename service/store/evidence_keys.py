@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from threading import Event
 from typing import Any
 
-import structlog
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -15,8 +14,6 @@ from service.store import audit, tables
 from service.store.secrets import SealBroken, Secrets
 from service.store.session import Sessions
 from service.store.tenants import DEFAULT
-
-log = structlog.get_logger(__name__)
 
 
 class WrongMasterKey(RuntimeError):
@@ -56,11 +53,9 @@ def check_master_key(sessions: Sessions, secrets: Secrets) -> bool:
 
 def await_master_key(sessions: Sessions, secrets: Secrets, stop: Event) -> None:
     """Returns once it was checked, however long the database is away, or when `stop` is set. Raises WrongMasterKey."""
-    if check_master_key(sessions, secrets):
-        return
-    log.warning("waiting for the database, to check MASTER_KEY")
-    while not stop.wait(CHECK_AGAIN_S) and not check_master_key(sessions, secrets):
-        pass
+    while not check_master_key(sessions, secrets):
+        if stop.wait(CHECK_AGAIN_S):
+            return
 
 
 def of_id(s: Session, secrets: Secrets, key_id: str) -> SigningKey:

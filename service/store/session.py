@@ -6,7 +6,7 @@ Beside them the event loop's own connections, for what each request asks.
 import json
 import math
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import Engine, ExceptionContext, create_engine, event, text
@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
+from service.store.connection import Connection, LookConnection
 from service.store.tenancy import TenantSession
 
 T = TypeVar("T")
@@ -35,10 +36,13 @@ TIMEOUTS = (
     "-c timezone=UTC"
 )
 
-# A network that drops packets is noticed within seconds, not after the system's quarter of an hour (libpq's names).
+# A network that drops packets is noticed within seconds, not after the system's quarter of an hour (libpq's names). For a
+# server that takes what is sent and says nothing, see connection.py.
 DEAD_PEER = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
 
 CONNECT: dict[str, Any] = {"options": TIMEOUTS, "connect_timeout": 5, "application_name": "unlearn", **DEAD_PEER}
+
+LOOK = {"options": f"{TIMEOUTS} -c statement_timeout=5s", "async_creator_fn": LookConnection.connect}
 
 OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
@@ -58,6 +62,7 @@ def make_engine(database_url: str) -> Engine:
     except (ArgumentError, ModuleNotFoundError) as error:
         raise RuntimeError("DATABASE_URL is not such as postgresql+psycopg://USER@HOST/NAME") from error
     _ping_without_asking(engine)
+    event.listen(engine, "do_connect", _connect)
     event.listen(engine, "handle_error", _away, retval=True)
     return engine
 
@@ -74,7 +79,7 @@ def make_looks(database_url: str) -> AsyncEngine:
         max_overflow=0,
         isolation_level="AUTOCOMMIT",
         pool_reset_on_return=None,  # there is never a transaction to end
-        **OPTIONS | {"pool_timeout": 2, "connect_args": CONNECT | {"options": f"{TIMEOUTS} -c statement_timeout=5s"}},
+        **OPTIONS | {"pool_timeout": 2, "connect_args": CONNECT | LOOK},
     )
     _ping_without_asking(looks.sync_engine)
     return looks
@@ -92,6 +97,10 @@ async def look(looks: AsyncEngine, question: Callable[..., T], *given: Any) -> T
             return question(connection, *given)
 
     return await greenlet_spawn(turn)  # AsyncConnection would take one to connect, one to ask, and one to close
+
+
+def _connect(_dialect: Any, _record: Any, given: Sequence[Any], named: dict[str, Any]) -> Connection:
+    return Connection.connect(*given, **named)
 
 
 def _ping_without_asking(engine: Engine) -> None:

@@ -1,13 +1,16 @@
 """The API in this process, in front of the real database."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from io import StringIO
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from service import logs
 from service.app import create_app
 from service.dispatch import Dispatcher
 from service.domain.identity import ROLES
@@ -37,6 +40,15 @@ class Bell:
 
     def reachable(self) -> bool:
         return True
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> StringIO:
+    """As the service writes it: the default draws tracebacks, slowly."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", written := StringIO())
+        logs.configure("INFO")
+    return written
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """HTTP as its standards have it: a creation that is sent twice, quotas, streams, long polls, dry runs, preconditions."""
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,6 @@ import uvicorn
 from sqlalchemy import func, select, update
 from starlette.testclient import TestClient
 
-from service import logs
 from service.api import jobs as api_jobs
 from service.api import once, stream
 from service.app import create_app
@@ -58,15 +56,6 @@ def failed(sessions: Sessions) -> str:
     with sessions.begin() as s:
         jobs.fail(s, job_id, fence, Failure.of(FailureCode.NON_FINITE_LOSS, "it blew up"))
     return job_id
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> StringIO:
-    """As the service writes it: the default draws tracebacks, slowly."""
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stderr", written := StringIO())
-        logs.configure("INFO")
-    return written
 
 
 @contextmanager
@@ -596,5 +585,6 @@ def test_the_log_names_the_request_and_the_callers_trace(
         ("nonsense", None),
     ):
         assert http.get("/v1/models", headers={"X-Request-ID": "r-1", "traceparent": given}).status_code == 500
-        line = json.loads(log.getvalue().splitlines()[-1])
-        assert (line["event"], line["request_id"], line.get("trace_id")) == ("request failed", "r-1", named)
+        failed, answered = map(json.loads, log.getvalue().splitlines()[-2:])
+        assert (failed["event"], answered["event"]) == ("request failed", "request")
+        assert {(line["request_id"], line.get("trace_id")) for line in (failed, answered)} == {("r-1", named)}

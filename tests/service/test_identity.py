@@ -9,6 +9,7 @@ from typing import Any
 
 import jwt
 import pytest
+import werkzeug
 from cryptography.hazmat.primitives.asymmetric import rsa
 from fastapi import FastAPI
 from httpx import Response
@@ -29,6 +30,7 @@ from service.store.secrets import secrets_of
 from service.store.session import Sessions
 from service.store.tables import AuditEvent, Job
 from service.store.tenants import DEFAULT
+from tests.abuse.proxy import SILENT, Fault, proxy
 from tests.service.conftest import JOBS, ClientOf
 
 PUBLIC = {"/livez", "/readyz", "/docs", "/openapi.json", "/v1/schemas/report", "/.well-known/unlearning-keys"}
@@ -433,6 +435,47 @@ def test_known_keys_serve_while_something_else_answers_for_the_provider(
     assert keys.of(token()) is not None
     with pytest.raises(ProviderUnavailable):  # that there is no such key is not known
         keys.of(jwt.encode({"sub": "ada"}, "s" * 32, "HS256", headers={"kid": "k2"}))
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault(bytes_per_s=5), Fault(answer_bytes=300), SILENT], ids=["trickles", "is cut", "hangs"]
+)
+def test_a_provider_whose_answer_does_not_arrive_is_away_within_its_time(
+    provider: tuple[Settings, Callable[..., str]],
+    httpserver: HTTPServer,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault,
+) -> None:
+    monkeypatch.setattr(provider_module, "TIMEOUT_S", 1)
+    _, token = provider
+    with proxy((httpserver.host, httpserver.port)) as between:
+        keys = provider_module.Keys(f"http://127.0.0.1:{between.port}/jwks")
+        began = time.monotonic()
+        with between.fault(fault), pytest.raises(ProviderUnavailable):
+            keys.of(token())
+        assert time.monotonic() - began < 3
+        monkeypatch.setattr(provider_module, "AGAIN_S", 0)
+        assert keys.of(token()) is not None
+
+
+def test_what_a_provider_says_without_end_is_no_set_of_keys(
+    provider: tuple[Settings, Callable[..., str]], httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, token = provider
+    assert settings.oidc_jwks_url is not None
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 2**26:
+            sent += 2**16
+            yield b" " * 2**16
+
+    httpserver.clear_all_handlers()
+    httpserver.expect_request("/jwks").respond_with_handler(lambda _: werkzeug.Response(endless()))
+    with pytest.raises(ProviderUnavailable):
+        provider_module.Keys(settings.oidc_jwks_url).of(token())
+    assert sent < 2**26
 
 
 @pytest.mark.parametrize("subject", ["", "a\0b", "\ud800", "\x1b[2J", "a" * 256])

@@ -2,18 +2,21 @@
 
 import asyncio
 import select
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 from psycopg import OperationalError
-from sqlalchemy import Connection, Engine, exc, text
+from sqlalchemy import Connection, Engine, exc, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from service.store import connection as store_connection
 from service.store import session, workers
 from service.store.session import Sessions, look, make_looks
+from tests.abuse.proxy import SILENT, Proxy, proxy
 from tests.conftest import owner
 
 T = TypeVar("T")
@@ -179,3 +182,44 @@ def test_a_look_that_is_given_up_leaves_its_answer_to_nobody(database_url: str) 
         return [await look(looks, answer, number, 0) for number in range(20)]
 
     assert looked(database_url, course) == [*range(20)]
+
+
+@pytest.fixture
+def silenced(database_url: str) -> Iterator[tuple[str, Proxy]]:
+    """The database through a proxy, which can make it fall silent."""
+    url = make_url(database_url)
+    with proxy(Path(str(url.query["host"])) / ".s.PGSQL.5432") as between:
+        there = url.set(host="127.0.0.1", port=between.port, query={})
+        yield there.render_as_string(hide_password=False), between
+
+
+def test_a_server_that_takes_what_is_sent_and_says_nothing_is_given_up(
+    silenced: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, between = silenced
+    monkeypatch.setattr(store_connection, "SILENT_S", 0.3)
+    engine = session.make_engine(url)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 1")) == 1
+        with between.fault(SILENT), pytest.raises(exc.OperationalError, match="did not answer within") as raised:
+            connection.scalar(text("SELECT 2"))
+        assert raised.value.connection_invalidated
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 3")) == 3
+    engine.dispose()
+
+
+def test_so_does_a_look(silenced: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
+    url, between = silenced
+    monkeypatch.setattr(store_connection, "LOOK_S", 0.3)
+
+    def ask(connection: Connection, number: int) -> Any:
+        return connection.scalar(text(f"SELECT {number}"))
+
+    async def course(looks: AsyncEngine) -> Any:
+        assert await look(looks, ask, 1) == 1
+        with between.fault(SILENT), pytest.raises(exc.OperationalError, match="did not answer within"):
+            await look(looks, ask, 2)
+        return await look(looks, ask, 3)
+
+    assert looked(url, course) == 3

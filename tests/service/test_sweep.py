@@ -87,6 +87,15 @@ def test_without_a_broker_the_bell_fails_softly_and_soon(silent_broker: str) -> 
         assert not CeleryDispatcher(Settings(broker_url=url)).reachable()
 
 
+def test_a_broker_that_was_silent_is_not_waited_for_again_at_once(silent_broker: str) -> None:
+    """Each request would, and hold one of the few threads."""
+    dispatcher = CeleryDispatcher(Settings(broker_url=silent_broker))
+    assert not dispatcher.ring("any")
+    started = time.monotonic()
+    assert not any(dispatcher.ring("any") for _ in range(20))
+    assert time.monotonic() - started < 1
+
+
 def test_a_class_without_a_queue_does_not_ring(settings: Settings) -> None:
     assert not CeleryDispatcher(settings).ring("tpu")
 
