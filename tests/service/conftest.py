@@ -1,10 +1,8 @@
 """The API in this process, in front of the real database."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from io import StringIO
 from typing import Any
 
 import pytest
@@ -43,12 +41,10 @@ class Bell:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> StringIO:
-    """As the service writes it: the default draws tracebacks, slowly."""
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stderr", written := StringIO())
-        logs.configure("INFO")
-    return written
+def log(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[dict[str, Any]]]:
+    """log() -> what was logged since it was last asked for, as the service's processes write it."""
+    logs.configure("INFO")
+    return lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
 @pytest.fixture
