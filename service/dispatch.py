@@ -1,6 +1,7 @@
 """The bell: a message by name that carries nothing. The job's row is the truth; what is not heard is rung again."""
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
@@ -11,7 +12,7 @@ from service.settings import Settings
 
 WAKE = "worker.wake"
 RING_TIMEOUT_S = 2.0
-PAUSE_S = 5.0  # for which nobody rings, after a broker took longer: each request would wait for it, and hold its thread
+PAUSE_S = 5.0  # for which nobody rings, after a broker took longer: each ring holds a thread
 UNREAD_MAX = 100  # as many wake everybody; more would pile up for as long as nobody listens
 
 log = structlog.get_logger(__name__)
@@ -63,7 +64,7 @@ def celery_config(settings: Settings) -> dict[str, Any]:
 class CeleryDispatcher:
     def __init__(self, settings: Settings) -> None:
         config = celery_config(settings)
-        # A request waits for its bell: no second try (the sweep's work), and no waiting on a broker that fell silent.
+        # No second try, which is the sweep's work, and no waiting on a broker that fell silent.
         config["broker_transport_options"] |= {"max_retries": 0, "socket_timeout": RING_TIMEOUT_S}
         self._celery = Celery("unlearn", set_as_current=False)
         self._celery.conf.update(config)
@@ -97,6 +98,20 @@ class CeleryDispatcher:
 
     def close(self) -> None:
         self._celery.close()
+
+
+class AfterTheAnswer:
+    """Of one request: rings once its answer is sent, so that no request waits for a broker. `ring` is true: it will."""
+
+    def __init__(self, dispatcher: Dispatcher, later: Callable[[Callable[[str], bool], str], None]) -> None:
+        self._dispatcher, self._later = dispatcher, later
+
+    def ring(self, gpu_class: str) -> bool:
+        self._later(self._dispatcher.ring, gpu_class)
+        return True
+
+    def reachable(self) -> bool:
+        return self._dispatcher.reachable()
 
 
 def _unread(channel: Any, queue: str) -> int:

@@ -67,7 +67,7 @@ class Judged(NamedTuple):
 
 
 def submit(here: Parts, who: Principal, request: JobCreate, once: Once = ANEW) -> JobObject:
-    """A queued job, committed, its bell rung, as it was then. Raises InvalidRequest; then neither row nor file is kept."""
+    """A queued job, committed, as it was then. Raises InvalidRequest; then neither row nor file is kept."""
     judged = judge(here, who, request)
     with sets.inline_files(here, who, {purpose: getattr(request, purpose) for purpose in SETS}) as inline:
         ids = {one.purpose: one.kept.file_id for one in inline}

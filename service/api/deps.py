@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from hashlib import sha256
 from typing import IO, Annotated, Generic, Literal, NamedTuple, TypeVar
 
-from fastapi import Depends, Header, Request, Response
+from fastapi import BackgroundTasks, Depends, Header, Request, Response
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from service.api.provider import Provider
-from service.dispatch import Dispatcher
+from service.dispatch import AfterTheAnswer, Dispatcher
 from service.domain.catalog import Catalog
 from service.domain.errors import FieldProblem, Gone, InvalidRequest, NotFound
 from service.domain.identity import Principal
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Parts(NamedTuple):
-    """What the service is made of. To a route, `sessions` are those of who asks."""
+    """What the service is made of. To a route, `sessions` are those of who asks, and bells ring after its answer."""
 
     settings: Settings
     sessions: Sessions
@@ -49,8 +49,13 @@ async def _principal(request: Request) -> Principal:
     return principal
 
 
-async def _bound(parts: Annotated[Parts, Depends(_parts)], who: Annotated[Principal, Depends(_principal)]) -> Parts:
-    return parts._replace(sessions=tenancy.bound(parts.sessions, who.tenant, who.id))
+async def _bound(
+    parts: Annotated[Parts, Depends(_parts)],
+    who: Annotated[Principal, Depends(_principal)],
+    background: BackgroundTasks,
+) -> Parts:
+    bell = AfterTheAnswer(parts.dispatcher, background.add_task)
+    return parts._replace(sessions=tenancy.bound(parts.sessions, who.tenant, who.id), dispatcher=bell)
 
 
 Everybody = Annotated[Parts, Depends(_parts)]  # of a public route: its sessions see every tenant

