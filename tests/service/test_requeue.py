@@ -214,7 +214,7 @@ def test_what_has_passed_for_one_model_is_served_again_for_the_other_alone(
     assert show(http, made)["status"] == "completed"
 
 
-@pytest.mark.parametrize("status", set(RequestStatus) - {RequestStatus.APPROVED, RequestStatus.FAILED})
+@pytest.mark.parametrize("status", sorted(set(RequestStatus) - {RequestStatus.APPROVED, RequestStatus.FAILED}))
 def test_only_what_failed_is_requeued(
     http: TestClient, submit: Submit, sessions: Sessions, status: RequestStatus
 ) -> None:
