@@ -231,7 +231,9 @@ def test_without_a_broker_jobs_are_taken_and_run(here: Live, kind: str) -> None:
             sent.send(UNSERVED)
         sent.answers()
     answers = sent.answers()
-    assert {201} <= statuses(answers) <= {201, 503}, "a machine too slow for 40 at once refuses some, and takes them again"
+    assert {201} <= statuses(answers) <= {201, 503}, (
+        "a machine too slow for 40 at once refuses some, and takes them again"
+    )
     assert statuses(seen[LIST]) == {200}
     assert answers.longest_s < 2 * ALONE_S
 

@@ -36,7 +36,7 @@ JOBS = "/v1/unlearning/jobs"
 EPSILON_RELATIVE = 0.15
 PROMISED = ("retain_nll", "forget_probability", "disclosure", "disclosure/quantise_8", "disclosure/quantise_4")
 PROMPT = ("--user-start", "Question: ", "--user-end", "\n", "--assistant-start", "Answer: ")
-pytestmark = pytest.mark.timeout(420)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,6 @@ def test_the_request_passes_and_keeps_its_bound(api: httpx.Client, jobs: dict[st
     assert report["released"]["published"]
 
 
-@pytest.mark.slow
 def test_forget01_is_forgotten_within_a_tenth_of_the_loss_on_760_rows(api: httpx.Client, full: list[Json]) -> None:
     body = {
         "model": "tofu260K",

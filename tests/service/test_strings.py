@@ -48,9 +48,10 @@ def strings(schema: dict[str, Any], place: Place = ()) -> Iterator[tuple[Place, 
             yield from strings(one["items"], (*place, 0))
         for name, inner in one.get("properties", {}).items():
             yield from strings(inner, (*place, name))
-        if isinstance(inner := one.get("additionalProperties"), dict):
+        inner = one.get("additionalProperties", False)
+        if inner is not False:  # True: any
             yield place, "key"
-            yield from strings(inner, (*place, NAMED))
+            yield from strings({} if inner is True else inner, (*place, NAMED))
 
 
 def planted(body: Any, place: Place, kind: str, hostile: str) -> Any:

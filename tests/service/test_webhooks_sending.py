@@ -59,7 +59,7 @@ def test_a_body_stays_below_20_kb_and_has_a_zone() -> None:
 
 def test_the_events_are_those_of_the_contract() -> None:
     contract = {
-        "deletion_request": "received approved denied completed failed overdue",
+        "deletion_request": "received approved denied completed failed requeued overdue",
         "unlearning.job": "queued started paused succeeded failed cancelled",
         "certificate": "issued",
         "webhook": "test",
