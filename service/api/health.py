@@ -23,6 +23,9 @@ log = structlog.get_logger(__name__)
 
 DATABASE_TIMEOUT_S = 1.0
 BROKER_TIMEOUT_S = 1.0
+# Of their own, as service.api.concurrency leaves them connections: busy threads are no reason not to be ready. A check that hangs
+# keeps its thread for as long as a silent database is waited for, and others must show meanwhile whether it answers again.
+DATABASE_THREADS, BROKER_THREADS = anyio.CapacityLimiter(40), anyio.CapacityLimiter(40)
 
 
 class Live(BaseModel):
@@ -43,8 +46,8 @@ async def livez() -> Live:
 @router.get("/readyz", summary="Can it work?", responses=declared() | {503: {"model": Ready}})
 async def readyz(here: Everybody, response: Response) -> Ready:
     """503 without the database or with another schema. Without the broker: degraded; jobs wait in the database."""
-    database = await _within(DATABASE_TIMEOUT_S, _database, here) or "does not answer"
-    broker = await _within(BROKER_TIMEOUT_S, _broker, here) or "does not answer"
+    database = await _within(DATABASE_TIMEOUT_S, _database, here, DATABASE_THREADS) or "does not answer"
+    broker = await _within(BROKER_TIMEOUT_S, _broker, here, BROKER_THREADS) or "does not answer"
     status: Literal["ready", "degraded", "unready"] = "ready" if broker == "ok" else "degraded"
     if database != "ok":
         response.status_code, status = 503, "unready"
@@ -71,9 +74,9 @@ async def metrics(request: Request) -> Response:
     return Response(figures, media_type=CONTENT_TYPE_LATEST)
 
 
-async def _within(seconds: float, check: Any, here: Parts) -> str | None:
+async def _within(seconds: float, check: Any, here: Parts, threads: anyio.CapacityLimiter) -> str | None:
     with anyio.move_on_after(seconds):
-        return str(await anyio.to_thread.run_sync(check, here, abandon_on_cancel=True))
+        return str(await anyio.to_thread.run_sync(check, here, abandon_on_cancel=True, limiter=threads))
     return None
 
 
