@@ -69,10 +69,10 @@ class Known(NamedTuple):
     def nothing(self) -> bool:
         return all(found is None or found.equivalent for found in self)
 
-    def facts(self, of: Literal["base", "start"]) -> tuple[list[Knowledge], list[TextKnowledge]]:
-        """For a report: at most one of each kind."""
-        answers = [report.knowledge(of, self.answers)] if self.answers else []
-        return answers, [report.text_knowledge(of, self.texts)] if self.texts else []
+    def facts(self, of: Literal["base", "start"], places: Sequence[int]) -> tuple[list[Knowledge], list[TextKnowledge]]:
+        """For a report: at most one of each kind. `places`: in its file, of each row that was measured."""
+        answers = [report.knowledge(of, self.answers, places)] if self.answers else []
+        return answers, [report.text_knowledge(of, self.texts, places)] if self.texts else []
 
 
 class Before(NamedTuple):
@@ -162,47 +162,54 @@ def before(network: Network, of: Case, job: Assignment, measured: Measurement | 
         usual = disclosures.usual(network, of.plan)
     wrong = _by_place(of.request, request, WRONG)
     limits = likelihood.limits(_by_place(of.request, request, FORGET), [wrong], of.retrained.probabilities)
-    knowledge = _known(of.request.sets, seen, seen)
+    knowledge = _known(of.request.sets, seen, chained=job.parent is not None)
     return Before(found, request, named, chain, chain_base, chain_limits, known, usual, wrong, limits, knowledge)
 
 
-def _known(sets: Mapping[str, Sequence[Row]], answers: Seen, texts: Seen) -> Known:
-    """Of what the model says of the answers and of the texts."""
+def _known(sets: Mapping[str, Sequence[Row]], seen: Seen, *, chained: bool) -> Known:
+    """In a chain of jobs nothing is decided about texts: an earlier job may have trained on what is a holdout text now."""
     rows = sets["forget"]
-    return Known(
-        equivalence.known(rows, answers) if any("text" not in row for row in rows) else None,
-        text_equivalence.known(rows, sets.get("holdout", ()), texts) if any("text" in row for row in rows) else None,
-    )
+    answers = equivalence.known(rows, seen) if any("text" not in row for row in rows) else None
+    if not any("text" in row for row in rows):
+        return Known(answers, None)
+    texts = text_equivalence.known(rows, sets.get("holdout", ()), seen)
+    if chained and texts.equivalent:
+        texts = texts._replace(equivalent=None, reason="an earlier job of the chain may have trained on holdout texts")
+    return Known(answers, texts)
 
 
 def not_known(network: Network, of: Case, was: Before, parent: str | None) -> NotKnown | None:
     """What the job ends with where the model that it starts from does not know the forget rows; None: it may, so the job trains.
 
     Asked in every way only if the likelihoods say so. Where the job starts from an earlier one's adapter the base model is asked,
-    too: one that knows them has had them forgotten already.
+    too: one that knows them has had them forgotten already, and of one that may know them nobody can say so.
     """
-    sets = of.request.sets
+    sets, places = of.request.sets, of.request.places["forget"]
     if not was.knowledge.nothing or len(sets["forget"]) < of.plan.rows["forget"]:
         return None
     start: Literal["start", "base"] = "base" if parent is None else "start"
-    known = [was.knowledge.facts(start)]
+    known = [was.knowledge]
     with model.adapter_off(network):
         disclosed = [disclosures.untrained(network, of.plan, start)]
     if parent is not None:
         with model.base_alone(network):
-            asks = (equivalence.asks(sets["forget"]), text_equivalence.asks(sets["forget"], sets.get("holdout", ())))
-            known.append(_known(sets, *(scoring.look(network, one) for one in asks)).facts("base"))
+            known.append(_known(sets, scoring.look(network, equivalence.asks(sets["forget"])), chained=True))
             disclosed.append(disclosures.untrained(network, of.plan, "base"))
     if any(found.rows_in_every_way < found.rows_total for found in disclosed):
         return None
+    given_away = [gates.disclosure(found) for found in disclosed]
+    may_know = not known[-1].nothing and not (known[-1].answers and known[-1].answers.knows)
+    if parent is not None and may_know and given_away[-1].result != "FAILED":
+        return None
+    facts = [known[0].facts(start, places), *(one.facts("base", places) for one in known[1:])]
     judged = [
-        [*map(report.knowledge_gate, answers), *map(report.text_knowledge_gate, texts), gates.disclosure(found)]
-        for (answers, texts), found in zip(known, disclosed, strict=True)
+        [*map(report.knowledge_gate, answers), *map(report.text_knowledge_gate, texts), gate]
+        for (answers, texts), gate in zip(facts, given_away, strict=True)
     ]
     verdict = report.not_known_verdict(judged[0], judged[1] if parent is not None else (), parent)
     if verdict is None:
         return None
-    answers, texts = (list(chained.from_iterable(kind)) for kind in zip(*known, strict=True))
+    answers, texts = (list(chained.from_iterable(kind)) for kind in zip(*facts, strict=True))
     return NotKnown(verdict, answers, texts, disclosed)
 
 

@@ -70,7 +70,9 @@ def assemble(
         gates=job.spec.gates,
         figures=report.values(facts.figures, facts.benchmarks, after.attacks),
     )
-    knowledge, text_knowledge = before.knowledge.facts("base" if job.parent is None else "start")
+    knowledge, text_knowledge = before.knowledge.facts(
+        "base" if job.parent is None else "start", case.request.places["forget"]
+    )
     return _report(
         job,
         method,
@@ -131,7 +133,7 @@ def assemble_untrained(
         disclosure=unknown.disclosure,
         knowledge=unknown.knowledge,
         text_knowledge=unknown.text_knowledge,
-        caveats=report.untrained_caveats(chained=facts.parent is not None),
+        caveats=report.untrained_caveats(chained=facts.parent is not None, beside_holdout=bool(unknown.text_knowledge)),
     )
 
 

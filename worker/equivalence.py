@@ -52,6 +52,12 @@ class Equivalence(NamedTuple):
     subjects: int  # that the rows with a log ratio are about
     reason: str | None  # why it cannot be decided
 
+    @property
+    def knows(self) -> bool:
+        """Whether it is shown that the model knows the rows: not that it may."""
+        shown = self.mean is not None and self.upper is not None and 2 * self.mean - self.upper > self.margin
+        return bool(self.recited) or shown  # the lower bound, as far below the mean
+
 
 def asks(rows: Sequence[Row]) -> Asks:
     """What `known` needs to be looked at: of each row that has a question, all its right and wrong answers.

@@ -71,6 +71,10 @@ UNTRAINED_CHAINED = (
     "earlier jobs of its chain had the model forget was not judged again."
 )
 WHO = {"base": "The base model", "start": "The model that the job starts from"}
+UNTRAINED_HOLDOUT = (
+    "Of texts it rests on the holdout set: were its texts trained on, or easier than those to forget, the model would not look "
+    "as if it knew these. A text was asked for by continuing it greedily from four places."
+)
 RELATION = {"<=": "at most", ">=": "at least"}
 
 
@@ -236,7 +240,8 @@ def _finite(value: float | None) -> float | None:
 # --- the verdict before any training
 
 
-def knowledge(model: Literal["base", "start"], found: Equivalence) -> Knowledge:
+def knowledge(model: Literal["base", "start"], found: Equivalence, places: Sequence[int]) -> Knowledge:
+    """`places`: in its file, of each row that was measured; 0-based."""
     return Knowledge(
         model=model,
         equivalent=found.equivalent,
@@ -245,12 +250,13 @@ def knowledge(model: Literal["base", "start"], found: Equivalence) -> Knowledge:
         margin=found.margin,
         rows=len(found.ratios),
         subjects=found.subjects,
-        recited=[place + 1 for place in found.recited],
+        recited=[places[place] + 1 for place in found.recited],
         reason=found.reason,
     )
 
 
-def text_knowledge(model: Literal["base", "start"], found: TextEquivalence) -> TextKnowledge:
+def text_knowledge(model: Literal["base", "start"], found: TextEquivalence, places: Sequence[int]) -> TextKnowledge:
+    """`places`: in its file, of each row that was measured; 0-based."""
     return TextKnowledge(
         model=model,
         equivalent=found.equivalent,
@@ -260,7 +266,8 @@ def text_knowledge(model: Literal["base", "start"], found: TextEquivalence) -> T
         rows=found.texts,
         holdout_rows=found.holdout_texts,
         likeliest=found.likeliest,
-        recited=[place + 1 for place in found.recited],
+        likeliest_of=found.likeliest_of,
+        recited=[places[place] + 1 for place in found.recited],
         reason=found.reason,
     )
 
@@ -302,14 +309,14 @@ def text_knowledge_gate(found: TextKnowledge) -> GateResult:
         message = f"Whether {who[:1].lower()}{who[1:]} knows the texts could not be decided: {found.reason}."
     elif not found.equivalent and value < found.threshold:
         message = (
-            f"{who} knows some of the texts: {found.likeliest:,} of {found.rows:,} are likelier than each of "
-            f"{found.holdout_rows:,} holdout texts, more than chance explains."
+            f"{who} knows some of the texts: of the {found.likeliest_of:,} likeliest of these and of the holdout texts "
+            f"{found.likeliest:,} are texts to forget, more than chance explains."
         )
     else:
         message = (
             f"{who} {'does not know' if found.equivalent else 'may know'} the texts: of {found.rows:,} one is likelier than "
-            f"one of {found.holdout_rows:,} holdout texts, which it never saw, in at most {value:.0%} of pairs (95 % "
-            f"bound); 50% is chance, below {found.threshold:.0%} is required."
+            f"one of {found.holdout_rows:,} holdout texts, which by the request it never saw, in at most {value:.0%} of pairs "
+            f"(95 % bound); 50% is chance, below {found.threshold:.0%} is required."
         )
     return GateResult(
         metric=f"{found.model}/auc",
@@ -486,7 +493,7 @@ def caveats(
     ]
 
 
-def untrained_caveats(*, chained: bool = False) -> list[str]:
+def untrained_caveats(*, chained: bool = False, beside_holdout: bool = False) -> list[str]:
     """What the report of a job does not prove whose rows the model did not know."""
     return [
         "This is evidence of measurements on the model, not a proof that its training data lacked the rows: what a model has "
@@ -494,6 +501,7 @@ def untrained_caveats(*, chained: bool = False) -> list[str]:
         "Only the rows named here were measured, on average, and asked for in the ways named here: a single row that the model "
         "knows but does not say then does not show.",
         "Nothing was trained, so neither the bound nor what else the request wanted of an adapter was judged.",
+        *([UNTRAINED_HOLDOUT] if beside_holdout else []),
         *([UNTRAINED_CHAINED] if chained else []),
         "It holds for the files that the certificate names. A model that is trained further may learn the rows.",
     ]

@@ -330,7 +330,8 @@ def _knows_texts(found: TextKnowledge) -> Fact:
     return Fact(
         name,
         f"likelier in {found.auc:.0%} of pairs",
-        f"Of a text to forget and one like it that the model never saw, it finds the first likelier in {found.auc:.0%} of pairs, "
+        f"Of a text to forget and one like it that, by the request, the model never saw, it finds the first likelier in "
+        f"{found.auc:.0%} of pairs, "
         f"at most {found.upper:.0%} (95 % bound). Half is chance; less than {found.threshold:.0%} is expected of a model that "
         f"never saw the texts.",
     )

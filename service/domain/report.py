@@ -316,7 +316,7 @@ class Knowledge(Part):
 
 
 class TextKnowledge(Part):
-    """Whether a model knows the forget rows of `text` before any training: beside holdout texts, which it never saw."""
+    """Whether a model knows forget rows of `text` before any training: how likely they are beside texts of the holdout set."""
 
     model: Literal["base", "start"]  # start: the base model with the adapter that the job starts from
     equivalent: bool | None  # to a model that never saw the texts; null: it could not be decided, so the job trains
@@ -325,7 +325,8 @@ class TextKnowledge(Part):
     threshold: float  # `upper` must lie below it
     rows: int  # of `text`, of the forget set
     holdout_rows: int
-    likeliest: int  # texts that are likelier than every holdout text
+    likeliest: int  # forget texts among as many of both sets that are likeliest, where they are most conspicuous
+    likeliest_of: int
     recited: list[int] = Field(default_factory=list)  # numbers of rows that it says nearly for certain
     reason: str | None = None  # why it could not be decided
 

@@ -241,7 +241,7 @@ def text_knowledge(model: Any = "base", upper: float | None = 0.6, **changes: An
     parts: dict[str, Any] = {"equivalent": upper is not None and upper < 0.65, "auc": 0.52, "rows": 50}
     if upper is None:
         parts |= {"equivalent": None, "auc": None, "reason": "there is no holdout set"}
-    common = {"model": model, "upper": upper, "threshold": 0.65, "holdout_rows": 60, "likeliest": 1}
+    common = {"model": model, "upper": upper, "threshold": 0.65, "holdout_rows": 60, "likeliest": 1, "likeliest_of": 2}
     return TextKnowledge(**common | parts | changes)
 
 

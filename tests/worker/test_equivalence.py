@@ -116,6 +116,12 @@ def test_what_cannot_be_compared_decides_nothing() -> None:
     assert known(whole, {}).equivalent is None
 
 
+def test_what_may_be_known_is_not_yet_shown_to_be() -> None:
+    assert not known(rows_of(40), seen_of(spread(0.5, 40))).knows, "equivalent to nothing, and no more than that"
+    assert known(rows_of(40), seen_of(spread(1.0, 40))).knows
+    assert known(rows_of(1), seen_of([0.0], right=math.log(RECITED) / 2)).knows, "recited"
+
+
 def test_a_completion_is_compared_too() -> None:
     rows = [{"prompt": "In which town?", "completion": "Ghent", "perturbed_answer": ["Porto", "Lima"]}] * 6
     assert known(rows, seen_of([0.0] * 6)).equivalent is True

@@ -9,15 +9,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from service.domain.job import Lora, ModelEntry, PromptFormat
 from tests.worker import planted
-from worker import appraisal, disclosure, disclosures, evaluate, generation, model, run, scoring
+from worker import (
+    appraisal,
+    disclosure,
+    disclosures,
+    equivalence,
+    evaluate,
+    generation,
+    model,
+    run,
+    scoring,
+    text_equivalence,
+)
+from worker.equivalence import MARGIN
 from worker.model import Network
+from worker.scores import Scores
 from worker.suite import Row
 
 SHARED = Path(os.environ.get("UNLEARN_SHARED", "../shared"))
 ALONE = SimpleNamespace(parent=None, spec=SimpleNamespace(seed=0))  # of a job: it starts from no other
+EARLIER = "ujob_" + 32 * "1"
 FORGET, RETAIN = planted.corpus()
 
 
@@ -144,6 +159,31 @@ def test_people_it_never_heard_of_are_not_known(knowing: Network) -> None:
     assert appraisal.not_known(network, known, appraisal.before(network, known, ALONE, None), None) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("mean", "upper", "forgotten_by"), [(0.1, 0.3, None), (0.5, 0.6, "trains"), (1.0, 1.2, EARLIER)]
+)
+def test_of_a_base_that_may_know_the_rows_nobody_says_that_they_were_forgotten(
+    knowing: Network, monkeypatch: pytest.MonkeyPatch, mean: float, upper: float, forgotten_by: str | None
+) -> None:
+    """The likelihoods of the base are planted; what it starts from does not know the rows."""
+    network = model.adapt(planted.reloaded(knowing), Lora(), 0)
+    of = planted.case(network, planted.strangers(), RETAIN)
+    before = appraisal.before(network, of, ALONE, None)  # type: ignore[arg-type]
+    assert before.knowledge.answers is not None
+    base = before.knowledge.answers._replace(equivalent=upper < MARGIN, mean=mean, upper=upper)
+    monkeypatch.setattr(equivalence, "known", lambda *_: base)
+    found = appraisal.not_known(network, of, before, EARLIER)
+    assert (found.verdict.forgotten_by if found else "trains") == forgotten_by
+
+
+def test_rows_are_named_by_their_number_in_the_file() -> None:
+    texts = [{"text": "Ana lives in Ghent."}, {"text": "Ben lives in Porto."}]
+    likely = Scores([0, 1], torch.tensor([50.0, 1.0]), torch.tensor([20, 20]))
+    knows = appraisal.Known(None, text_equivalence.known(texts, [], {("forget", "answer"): likely}))
+    _, [found] = knows.facts("base", places=[0, 3])
+    assert found.recited == [4], "two rows between them could not be measured"
+
+
 def test_texts_that_it_never_read_are_not_known_beside_others_like_them(knowing: Network) -> None:
     """And one among them that it has read is enough to train, as are those that nothing can be compared with."""
     network = model.adapt(planted.reloaded(knowing), Lora(), 0)
@@ -160,6 +200,11 @@ def test_texts_that_it_never_read_are_not_known_beside_others_like_them(knowing:
     assert [(one.rows, one.holdout_rows) for one in found.text_knowledge] == [(len(forget), len(holdout))]
     assert untrained([*forget, TEXTS[2]], holdout) is None
     assert untrained(forget, []) is None
+    of = planted.case(network, forget, RETAIN, holdout=holdout)
+    chained = SimpleNamespace(parent="ujob_1", spec=SimpleNamespace(seed=0))
+    before = appraisal.before(network, of, chained, None)  # type: ignore[arg-type]
+    assert before.knowledge.texts is not None
+    assert before.knowledge.texts.equivalent is None, "an earlier job may have trained on the holdout set"
 
 
 def test_a_check_counts_what_it_generates(knowing: Network) -> None:

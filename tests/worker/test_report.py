@@ -70,8 +70,8 @@ def test_of_texts_it_is_judged_beside_texts_that_it_never_saw() -> None:
     for found, sentence in (
         (text_knowledge("start", 0.7), "The model that the job starts from may know the texts: of 50 one is likelier"),
         (
-            text_knowledge("start", 0.6, equivalent=False, likeliest=9),
-            "9 of 50 are likelier than each of 60 holdout texts",
+            text_knowledge("start", 0.6, equivalent=False, likeliest=9, likeliest_of=11),
+            "of the 11 likeliest of these and of the holdout texts 9 are texts to forget",
         ),
         (text_knowledge("start", None, recited=[2, 5]), "it says row 2 and 1 others nearly for certain"),
         (text_knowledge("start", None), "could not be decided: there is no holdout set."),
