@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.abuse.live import ALONE_S, LIST, READYZ, Live, Seen, live, statuses, struck, upload
-from tests.abuse.proxy import REFUSED, Fault
+from tests.abuse.proxy import REFUSED, SILENT, Fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 UPLOADS = 8
@@ -23,9 +23,14 @@ def here(database_url: str, bucket: str, s3: str, tmp_path: Path) -> Iterator[Li
 def test_uploads_to_a_bucket_that_fails(here: Live) -> None:
     assert here.bucket is not None
     for name, fault, expected in (
-        ("refuses", REFUSED, 503),
-        ("is cut", Fault(request_bytes=2**14), 503),
-        ("is delayed", Fault(delay_s=0.3), 201),
+        ("refuses", REFUSED, {503}),
+        ("is cut", Fault(request_bytes=2**14), {503}),
+        ("is delayed", Fault(delay_s=0.3), {201}),
+        (
+            "is silent",
+            SILENT,
+            {0, 503},
+        ),  # 0: not within a minute; it is tried again and again, and others are refused meanwhile
     ):
         uploads = Seen()
         with struck(here, f"bucket {name}", here.bucket.fault(fault)) as (_, seen), ThreadPoolExecutor(UPLOADS) as pool:
@@ -33,7 +38,7 @@ def test_uploads_to_a_bucket_that_fails(here: Live) -> None:
             for answer, seconds in pool.map(lambda key: upload(here, key, BYTES), keys):
                 uploads.note(answer, seconds)
         print(f"    uploads                        {uploads}")
-        assert statuses(uploads) == {expected}
+        assert statuses(uploads) <= expected
         assert statuses(seen[LIST]) == {200}
         assert 200 in statuses(seen[READYZ])
         assert seen[LIST].longest_s < ALONE_S
