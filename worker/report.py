@@ -277,8 +277,7 @@ def knowledge_gate(found: Knowledge) -> GateResult:
     who = WHO[found.model]
     value = _finite(found.upper)
     if found.recited:
-        others = f" and {len(found.recited) - 1} others" if len(found.recited) > 1 else ""
-        message = f"{who} knows the rows: of row {found.recited[0]}{others} it says a right answer nearly for certain."
+        message = f"{who} knows the rows: of {_rows_named(found.recited)} it says a right answer nearly for certain."
     elif found.equivalent is None or value is None:
         message = f"Whether {who[:1].lower()}{who[1:]} knows the rows could not be decided: {found.reason}."
     else:
@@ -303,8 +302,7 @@ def text_knowledge_gate(found: TextKnowledge) -> GateResult:
     who = WHO[found.model]
     value = _finite(found.upper)
     if found.recited:
-        others = f" and {len(found.recited) - 1} others" if len(found.recited) > 1 else ""
-        message = f"{who} knows the texts: it says row {found.recited[0]}{others} nearly for certain."
+        message = f"{who} knows the texts: it says {_rows_named(found.recited)} nearly for certain."
     elif found.equivalent is None or value is None:
         message = f"Whether {who[:1].lower()}{who[1:]} knows the texts could not be decided: {found.reason}."
     elif not found.equivalent and value < found.threshold:
@@ -326,6 +324,10 @@ def text_knowledge_gate(found: TextKnowledge) -> GateResult:
         result="PASSED" if found.equivalent else "FAILED",
         message=message,
     )
+
+
+def _rows_named(numbers: Sequence[int]) -> str:
+    return f"row {numbers[0]}" + (f" and {len(numbers) - 1} others" if len(numbers) > 1 else "")
 
 
 def not_known_verdict(
