@@ -54,6 +54,7 @@ def configure_logs() -> None:
     structlog.reset_defaults()
     structlog.configure(
         processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, PLAIN],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),  # not a line for each request
         logger_factory=structlog.WriteLoggerFactory(
             sys.__stderr__
         ),  # a command's output that a test looks at is another
