@@ -150,6 +150,28 @@ def test_a_request_that_failed_for_a_row_that_is_retained_is_requeued_without_it
     problem(http.post(f"{REQUESTS}/{bob['id']}/cancel"), 409, "invalid-transition")
 
 
+def test_who_submitted_a_request_that_wants_approval_does_not_leave_its_rows_out_by_requeuing_it(
+    http: TestClient,
+    submit: Submit,
+    plan: Submit,
+    parts: Parts,
+    approvals: Callable[[int], None],
+    make_key: Callable[..., str],
+) -> None:
+    plan(requests_max=1)
+    approvals(1)
+    bob, other = submit(BOB), as_(make_key("compliance_approver"))
+    path = f"{REQUESTS}/{bob['id']}/requeue"
+    problem(http.post(f"{path}?leave_out_retained=true"), 409, "invalid-transition")
+    assert http.post(f"{REQUESTS}/{bob['id']}/approve", headers=other).json()["status"] == "approved"
+    problem(http.post(f"{path}?leave_out_retained=true"), 409, "invalid-transition")
+    assert serve_deletions(parts) == 0
+    problem(http.post(f"{path}?leave_out_retained=true"), 409, "invalid-transition")
+    assert (show(http, bob)["status"], show(http, bob)["leave_out_retained"]) == ("failed", False)
+    assert http.post(path).json()["status"] == "approved", "to be tried again as it is"
+    assert http.post(f"{path}?leave_out_retained=true", headers=other).json()["leave_out_retained"] is True
+
+
 def test_a_plan_whose_set_has_none_of_the_rows_is_used_as_it_is(
     http: TestClient, submit: Submit, plan: Submit, parts: Parts
 ) -> None:
