@@ -33,6 +33,11 @@ CHANGED = frozenset({"deletion_request", "fork"})  # problems that another sweep
 log = structlog.get_logger(__name__)
 
 
+class BatchesFailed(UnlearnError):
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(f"deletion requests on these models are not served: {', '.join(sorted(set(names)))}")
+
+
 class Stored(NamedTuple):
     file_id: str
     kept_until: datetime | None  # by the tenant's rule
@@ -42,20 +47,25 @@ def serve_deletions(here: Parts) -> int:
     """Makes the jobs that are due. How many.
 
     Two sweeps may both try: the request's row lets one of them serve it, and the other takes its file back.
+
+    Raises BatchesFailed, after it has tried all, where an error kept some from being served: another sweep tries them again.
     """
     with here.sessions.begin() as s:
         due = deletion_plans.due(s)
-    made = 0
+    made, failed = 0, list[str]()
     for batch in due:
         tenant_id = batch.plan.tenant_id
         bound = here._replace(sessions=tenancy.bound(here.sessions, tenant_id, SYSTEM))
         who = Principal(SYSTEM, tenant_id, frozenset({Scope.JOBS_CREATE}))
         try:
             made += _serve(bound, who, batch)
-        except Exception as error:  # the next sweep tries again, and other batches go on
+        except Exception as error:  # other batches go on
+            failed.append(batch.plan.model)
             trace = not isinstance(error, (UnlearnError, SQLAlchemyError))  # the storage or the database is away
-            told = {"model": batch.plan.model, "tenant": tenant_id, "error": error}
-            log.error("deletion requests are not served", **told, exc_info=trace)
+            fields = {"model": batch.plan.model, "tenant": tenant_id, "error": error}
+            log.error("deletion requests are not served", **fields, exc_info=trace)
+    if failed:
+        raise BatchesFailed(failed)
     return made
 
 
