@@ -182,16 +182,56 @@ def test_a_plan_whose_set_has_none_of_the_rows_is_used_as_it_is(
     assert job_of(http, ada)["retain_set"] == made["job"]["retain_set"]
 
 
-def test_a_plan_of_which_no_row_is_left_is_suspended(
+def leave_out(http: TestClient, request: dict[str, Any]) -> None:
+    path = f"{REQUESTS}/{request['id']}/requeue?leave_out_retained=true"
+    assert http.post(path).json()["leave_out_retained"] is True
+
+
+def test_a_request_that_leaves_nothing_to_retain_fails_alone(
+    http: TestClient,
+    submit: Submit,
+    plan: Submit,
+    parts: Parts,
+    worker: Desk,
+    upload: Callable[..., str],
+    rows_of: Callable[[str], list[Any]],
+) -> None:
+    plan(requests_max=3, retain_set=upload("retain_set", [OTHER, BOB]))
+    bob, both, ada = submit(BOB), submit(BOB, OTHER), submit(ADA)
+    for request in (bob, both):
+        leave_out(http, request)
+    assert serve_deletions(parts) == 1
+    job = job_of(http, ada)
+    assert (job["deletion_requests"], rows_of(job["retain_set"])) == ([bob["id"], ada["id"]], [OTHER])
+    shown = show(http, both)
+    assert (shown["status"], shown["jobs"]) == ("failed", [])
+    assert "the plan's retain set would be empty" in shown["status_reason"]
+    assert http.get(f"{PLANS}/m").json()["status_reason"] is None, "it goes on"
+    worker.end()
+    later = [submit({"text": text}) for text in ("third", "fourth", "fifth")]
+    assert serve_deletions(parts) == 1
+    assert rows_of(job_of(http, later[0])["retain_set"]) == [OTHER], "the one that failed does not keep others from it"
+
+
+def test_a_request_that_waits_and_leaves_nothing_to_retain_does_not_stop_those_before(
     http: TestClient, submit: Submit, plan: Submit, parts: Parts
 ) -> None:
     plan(requests_max=1)
-    bob = submit(BOB)
-    http.post(f"{REQUESTS}/{bob['id']}/requeue?leave_out_retained=true")
-    assert serve_deletions(parts) == 0
-    assert "no rows" in http.get(f"{PLANS}/m").json()["status_reason"]
-    with parts.sessions.begin() as s:
-        assert None not in s.scalars(select(File.purged_at).where(File.created_by == "system")).all()
+    ada, bob = submit(ADA), submit(BOB)
+    leave_out(http, bob)
+    assert serve_deletions(parts) == 1
+    assert show(http, ada)["status"] == "in_progress"
+
+
+def test_what_is_left_out_for_one_request_another_may_want_forgotten(
+    http: TestClient, submit: Submit, plan: Submit, parts: Parts, upload: Callable[..., str]
+) -> None:
+    plan(requests_max=3, retain_set=upload("retain_set", [OTHER, BOB, EVE]))
+    bob, too, eve = submit(BOB), submit(ADA, BOB), submit(BOB, EVE)
+    leave_out(http, bob)
+    assert serve_deletions(parts) == 1
+    assert job_of(http, bob)["deletion_requests"] == [bob["id"], too["id"]]
+    assert show(http, eve)["status_reason"] == "model 'm': its row 2 is row 3 of the plan's retain set"
 
 
 # --- what a chain of jobs has forgotten
