@@ -203,9 +203,9 @@ def _shared(
         for request_id, number in by_row.get(overlap.exact(example), {}).items():
             shares.setdefault(request_id, set()).add(count)
             wanted.setdefault(request_id, {})[count] = number
-        [digest] = digests.row_digests(here.secrets, who.tenant, [example])
-        for request_id in by_digest.get(digest, []):
-            shares.setdefault(request_id, set()).add(count)
+        for digest in digests.same_row_digests(here.secrets, who.tenant, example) if by_digest else ():
+            for request_id in by_digest.get(digest, []):
+                shares.setdefault(request_id, set()).add(count)
 
     earlier = [other.request_id for other in others if other.served and other.request_id not in own]
     waiting = [other.request_id for other in others if not other.served and other.request_id not in own]

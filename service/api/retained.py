@@ -72,10 +72,13 @@ def forgotten_before(
     """
     if parent is None:
         return
-    forgotten = {row: job for row, job in _forgotten(here, who, parent, model).items() if row not in left_out}
+    forgotten, both = _forgotten(here, who, parent, model), list[tuple[int, str]]()
     with sets.opened(here, retain_set, "retain_set") as retain:
-        found = digests.row_digests(here.secrets, who.tenant, retain)
-        both = [(number, forgotten[digest]) for number, digest in enumerate(found, start=1) if digest in forgotten]
+        for number, row in enumerate(retain, start=1):
+            same = digests.same_row_digests(here.secrets, who.tenant, row)
+            job = next((forgotten[digest] for digest in same if digest in forgotten), None)
+            if job is not None and left_out.isdisjoint(same):
+                both.append((number, job))
     for number, job_id in both[: overlap.NAMED_MAX]:
         yield FieldProblem("/retain_set", f"retain row {number} was forgotten by job {job_id}", "overlap")
     if more := len(both[overlap.NAMED_MAX :]):

@@ -129,7 +129,8 @@ def test_who_approves_a_request_has_its_rows_left_out_of_what_its_plan_retains(
     assert purge_due(parts.sessions, parts.storage) == 3, "the request's set, and those that were made for its job"
 
     approvals(0)
-    plan(requests_max=1, retain_set=upload("retain_set", [BOB, OTHER]))
+    as_prompt = {"prompt": BOB["question"], "completion": f"{BOB['answer']} "}
+    plan(requests_max=1, retain_set=upload("retain_set", [BOB, OTHER, padded, as_prompt]))
     ada = submit(ADA)
     assert serve_deletions(parts) == 1
     later = job_of(http, ada)
@@ -243,7 +244,8 @@ def test_a_row_that_a_parent_forgot_is_not_retained(
     first = submit(ADA)
     http.post(JOBS, json=job_body([OTHER, ADA], [first["id"]]))
     parent = worker.end()
-    asked = job_body([EVE], [submit(EVE)["id"]], parent=parent, retain_set=[BOB, OTHER, ADA])
+    padded = ADA | {"answer": f"{ADA['answer']} "}
+    asked = job_body([EVE], [submit(EVE)["id"]], parent=parent, retain_set=[BOB, OTHER, padded])
     fault = f"retain row {{}} was forgotten by job {parent}"
     assert errors(http.post(JOBS, json=asked)) == [
         ("/retain_set", fault.format(number), "overlap") for number in (2, 3)
