@@ -11,6 +11,7 @@ from service.domain.identity import Principal
 from service.domain.job import ModelEntry
 from service.store import deletion_plans, deletion_reads, digests, files, lineage
 from service.store.rows import WarningRow
+from service.store.tables import File
 
 JUDGED_BYTES = 4 * 2**20  # of a plan's retain set, at the submission of a request: half a second's work
 
@@ -86,15 +87,17 @@ def forgotten_before(
 
 
 def _forgotten(here: Parts, who: Principal, parent: str, model: str) -> dict[str, str]:
-    """By digest of a row: the job that forgot it."""
-    found = dict[str, str]()
+    """By digest of a row: the job that forgot it. A job's set is read only where it has rows that are no request's."""
+    found, unread = dict[str, str](), list[tuple[str, File]]()
     with here.sessions.begin() as s:
         chain = lineage.chain(s, parent)
-        jobs = [*chain, *lineage.forgotten_already(s, model, [job.id for job in chain])]
-        for job in jobs:
-            found |= dict.fromkeys(deletion_reads.digests_of_job(s, job.id), job.id)
-        kept = [(job.id, files.get(s, job.forget_set)) for job in jobs]
-    for job_id, file in kept:
+        for job in [*chain, *lineage.forgotten_already(s, model, [job.id for job in chain])]:
+            of_requests = set(deletion_reads.digests_of_job(s, job.id))
+            found |= dict.fromkeys(of_requests, job.id)
+            file = files.get(s, job.forget_set)
+            if file.rows != len(of_requests):  # it has all of theirs
+                unread.append((job.id, file))
+    for job_id, file in unread:
         try:
             with files.content(here.storage, here.secrets, file) as content:
                 found |= dict.fromkeys(

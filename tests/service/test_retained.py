@@ -265,6 +265,28 @@ def test_a_row_that_a_parent_forgot_is_not_retained(
     ]
 
 
+def test_of_what_was_forgotten_only_rows_that_are_no_requests_are_read(
+    http: TestClient, submit: Submit, worker: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, content = list[str](), retained.files.content
+
+    def noted(storage: Any, secrets: Any, file: File) -> Any:
+        opened.append(file.id)
+        return content(storage, secrets, file)
+
+    http.post(JOBS, json=job_body([ADA], [submit(ADA)["id"]]))
+    first = worker.end()
+    made = http.post(JOBS, json=job_body([BOB, OTHER], [submit(BOB)["id"]], parent=first, retain_set=[EVE])).json()
+    second = worker.end()
+    monkeypatch.setattr(retained.files, "content", noted)
+    third = job_body([{"text": "third"}], [], parent=second, retain_set=[ADA, BOB, OTHER])
+    wrong = [(1, first), (2, second), (3, second)]
+    assert [detail for _, detail, _ in errors(http.post(JOBS, json=third))] == [
+        f"retain row {number} was forgotten by job {job}" for number, job in wrong
+    ]
+    assert opened == [made["forget_set"]]
+
+
 def test_without_a_parent_the_base_model_may_retain_what_an_adapter_forgot(http: TestClient, worker: Desk) -> None:
     http.post(JOBS, json=job_body([ADA], []))
     worker.end()
