@@ -230,6 +230,8 @@ def test_what_is_left_out_for_one_request_another_may_want_forgotten(
     plan(requests_max=3, retain_set=upload("retain_set", [OTHER, BOB, EVE]))
     bob, too, eve = submit(BOB), submit(ADA, BOB), submit(BOB, EVE)
     leave_out(http, bob)
+    assert submit(BOB)["warnings"] == []
+    assert "forget = retain): 2 = 3;" in submit(BOB, EVE)["warnings"][0]["message"]
     assert serve_deletions(parts) == 1
     assert job_of(http, bob)["deletion_requests"] == [bob["id"], too["id"]]
     assert show(http, eve)["status_reason"] == "model 'm': its row 2 is row 3 of the plan's retain set"
