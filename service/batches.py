@@ -2,6 +2,7 @@
 
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ from service.domain.deletion import PlannedJob
 from service.domain.errors import Gone, InvalidRequest, InvalidTransition, NotFound, StorageDamaged, UnlearnError
 from service.domain.identity import SYSTEM, Principal, Scope
 from service.domain.job import JobCreate
-from service.domain.rows import Example
 from service.store import deletion_jobs, deletion_plans, deletion_reads, digests, files, models, quotas, tenancy
 from service.store.deletion_plans import Batch
 from service.store.tables import DeletionRequest, File
@@ -33,6 +33,11 @@ CHANGED = frozenset({"deletion_request", "fork"})  # problems that another sweep
 log = structlog.get_logger(__name__)
 
 
+class BatchesFailed(UnlearnError):
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(f"deletion requests on these models are not served: {', '.join(sorted(set(names)))}")
+
+
 class Stored(NamedTuple):
     file_id: str
     kept_until: datetime | None  # by the tenant's rule
@@ -42,20 +47,25 @@ def serve_deletions(here: Parts) -> int:
     """Makes the jobs that are due. How many.
 
     Two sweeps may both try: the request's row lets one of them serve it, and the other takes its file back.
+
+    Raises BatchesFailed, after it has tried all, where an error kept some from being served: another sweep tries them again.
     """
     with here.sessions.begin() as s:
         due = deletion_plans.due(s)
-    made = 0
+    made, failed = 0, list[str]()
     for batch in due:
         tenant_id = batch.plan.tenant_id
         bound = here._replace(sessions=tenancy.bound(here.sessions, tenant_id, SYSTEM))
         who = Principal(SYSTEM, tenant_id, frozenset({Scope.JOBS_CREATE}))
         try:
             made += _serve(bound, who, batch)
-        except Exception as error:  # the next sweep tries again, and other batches go on
+        except Exception as error:  # other batches go on
+            failed.append(batch.plan.model)
             trace = not isinstance(error, (UnlearnError, SQLAlchemyError))  # the storage or the database is away
-            told = {"model": batch.plan.model, "tenant": tenant_id, "error": error}
-            log.error("deletion requests are not served", **told, exc_info=trace)
+            fields = {"model": batch.plan.model, "tenant": tenant_id, "error": error}
+            log.error("deletion requests are not served", **fields, exc_info=trace)
+    if failed:
+        raise BatchesFailed(failed)
     return made
 
 
@@ -78,19 +88,26 @@ def _serve(here: Parts, who: Principal, batch: Batch) -> bool:
         return False
     unfit = dict(_unreadable(here, who, batch.requests))
     unfit |= _too_long(here, batch.plan.model, [request for request in batch.requests if request.id not in unfit])
-    judged = [one for one in batch.requests if one.id not in unfit and not one.leave_out_retained]
-    unfit |= _clashes(here, recipe, judged)
+    shared = _shared(here, who, batch, recipe, [one for one in batch.requests if one.id not in unfit])
+    unfit |= shared.unfit
     for request_id, reason in unfit.items():
         with here.sessions.begin() as s:
             deletion_jobs.fail(s, request_id, batch.plan.model, reason[:REASON_MAX])
         log.warning("a deletion request cannot be served", request_id=request_id)
     requests = [request for request in batch.requests if request.id not in unfit]
-    return bool(requests) and _submit(here, who, batch, recipe, requests)
+    return bool(requests) and _submit(here, who, batch, recipe, requests, shared.left_out)
 
 
-def _submit(here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, requests: Sequence[DeletionRequest]) -> bool:
+def _submit(
+    here: Parts,
+    who: Principal,
+    batch: Batch,
+    recipe: PlannedJob,
+    requests: Sequence[DeletionRequest],
+    left_out: AbstractSet[int],
+) -> bool:
     forget = _store(here, who, FORGET, _rows_of(here, who, requests))
-    retain = _without_left_out(here, who, batch.plan.model, recipe.retain_set, requests)
+    retain = _without(here, who, batch.plan.model, recipe.retain_set, left_out) if left_out else None
     made = [forget] if retain is None else [forget, retain]
     asked = JobCreate.model_validate(
         recipe.model_dump()
@@ -153,28 +170,59 @@ def _too_long(here: Parts, model: str, requests: Iterable[DeletionRequest]) -> I
             yield request.id, problem.detail
 
 
-def _clashes(here: Parts, recipe: PlannedJob, requests: Sequence[DeletionRequest]) -> Mapping[str, str]:
-    """By request that wants forgotten what the plan wants kept: which row."""
-    clashes = dict[str, str]()
+class _Shared(NamedTuple):
+    left_out: AbstractSet[int]  # numbers of rows of the plan's retain set, from 1
+    unfit: Mapping[str, str]  # by request that the rows which it shares with that set keep from being served: why
+
+
+def _shared(
+    here: Parts, who: Principal, batch: Batch, recipe: PlannedJob, requests: Sequence[DeletionRequest]
+) -> _Shared:
+    """What becomes of rows that the plan's retain set shares with requests, white space at their ends aside.
+
+    Those of requests that leave theirs out of it are left out: of earlier requests, or the model would learn them again, then of
+    these, then of those that still wait. A request whose rows would leave nothing to retain does not have them left out. What
+    is retained all the same, no request of the batch may want forgotten.
+    """
     with here.sessions.begin() as s:
-        retain_set = files.get(s, recipe.retain_set)
-    while left := [request for request in requests if request.id not in clashes]:
-        owners = list[tuple[str, int]]()
+        others = deletion_reads.left_out(s, batch.plan.model)
+    own = {request.id for request in requests}
+    by_digest, by_row = dict[str, list[str]](), dict[bytes, dict[str, int]]()
+    for other in others:
+        for digest in set(other.row_digests):
+            by_digest.setdefault(digest, []).append(other.request_id)
+    for request in requests:
+        for number, line in enumerate(_lines(here, request.forget_set), start=1):
+            by_row.setdefault(overlap.exact(rows.parse(line)), {}).setdefault(request.id, number)
+    shares, wanted, count = (
+        dict[str, set[int]](),
+        dict[str, dict[int, int]](),
+        0,
+    )  # by request; `wanted`: by retained row
+    for count, example in enumerate(map(rows.parse, _lines(here, recipe.retain_set)), start=1):
+        for request_id, number in by_row.get(overlap.exact(example), {}).items():
+            shares.setdefault(request_id, set()).add(count)
+            wanted.setdefault(request_id, {})[count] = number
+        for digest in digests.same_row_digests(here.secrets, who.tenant, example) if by_digest else ():
+            for request_id in by_digest.get(digest, []):
+                shares.setdefault(request_id, set()).add(count)
 
-        def forget(left: Sequence[DeletionRequest] = left, owners: list[tuple[str, int]] = owners) -> Iterator[Example]:
-            for request in left:
-                for number, line in enumerate(_lines(here, request.forget_set), start=1):
-                    owners.append((request.id, number))
-                    yield rows.parse(line)
-
-        with files.content(here.storage, here.secrets, retain_set) as retain:
-            shared = overlap.overlap(forget(), rows.each(rows.lines(retain))).same
-        if not shared:
-            break
-        for place, retained in shared:  # of a row that several requests have, the last is named: hence again without it
-            request_id, number = owners[place - 1]
-            clashes.setdefault(request_id, f"its row {number} is row {retained} of the plan's retain set")
-    return clashes
+    earlier = [other.request_id for other in others if other.served and other.request_id not in own]
+    waiting = [other.request_id for other in others if not other.served and other.request_id not in own]
+    flagged = [request.id for request in requests if request.leave_out_retained]
+    left_out, unfit = set[int](), dict[str, str]()
+    for request_id in (*earlier, *flagged, *waiting):
+        without = left_out | shares.get(request_id, set())
+        if len(without) < count:
+            left_out = without
+        elif request_id in own:
+            unfit[request_id] = "without its rows, and those left out for others, the plan's retain set would be empty"
+    for request_id, numbers in wanted.items():
+        retained = min(numbers.keys() - left_out, default=None)
+        if retained is not None:
+            detail = f"its row {numbers[retained]} is row {retained} of the plan's retain set"
+            unfit.setdefault(request_id, detail)
+    return _Shared(left_out, unfit)
 
 
 def _rows_of(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -> Iterator[bytes]:
@@ -188,33 +236,11 @@ def _rows_of(here: Parts, who: Principal, requests: Iterable[DeletionRequest]) -
                 yield line
 
 
-def _without_left_out(
-    here: Parts, who: Principal, model: str, retain_set: str, requests: Iterable[DeletionRequest]
-) -> Stored | None:
-    """The plan's retain set without the rows of requests that leave theirs out of it: of these, and of those before, which the
-    model would learn again. None: it has none of them.
-    """
-    with here.sessions.begin() as s:
-        left_out = deletion_reads.left_out(s, model)
-    if not left_out:
-        return None
-    own = {
-        overlap.exact(rows.parse(line))  # finds more than the digests: a row that differs in white space at its ends
-        for request in requests
-        if request.leave_out_retained
-        for line in _lines(here, request.forget_set)
-    }
-    examples = map(rows.parse, _lines(here, retain_set))
-    places = set[int]()
-    for place, example in enumerate(examples):
-        [digest] = digests.row_digests(here.secrets, who.tenant, [example])
-        if digest in left_out or overlap.exact(example) in own:
-            places.add(place)
-    if not places:
-        return None
-    log.info("rows are left out of a plan's retain set", model=model, rows=len(places))
-    rest = (line for place, line in enumerate(_lines(here, retain_set)) if place not in places)
-    return _store(here, who, RETAIN, rest)
+def _without(here: Parts, who: Principal, model: str, retain_set: str, left_out: AbstractSet[int]) -> Stored:
+    """The plan's retain set without the rows of these numbers."""
+    log.info("rows are left out of a plan's retain set", model=model, rows=len(left_out))
+    lines = enumerate(_lines(here, retain_set), start=1)
+    return _store(here, who, RETAIN, (line for number, line in lines if number not in left_out))
 
 
 def _store(here: Parts, who: Principal, purpose: str, lines: Iterable[bytes]) -> Stored:

@@ -97,7 +97,8 @@ def _judge(here: Parts, who: Principal, model: str, asked: PlannedJob) -> None:
     """Raises NotFound for a model that is not registered, and InvalidRequest."""
     with here.sessions.begin() as s:
         entry = models.get(s, model)
-        parent, left_out = lineage.latest(s, who.tenant, model), deletion_reads.left_out(s, model)
+        parent = lineage.latest(s, who.tenant, model)
+        left_out = {digest for request in deletion_reads.left_out(s, model) for digest in request.row_digests}
     hyperparameters = here.catalog.complete(asked.method.type, asked.method.hyperparameters)
     problems = list(admission.recipe_problems(here, entry, asked, hyperparameters))
     for purpose in SETS:

@@ -53,7 +53,7 @@ class RowsQuery(Strict):
     limit: int = Field(default=1000, ge=1, le=10_000)
 
 
-class Serving(Strict):
+class LeaveOutQuery(Strict):
     leave_out_retained: bool = Field(
         default=False,
         description="jobs of plans train without those of its rows that the plan's retain set has: they use a copy of that "
@@ -207,7 +207,7 @@ def rows(here: Here, request_id: str, query: Annotated[RowsQuery, Query()]) -> R
     responses=declared(404, 409, 412, 503),
 )
 def approve(
-    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[Serving, Query()]
+    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[LeaveOutQuery, Query()]
 ) -> DeletionRequestObject:
     """By somebody else than who submitted it. Approving twice is approving once."""
     with here.sessions.begin() as s:
@@ -259,7 +259,7 @@ def extend(
     responses=declared(404, 409, 412, 503),
 )
 def requeue(
-    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[Serving, Query()]
+    here: Here, request_id: str, response: Response, versions: Versions, query: Annotated[LeaveOutQuery, Query()]
 ) -> DeletionRequestObject:
     """It is approved again, and waits for another job on each of its models that may still know its rows: one that the model's
     plan makes, or one that somebody submits. Requeuing a request that waits changes nothing.

@@ -117,7 +117,7 @@ def submit(
                 raise InvalidRequest(FieldProblem("/forget_set", detail, "too_many"))
     if problems := [problem for one in long for problem in one.problems("/forget_set")]:
         raise InvalidRequest(*problems)
-    warnings = list(retained.in_plans(here, entries, numbers, {} if read is None else read))
+    warnings = list(retained.in_plans(here, who, entries, numbers, {} if read is None else read))
     subjects = [digests.subject_digest(here.secrets, who.tenant, subject) for subject in asked.subjects]
     with sets.inline_files(here, who, {"forget_set": asked.forget_set}) as inline, here.sessions.begin() as s:
         once.first(s)

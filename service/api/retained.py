@@ -11,24 +11,27 @@ from service.domain.identity import Principal
 from service.domain.job import ModelEntry
 from service.store import deletion_plans, deletion_reads, digests, files, lineage
 from service.store.rows import WarningRow
+from service.store.tables import File
 
 JUDGED_BYTES = 4 * 2**20  # of a plan's retain set, at the submission of a request: half a second's work
 
 Numbers = Mapping[bytes, int]  # by overlap.exact: the number of a row in its set, from 1
-Read = dict[str, Numbers]  # by file: what was read of retain sets, so that a batch of requests reads each once
+Read = dict[
+    str, Numbers
+]  # by model: what was read of its plan's retain set, so that a batch of requests reads each once
 
 
-def in_plans(here: Parts, entries: Sequence[ModelEntry], forget: Numbers, read: Read) -> Iterator[WarningRow]:
-    """One for each model whose plan retains rows that a request wants forgotten.
+def in_plans(
+    here: Parts, who: Principal, entries: Sequence[ModelEntry], forget: Numbers, read: Read
+) -> Iterator[WarningRow]:
+    """One for each model whose plan retains rows that a request wants forgotten, and does not leave them out for another request.
 
     Not where the plan's retain set is large, or cannot be read: that is found when a job is to be made.
     """
     for entry in entries:
-        with here.sessions.begin() as s:
-            retain_set = deletion_plans.retain_set(s, entry.name)
-        if retain_set is None:
-            continue
-        retained = _numbers(here, retain_set, read)
+        if entry.name not in read:
+            read[entry.name] = _retained(here, who, entry.name)
+        retained = read[entry.name]
         pairs = sorted((number, retained[row]) for row, number in forget.items() if row in retained)
         if pairs:
             yield WarningRow(
@@ -39,20 +42,25 @@ def in_plans(here: Parts, entries: Sequence[ModelEntry], forget: Numbers, read: 
             )
 
 
-def _numbers(here: Parts, file_id: str, read: Read) -> Numbers:
-    if file_id not in read:
-        found = dict[bytes, int]()
-        with here.sessions.begin() as s:
-            file = files.get(s, file_id)
-        if file.bytes <= JUDGED_BYTES:
-            try:
-                with files.content(here.storage, here.secrets, file) as content:
-                    for number, row in enumerate(rows.each(rows.lines(content)), start=1):
-                        found.setdefault(overlap.exact(row), number)
-            except (Gone, NotFound, StorageDamaged):
-                found = {}
-        read[file_id] = found
-    return read[file_id]
+def _retained(here: Parts, who: Principal, model: str) -> Numbers:
+    """What jobs of the model's plan retain, as far as it is known before one is made."""
+    found = dict[bytes, int]()
+    with here.sessions.begin() as s:
+        retain_set = deletion_plans.retain_set(s, model)
+        if retain_set is None:
+            return found
+        file = files.get(s, retain_set)
+        left_out = {digest for request in deletion_reads.left_out(s, model) for digest in request.row_digests}
+    if file.bytes > JUDGED_BYTES:
+        return found
+    try:
+        with files.content(here.storage, here.secrets, file) as content:
+            for number, row in enumerate(rows.each(rows.lines(content)), start=1):
+                if not left_out or left_out.isdisjoint(digests.same_row_digests(here.secrets, who.tenant, row)):
+                    found.setdefault(overlap.exact(row), number)
+    except (Gone, NotFound, StorageDamaged):
+        return {}
+    return found
 
 
 def forgotten_before(
@@ -72,10 +80,13 @@ def forgotten_before(
     """
     if parent is None:
         return
-    forgotten = {row: job for row, job in _forgotten(here, who, parent, model).items() if row not in left_out}
+    forgotten, both = _forgotten(here, who, parent, model), list[tuple[int, str]]()
     with sets.opened(here, retain_set, "retain_set") as retain:
-        found = digests.row_digests(here.secrets, who.tenant, retain)
-        both = [(number, forgotten[digest]) for number, digest in enumerate(found, start=1) if digest in forgotten]
+        for number, row in enumerate(retain, start=1):
+            same = digests.same_row_digests(here.secrets, who.tenant, row)
+            job = next((forgotten[digest] for digest in same if digest in forgotten), None)
+            if job is not None and left_out.isdisjoint(same):
+                both.append((number, job))
     for number, job_id in both[: overlap.NAMED_MAX]:
         yield FieldProblem("/retain_set", f"retain row {number} was forgotten by job {job_id}", "overlap")
     if more := len(both[overlap.NAMED_MAX :]):
@@ -83,15 +94,17 @@ def forgotten_before(
 
 
 def _forgotten(here: Parts, who: Principal, parent: str, model: str) -> dict[str, str]:
-    """By digest of a row: the job that forgot it."""
-    found = dict[str, str]()
+    """By digest of a row: the job that forgot it. A job's set is read only where it has rows that are no request's."""
+    found, unread = dict[str, str](), list[tuple[str, File]]()
     with here.sessions.begin() as s:
         chain = lineage.chain(s, parent)
-        jobs = [*chain, *lineage.forgotten_already(s, model, [job.id for job in chain])]
-        for job in jobs:
-            found |= dict.fromkeys(deletion_reads.digests_of_job(s, job.id), job.id)
-        kept = [(job.id, files.get(s, job.forget_set)) for job in jobs]
-    for job_id, file in kept:
+        for job in [*chain, *lineage.forgotten_already(s, model, [job.id for job in chain])]:
+            of_requests = set(deletion_reads.digests_of_job(s, job.id))
+            found |= dict.fromkeys(of_requests, job.id)
+            file = files.get(s, job.forget_set)
+            if file.rows != len(of_requests):  # it has all of theirs
+                unread.append((job.id, file))
+    for job_id, file in unread:
         try:
             with files.content(here.storage, here.secrets, file) as content:
                 found |= dict.fromkeys(

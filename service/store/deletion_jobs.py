@@ -77,17 +77,17 @@ def job_moved(s: Session, job: Job) -> None:
     of_job = of_job.where(DeletionJob.job_id == job.id).order_by(DeletionRequest.id)
     requests = s.scalars(of_job.with_for_update(of=DeletionRequest), execution_options=FRESH).all()
     if job.failure is not None and job.failure.get("forget_rows"):
-        _spare(s, job, set(job.failure["forget_rows"]))
+        _requeue_unaffected(s, job, set(job.failure["forget_rows"]))
     for row in requests:
         if row.status not in CLOSED:
             _follow(s, row)
 
 
-def _spare(s: Session, job: Job, failed: AbstractSet[int]) -> None:
+def _requeue_unaffected(s: Session, job: Job, failed: AbstractSet[int]) -> None:
     """Requeues the requests that have none of the rows that the job failed on. There is none left where it served one alone."""
     links = s.scalars(select(DeletionJob).where(DeletionJob.job_id == job.id)).all()
-    innocent = [link.request_id for link in links if failed.isdisjoint(link.row_numbers)]
-    _set_requeued(s, job.id, func.now(), innocent)
+    unaffected = [link.request_id for link in links if failed.isdisjoint(link.row_numbers)]
+    _set_requeued(s, job.id, func.now(), unaffected)
 
 
 def requeue(

@@ -64,14 +64,25 @@ def served_by(s: Session, request_ids: Collection[str]) -> Sequence[Served]:
     return [Served(*row) for row in found]
 
 
-def left_out(s: Session, model: str) -> set[str]:
-    """The digests of rows that no job of a plan for the model retains, of all requests that still want them forgotten."""
-    rows = select(DeletionRequest.row_digests).where(
+class LeftOut(NamedTuple):
+    request_id: str
+    served: bool  # by a job on the model
+    row_digests: list[str]
+
+
+def left_out(s: Session, model: str) -> list[LeftOut]:
+    """The requests that still want their rows forgotten and left out of what jobs of a plan for the model retain, the oldest
+    first."""
+    jobs = select(Job.id).join(DeletionJob, DeletionJob.job_id == Job.id)
+    jobs = jobs.where(
+        DeletionJob.request_id == DeletionRequest.id, Job.model == model, DeletionJob.requeued_at.is_(None)
+    )
+    found = select(DeletionRequest.id, jobs.exists(), DeletionRequest.row_digests).where(
         DeletionRequest.models.contains([model]),
         DeletionRequest.leave_out_retained,
         DeletionRequest.status.not_in((RequestStatus.DENIED, RequestStatus.CANCELLED)),
     )
-    return {digest for digests in s.scalars(rows) for digest in digests}
+    return [LeftOut(*row) for row in s.execute(found.order_by(DeletionRequest.id))]
 
 
 def digests_of_job(s: Session, job_id: str) -> Iterator[str]:

@@ -96,7 +96,7 @@ def approve(
         leave_out_retained: see `leave_out`.
     """
     row = locked(s, request_id, versions)
-    if leave_out_retained and row.created_by != tenancy.actor(s):
+    if leave_out_retained:
         row = leave_out(s, row)
     if s.get(DeletionApproval, (row.id, tenancy.actor(s))) is not None:
         return row
@@ -114,10 +114,17 @@ def approve(
 
 
 def leave_out(s: Session, row: DeletionRequest) -> DeletionRequest:
-    """From now on the jobs of plans retain none of its rows. `row` is locked. Raises InvalidTransition where a job serves it, and
-    once it is closed."""
+    """From now on the jobs of plans retain none of its rows. `row` is locked.
+
+    Raises InvalidTransition where a job serves it, once it is closed, and for who submitted it where it wants approval: what a
+    plan retains is not theirs to decide alone.
+    """
     if row.leave_out_retained:
         return row
+    if row.approvals_required and row.created_by == tenancy.actor(s):
+        raise InvalidTransition(
+            "who submitted a request that wants approval does not leave rows out of what is retained"
+        )
     if row.status not in (R.PENDING_APPROVAL, R.APPROVED, R.FAILED):
         raise InvalidTransition(f"the request is {row.status}; what is retained beside it is settled")
     tell(s, row, "retained_rows_left_out", {})

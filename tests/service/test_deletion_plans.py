@@ -23,7 +23,7 @@ from service.store import deletion_plans, deletions, files, lineage, models
 from service.store.secrets import Secrets
 from service.store.session import Sessions
 from service.store.tables import DeletionPlan, DeletionRequest, File, Job, Tenant
-from service.sweep import purge_due, sweep_once
+from service.sweep import purge_due, serve_requests, sweep_once
 from tests.service import deleting
 from tests.service.conftest import Bell
 from tests.service.deleting import ADA, BOB, EVE, FAILED, JOBS, PLANS, REQUESTS, Desk, as_, job_body, problem, show
@@ -272,9 +272,12 @@ def test_the_trouble_of_one_batch_does_not_stop_the_others(
         return serve(here, who, batch)
 
     monkeypatch.setattr(batches, "_serve", once_broken)
-    assert serve_deletions(parts) == 1
+    with pytest.raises(batches.BatchesFailed) as failed:  # so the duty counts as failed, and stays due
+        serve_requests(parts)
     assert sorted(tried) == ["m", "n"]
+    assert str(failed.value).endswith(f": {tried[0]}"), "the one that was not served, and no other"
     assert {show(http, one)["status"], show(http, two)["status"]} == {"approved", "in_progress"}
+    assert serve_deletions(parts) == 1, "the next sweep serves it"
 
 
 def test_what_failed_for_one_model_is_served_for_the_others(

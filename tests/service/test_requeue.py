@@ -53,8 +53,8 @@ def test_one_requests_row_fails_that_request_alone(
     shown = show(http, eve)
     why = f"job {failed} on model 'm' failed: row_too_long, on"
     assert (shown["status"], shown["status_reason"]) == ("failed", f"{why} row 2 of this request")
-    for innocent in (ada, third):
-        shown = show(http, innocent)
+    for unaffected in (ada, third):
+        shown = show(http, unaffected)
         assert shown["status"] == "approved"
         assert shown["status_reason"] == f"waits for another job: {why} rows that are not this request's"
     assert serve_deletions(parts) == 1
@@ -87,10 +87,10 @@ def test_a_row_of_two_requests_fails_both(
     http: TestClient, submit: Submit, plan: Submit, parts: Parts, worker: Desk
 ) -> None:
     plan(requests_max=3)
-    one, two, innocent = submit(ADA, EVE), submit(EVE, ADA, {"text": "third"}, EVE), submit({"text": "fourth"})
+    one, two, unaffected = submit(ADA, EVE), submit(EVE, ADA, {"text": "third"}, EVE), submit({"text": "fourth"})
     assert serve_deletions(parts) == 1
     worker.fail(TOO_LONG, forget_rows=[2, 3])
-    assert [show(http, each)["status"] for each in (one, two, innocent)] == ["failed", "failed", "approved"]
+    assert [show(http, each)["status"] for each in (one, two, unaffected)] == ["failed", "failed", "approved"]
     assert show(http, one)["status_reason"].endswith("on row 2 of this request")
     assert show(http, two)["status_reason"].endswith("on rows 1, 3 of this request"), "in the order of its own set"
 
@@ -142,7 +142,7 @@ def test_what_another_model_waits_for_changes_nothing_of_what_failed(
     http.post(JOBS, json=job_body([ADA], [ada["id"]], model="n"))
     bad = worker.end(FAILED)
     http.post(JOBS, json=job_body([ADA, EVE], [ada["id"], eve["id"]]))
-    spared = worker.fail(TOO_LONG, forget_rows=[2])
+    requeued = worker.fail(TOO_LONG, forget_rows=[2])
     shown = show(http, ada)
     assert (shown["status"], shown["status_reason"]) == ("failed", f"job {bad} on model 'n': the verdict is FAILED")
     assert requeue(http, ada).json()["status"] == "approved"
@@ -150,7 +150,7 @@ def test_what_another_model_waits_for_changes_nothing_of_what_failed(
     worker.end()
     shown = show(http, ada)
     assert shown["status"] == "in_progress"
-    assert shown["status_reason"].startswith(f"waits for another job: job {spared} on model 'm' failed")
+    assert shown["status_reason"].startswith(f"waits for another job: job {requeued} on model 'm' failed")
 
 
 def test_a_request_that_failed_is_requeued_once_and_its_plan_serves_it(

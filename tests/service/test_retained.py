@@ -129,7 +129,8 @@ def test_who_approves_a_request_has_its_rows_left_out_of_what_its_plan_retains(
     assert purge_due(parts.sessions, parts.storage) == 3, "the request's set, and those that were made for its job"
 
     approvals(0)
-    plan(requests_max=1, retain_set=upload("retain_set", [BOB, OTHER]))
+    as_prompt = {"prompt": BOB["question"], "completion": f"{BOB['answer']} "}
+    plan(requests_max=1, retain_set=upload("retain_set", [BOB, OTHER, padded, as_prompt]))
     ada = submit(ADA)
     assert serve_deletions(parts) == 1
     later = job_of(http, ada)
@@ -150,6 +151,28 @@ def test_a_request_that_failed_for_a_row_that_is_retained_is_requeued_without_it
     problem(http.post(f"{REQUESTS}/{bob['id']}/cancel"), 409, "invalid-transition")
 
 
+def test_who_submitted_a_request_that_wants_approval_does_not_leave_its_rows_out_by_requeuing_it(
+    http: TestClient,
+    submit: Submit,
+    plan: Submit,
+    parts: Parts,
+    approvals: Callable[[int], None],
+    make_key: Callable[..., str],
+) -> None:
+    plan(requests_max=1)
+    approvals(1)
+    bob, other = submit(BOB), as_(make_key("compliance_approver"))
+    path = f"{REQUESTS}/{bob['id']}/requeue"
+    problem(http.post(f"{path}?leave_out_retained=true"), 409, "invalid-transition")
+    assert http.post(f"{REQUESTS}/{bob['id']}/approve", headers=other).json()["status"] == "approved"
+    problem(http.post(f"{path}?leave_out_retained=true"), 409, "invalid-transition")
+    assert serve_deletions(parts) == 0
+    problem(http.post(f"{path}?leave_out_retained=true"), 409, "invalid-transition")
+    assert (show(http, bob)["status"], show(http, bob)["leave_out_retained"]) == ("failed", False)
+    assert http.post(path).json()["status"] == "approved", "to be tried again as it is"
+    assert http.post(f"{path}?leave_out_retained=true", headers=other).json()["leave_out_retained"] is True
+
+
 def test_a_plan_whose_set_has_none_of_the_rows_is_used_as_it_is(
     http: TestClient, submit: Submit, plan: Submit, parts: Parts
 ) -> None:
@@ -160,16 +183,58 @@ def test_a_plan_whose_set_has_none_of_the_rows_is_used_as_it_is(
     assert job_of(http, ada)["retain_set"] == made["job"]["retain_set"]
 
 
-def test_a_plan_of_which_no_row_is_left_is_suspended(
+def leave_out(http: TestClient, request: dict[str, Any]) -> None:
+    path = f"{REQUESTS}/{request['id']}/requeue?leave_out_retained=true"
+    assert http.post(path).json()["leave_out_retained"] is True
+
+
+def test_a_request_that_leaves_nothing_to_retain_fails_alone(
+    http: TestClient,
+    submit: Submit,
+    plan: Submit,
+    parts: Parts,
+    worker: Desk,
+    upload: Callable[..., str],
+    rows_of: Callable[[str], list[Any]],
+) -> None:
+    plan(requests_max=3, retain_set=upload("retain_set", [OTHER, BOB]))
+    bob, both, ada = submit(BOB), submit(BOB, OTHER), submit(ADA)
+    for request in (bob, both):
+        leave_out(http, request)
+    assert serve_deletions(parts) == 1
+    job = job_of(http, ada)
+    assert (job["deletion_requests"], rows_of(job["retain_set"])) == ([bob["id"], ada["id"]], [OTHER])
+    shown = show(http, both)
+    assert (shown["status"], shown["jobs"]) == ("failed", [])
+    assert "the plan's retain set would be empty" in shown["status_reason"]
+    assert http.get(f"{PLANS}/m").json()["status_reason"] is None, "it goes on"
+    worker.end()
+    later = [submit({"text": text}) for text in ("third", "fourth", "fifth")]
+    assert serve_deletions(parts) == 1
+    assert rows_of(job_of(http, later[0])["retain_set"]) == [OTHER], "the one that failed does not keep others from it"
+
+
+def test_a_request_that_waits_and_leaves_nothing_to_retain_does_not_stop_those_before(
     http: TestClient, submit: Submit, plan: Submit, parts: Parts
 ) -> None:
     plan(requests_max=1)
-    bob = submit(BOB)
-    http.post(f"{REQUESTS}/{bob['id']}/requeue?leave_out_retained=true")
-    assert serve_deletions(parts) == 0
-    assert "no rows" in http.get(f"{PLANS}/m").json()["status_reason"]
-    with parts.sessions.begin() as s:
-        assert None not in s.scalars(select(File.purged_at).where(File.created_by == "system")).all()
+    ada, bob = submit(ADA), submit(BOB)
+    leave_out(http, bob)
+    assert serve_deletions(parts) == 1
+    assert show(http, ada)["status"] == "in_progress"
+
+
+def test_what_is_left_out_for_one_request_another_may_want_forgotten(
+    http: TestClient, submit: Submit, plan: Submit, parts: Parts, upload: Callable[..., str]
+) -> None:
+    plan(requests_max=3, retain_set=upload("retain_set", [OTHER, BOB, EVE]))
+    bob, too, eve = submit(BOB), submit(ADA, BOB), submit(BOB, EVE)
+    leave_out(http, bob)
+    assert submit(BOB)["warnings"] == []
+    assert "forget = retain): 2 = 3;" in submit(BOB, EVE)["warnings"][0]["message"]
+    assert serve_deletions(parts) == 1
+    assert job_of(http, bob)["deletion_requests"] == [bob["id"], too["id"]]
+    assert show(http, eve)["status_reason"] == "model 'm': its row 2 is row 3 of the plan's retain set"
 
 
 # --- what a chain of jobs has forgotten
@@ -181,7 +246,8 @@ def test_a_row_that_a_parent_forgot_is_not_retained(
     first = submit(ADA)
     http.post(JOBS, json=job_body([OTHER, ADA], [first["id"]]))
     parent = worker.end()
-    asked = job_body([EVE], [submit(EVE)["id"]], parent=parent, retain_set=[BOB, OTHER, ADA])
+    padded = ADA | {"answer": f"{ADA['answer']} "}
+    asked = job_body([EVE], [submit(EVE)["id"]], parent=parent, retain_set=[BOB, OTHER, padded])
     fault = f"retain row {{}} was forgotten by job {parent}"
     assert errors(http.post(JOBS, json=asked)) == [
         ("/retain_set", fault.format(number), "overlap") for number in (2, 3)
@@ -199,6 +265,28 @@ def test_a_row_that_a_parent_forgot_is_not_retained(
     assert [detail for _, detail, _ in errors(http.post(JOBS, json=third))] == [
         f"retain row {number} was forgotten by job {job}" for number, (_, job) in enumerate(wrong, start=1)
     ]
+
+
+def test_of_what_was_forgotten_only_rows_that_are_no_requests_are_read(
+    http: TestClient, submit: Submit, worker: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, content = list[str](), retained.files.content
+
+    def noted(storage: Any, secrets: Any, file: File) -> Any:
+        opened.append(file.id)
+        return content(storage, secrets, file)
+
+    http.post(JOBS, json=job_body([ADA], [submit(ADA)["id"]]))
+    first = worker.end()
+    made = http.post(JOBS, json=job_body([BOB, OTHER], [submit(BOB)["id"]], parent=first, retain_set=[EVE])).json()
+    second = worker.end()
+    monkeypatch.setattr(retained.files, "content", noted)
+    third = job_body([{"text": "third"}], [], parent=second, retain_set=[ADA, BOB, OTHER])
+    wrong = [(1, first), (2, second), (3, second)]
+    assert [detail for _, detail, _ in errors(http.post(JOBS, json=third))] == [
+        f"retain row {number} was forgotten by job {job}" for number, job in wrong
+    ]
+    assert opened == [made["forget_set"]]
 
 
 def test_without_a_parent_the_base_model_may_retain_what_an_adapter_forgot(http: TestClient, worker: Desk) -> None:
