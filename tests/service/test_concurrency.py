@@ -23,6 +23,7 @@ from service.store.session import Sessions, make_engine
 from tests.conftest import owner
 from tests.service.conftest import JOBS
 from tests.service.live import Live, served
+from tests.service.test_contract import DOCUMENT
 
 AT_ONCE = 200
 SOON_S = 10.0  # of a machine that others use too
@@ -125,7 +126,7 @@ async def default_threads() -> float:
     return current_default_thread_limiter().total_tokens
 
 
-@pytest.mark.parametrize("full", ["reads", "writes", "transfers"])
+@pytest.mark.parametrize("full", ["reads", "writes", "judgements", "transfers"])
 def test_work_of_one_kind_keeps_no_other_from_being_done(
     http: TestClient, new_job: Callable[..., str], request_body: dict[str, Any], full: str
 ) -> None:
@@ -134,7 +135,22 @@ def test_work_of_one_kind_keeps_no_other_from_being_done(
     row = {"file": ("f.jsonl", b'{"text": "a"}')}
     answers = {
         "reads": [http.get(JOBS), http.get(job), http.get("/v1/models")],
-        "writes": [http.post(JOBS, json=request_body), http.post(f"{job}/pause"), http.post(f"{job}/resume")],
+        "writes": [
+            *(http.post(f"{job}/{verb}") for verb in ("pause", "resume", "cancel")),
+            *(http.post(f"/v1/deletion-requests/dr_x/{verb}", json={}) for verb in ("approve", "deny", "cancel")),
+            http.delete("/v1/api-keys/key_x"),
+        ],
+        "judgements": [
+            http.post(JOBS, json=request_body),
+            http.post(JOBS, json=request_body, params={"dry_run": True}),
+            http.post(f"{job}/reverify", json={}),
+            http.post("/v1/deletion-requests", json={}),
+            http.post("/v1/deletion-requests/batch", json={}),
+            http.put("/v1/deletion-plans/m", json={}),
+            http.post("/v1/benchmarks", json={}),
+            http.delete("/v1/benchmarks/b"),
+            http.delete("/v1/files/file_x"),
+        ],
         "transfers": [http.post("/v1/files", data={"purpose": "forget_set"}, files=row), http.get(f"{job}/report")],
     }
     for kind, found in answers.items():
@@ -142,6 +158,12 @@ def test_work_of_one_kind_keeps_no_other_from_being_done(
         assert refused == [kind == full] * len(found), kind
         assert all(answer.status_code < 500 for answer in found) or kind == full
     assert {http.get(path).status_code for path in ("/livez", "/readyz", "/metrics")} == {200}
+
+
+def test_routes_with_a_limit_of_their_own_exist() -> None:
+    paths = json.loads(DOCUMENT.read_text())["paths"]
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert routes >= concurrency.TRANSFERS | concurrency.JUDGEMENTS
 
 
 def test_a_stream_of_events_outlasts_an_overload(
