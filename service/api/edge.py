@@ -11,9 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from service.api.deps import media_type
+from service.api.bodies import is_upload
 from service.api.errors import INTERNAL_ERROR, problem
-from service.api.shapes import FILES_PATH
 from service.settings import Settings
 from service.store.ids import new_id
 
@@ -120,8 +119,7 @@ class Edge:
     def _limited(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """Counts what arrives, whatever Content-Length says."""
         limit = self.settings.body_max_bytes
-        upload = (scope["method"], scope["path"]) == ("POST", FILES_PATH)
-        if upload and media_type(headers) == "multipart/form-data":  # any other form would be read into memory
+        if is_upload(scope, headers):
             limit = self.settings.upload_max_bytes + MULTIPART_OVERHEAD_BYTES
         announced = headers.get("content-length", "0")
         received = int(announced) if announced.isdecimal() and int(announced) > limit else 0

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
 from starlette.testclient import TestClient
 
-from service.api import concurrency
+from service.api import bodies, concurrency
 from service.api.concurrency import ConcurrencyLimit
 from service.api.stream import follow
 from service.domain.job import ModelEntry, PromptFormat
@@ -158,6 +158,58 @@ def test_work_of_one_kind_keeps_no_other_from_being_done(
         assert refused == [kind == full] * len(found), kind
         assert all(answer.status_code < 500 for answer in found) or kind == full
     assert {http.get(path).status_code for path in ("/livez", "/readyz", "/metrics")} == {200}
+
+
+def test_of_large_bodies_few_are_received_at_once_and_the_others_refused_unread(
+    settings: Settings, key: str, request_body: dict[str, Any], tmp_path: Path
+) -> None:
+    content = json.dumps(request_body).encode()
+    content += b" " * (bodies.SMALL_BYTES + 1 - len(content))
+    head = f"POST {JOBS}?dry_run=true HTTP/1.1\r\nHost: h\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n"
+    announced = f"{head}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    running, refused = 32, 8
+
+    async def send_half(live: Live) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
+        writer.write(announced + content[:1000])
+        return reader, writer
+
+    async def status(reader: asyncio.StreamReader) -> int:
+        return int((await asyncio.wait_for(reader.readline(), SOON_S)).split()[1])
+
+    async def storm(live: Live) -> None:
+        sent = [await send_half(live) for _ in range(running + refused)]
+        early = [asyncio.create_task(status(reader)) for reader, _ in sent]
+        while sum(task.done() for task in early) < refused:
+            await asyncio.sleep(0.1)
+        assert {task.result() for task in early if task.done()} == {503}
+        assert (await ask(live, key, "POST", f"{JOBS}?dry_run=true", request_body)).status == 200
+        for task, (_, writer) in zip(early, sent, strict=True):
+            if not task.done():
+                writer.write(content[1000:])
+                assert await task == 200
+        for _, writer in sent:
+            writer.close()
+
+    with served(settings, tmp_path, **NO_QUOTAS) as live:
+        asyncio.run(asyncio.wait_for(storm(live), 4 * SOON_S))
+
+
+def test_a_body_is_large_by_its_length_or_without_one_and_an_upload_never(
+    http: TestClient, request_body: dict[str, Any]
+) -> None:
+    http.app.state.large_bodies = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # type: ignore[attr-defined]
+    content, json_type = json.dumps(request_body).encode(), {"Content-Type": "application/json"}
+    row = {"file": ("f.jsonl", json.dumps({"text": "a" * bodies.SMALL_BYTES}).encode())}
+    large = content + b" " * (bodies.SMALL_BYTES + 1 - len(content))
+    answers = [
+        http.post(JOBS, content=content, headers=json_type),
+        http.post(JOBS, content=large, headers=json_type),
+        http.post(JOBS, content=iter([content]), headers=json_type),
+        http.post("/v1/files", data={"purpose": "forget_set"}, files=row),
+    ]
+    assert [answer.status_code for answer in answers] == [201, 503, 503, 201]
+    assert answers[1].json()["type"] == "/docs#overloaded"
 
 
 def test_routes_with_a_limit_of_their_own_exist() -> None:
