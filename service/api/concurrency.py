@@ -16,7 +16,7 @@ from fastapi import Request
 from service.api.shapes import BENCHMARKS_PATH, FILES_PATH, JOBS_PATH, PLANS_PATH, REQUESTS_PATH
 from service.domain.errors import Overloaded
 
-Work = Literal["reads", "writes", "judgements", "transfers"]
+Work = Literal["reads", "writes", "judgements", "transfers", "streams"]
 TRANSFERS = {  # which move a file to the storage or from it: where that hangs, nothing else shall
     ("POST", FILES_PATH),
     ("GET", f"{JOBS_PATH}/{{job_id}}/report"),
@@ -67,10 +67,13 @@ def limits() -> dict[Work, ConcurrencyLimit]:
     A transfer is kept waiting longer: of an upload that waits all has been sent already.
     """
     return {
-        "reads": ConcurrencyLimit(8, 100, 1.0),
+        "reads": ConcurrencyLimit(6, 100, 1.0),
         "writes": ConcurrencyLimit(3, 100, 1.0),
         "judgements": ConcurrencyLimit(5, 100, 1.0),
         "transfers": ConcurrencyLimit(4, 16, 10.0),
+        "streams": ConcurrencyLimit(
+            2, 100, 1.0
+        ),  # each open one looks once a second: no reader shall wait behind hundreds
     }
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,6 +217,26 @@ def test_routes_with_a_limit_of_their_own_exist() -> None:
     paths = json.loads(DOCUMENT.read_text())["paths"]
     routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
     assert routes >= concurrency.TRANSFERS | concurrency.JUDGEMENTS
+
+
+class Counted(ConcurrencyLimit):
+    taken = 0
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        self.taken += 1
+        async with super().slot():
+            yield
+
+
+def test_an_open_stream_of_events_takes_no_slot_of_the_reads(http: TestClient, new_job: Callable[..., str]) -> None:
+    job = f"{JOBS}/{new_job()}"
+    assert http.post(f"{job}/cancel").status_code == 202
+    reads, streams = Counted(6, 100, 1), Counted(2, 100, 1)
+    http.app.state.concurrency |= {"reads": reads, "streams": streams}  # type: ignore[attr-defined]
+    stream = http.get(f"{job}/events", headers={"Accept": "text/event-stream"})
+    assert "job.created" in stream.text
+    assert (reads.taken, streams.taken) == (1, 1), "of the reads: to open it"
 
 
 def test_a_stream_of_events_outlasts_an_overload(
