@@ -45,10 +45,10 @@ class JsonRequest(Request):
     """A request whose `json()` refuses, with 413, what would take long to parse."""
 
     async def json(self) -> Any:
-        return await aside(self, parse, await self.body())
+        return await in_thread_if_large(self, parse, await self.body())
 
 
-async def aside(request: Request, function: Callable[[bytes], T], body: bytes) -> T:
+async def in_thread_if_large(request: Request, function: Callable[[bytes], T], body: bytes) -> T:
     """function(body), computed in a thread where the body is large, for one request at a time."""
     if len(body) <= SMALL_BYTES:
         return function(body)
