@@ -47,12 +47,23 @@ class TimedProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(self.idle_s, self.transport.abort)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._stalled:
             self._stalled.cancel()
+
+    def _watch_reader(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._stalled = self.loop.call_later(self.idle_s, self._unread, left)
+
+    def _unread(self, left: int) -> None:
+        """`left` bytes waited for the client to read on, `idle_s` ago."""
+        if self.transport.get_write_buffer_size() < left:
+            self._watch_reader()
+        else:
+            self.transport.abort()
 
     def _watch(self) -> None:
         before, self._awaited = self._awaited, self._next()

@@ -1,7 +1,6 @@
 """The bell: a message by name that carries nothing. The job's row is the truth; what is not heard is rung again."""
 
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
@@ -20,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 class Dispatcher(Protocol):
     def ring(self, gpu_class: str) -> bool:
-        """Wakes whoever hears this class, if enough bells do not lie there unread. Never raises; False: it did not ring."""
+        """Wakes whoever hears this class, if enough bells do not lie there unread. Never raises; False: it surely failed."""
         ...
 
     def reachable(self) -> bool:
@@ -98,20 +97,6 @@ class CeleryDispatcher:
 
     def close(self) -> None:
         self._celery.close()
-
-
-class AfterTheAnswer:
-    """Of one request: rings once its answer is sent, so that no request waits for a broker. `ring` is true: it will."""
-
-    def __init__(self, dispatcher: Dispatcher, later: Callable[[Callable[[str], bool], str], None]) -> None:
-        self._dispatcher, self._later = dispatcher, later
-
-    def ring(self, gpu_class: str) -> bool:
-        self._later(self._dispatcher.ring, gpu_class)
-        return True
-
-    def reachable(self) -> bool:
-        return self._dispatcher.reachable()
 
 
 def _unread(channel: Any, queue: str) -> int:

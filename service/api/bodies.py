@@ -1,7 +1,8 @@
 """JSON bodies: bounded before they are parsed, parsed and digested in a thread of their own where they are large.
 
 A thread does not help alone: the interpreter parses a body in one call, and all other requests wait for its end. What bounds
-their wait is the number of values.
+their wait is the number of values. What bounds the memory is the number of large bodies that arrive, are parsed, or belong to
+a request that is carried out.
 """
 
 import json
@@ -12,7 +13,13 @@ from typing import Any, TypeVar
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
+
+from service.api.concurrency import ConcurrencyLimit
+from service.api.deps import media_type
+from service.api.shapes import FILES_PATH
 
 VALUES_MAX = 200_000  # with the names of members: as in a batch of 40,000 rows. At worst they take 0.1 to 0.2 s
 DEPTH_MAX = 64
@@ -30,21 +37,35 @@ T = TypeVar("T")
 
 
 def install(app: FastAPI) -> None:
-    app.state.large_bodies = CapacityLimiter(1)
+    app.state.parsing = CapacityLimiter(1)
+    app.state.large_bodies = ConcurrencyLimit(32, 32, 1.0)
 
 
 class JsonRequest(Request):
     """A request whose `json()` refuses, with 413, what would take long to parse."""
 
     async def json(self) -> Any:
-        return await aside(self, parse, await self.body())
+        return await in_thread_if_large(self, parse, await self.body())
 
 
-async def aside(request: Request, function: Callable[[bytes], T], body: bytes) -> T:
+async def in_thread_if_large(request: Request, function: Callable[[bytes], T], body: bytes) -> T:
     """function(body), computed in a thread where the body is large, for one request at a time."""
     if len(body) <= SMALL_BYTES:
         return function(body)
-    return await run_sync(function, body, limiter=request.app.state.large_bodies)
+    return await run_sync(function, body, limiter=request.app.state.parsing)
+
+
+def is_large(request: Request) -> bool:
+    """Whether its body, which may take much memory, is still to come: by its length, or because none is announced."""
+    if is_upload(request.scope, request.headers):
+        return False
+    length = request.headers.get("content-length", "0")
+    return "transfer-encoding" in request.headers or not length.isdecimal() or int(length) > SMALL_BYTES
+
+
+def is_upload(scope: Scope, headers: Headers) -> bool:
+    """Whether the body is a form whose file goes to the disk as it arrives. Any other form is read into memory."""
+    return (scope["method"], scope["path"]) == ("POST", FILES_PATH) and media_type(headers) == "multipart/form-data"
 
 
 def parse(body: bytes) -> Any:

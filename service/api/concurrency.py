@@ -13,14 +13,24 @@ from typing import Literal
 import anyio
 from fastapi import Request
 
-from service.api.shapes import FILES_PATH, JOBS_PATH
+from service.api.shapes import BENCHMARKS_PATH, FILES_PATH, JOBS_PATH, PLANS_PATH, REQUESTS_PATH
 from service.domain.errors import Overloaded
 
-Work = Literal["reads", "writes", "transfers"]
+Work = Literal["reads", "writes", "judgements", "transfers", "streams"]
 TRANSFERS = {  # which move a file to the storage or from it: where that hangs, nothing else shall
     ("POST", FILES_PATH),
     ("GET", f"{JOBS_PATH}/{{job_id}}/report"),
     ("GET", f"{JOBS_PATH}/{{job_id}}/artifacts/{{artifact_id}}/content"),
+}
+JUDGEMENTS = {  # which read whole sets, or the storage, for seconds: no cancel, denial or revocation of a key shall wait for them
+    ("POST", JOBS_PATH),
+    ("POST", f"{JOBS_PATH}/{{job_id}}/reverify"),
+    ("POST", REQUESTS_PATH),
+    ("POST", f"{REQUESTS_PATH}/batch"),
+    ("PUT", f"{PLANS_PATH}/{{model}}"),
+    ("POST", BENCHMARKS_PATH),
+    ("DELETE", f"{BENCHMARKS_PATH}/{{name}}"),
+    ("DELETE", f"{FILES_PATH}/{{file_id}}"),
 }
 
 
@@ -57,9 +67,13 @@ def limits() -> dict[Work, ConcurrencyLimit]:
     A transfer is kept waiting longer: of an upload that waits all has been sent already.
     """
     return {
-        "reads": ConcurrencyLimit(8, 100, 1.0),
-        "writes": ConcurrencyLimit(8, 100, 1.0),
+        "reads": ConcurrencyLimit(6, 100, 1.0),
+        "writes": ConcurrencyLimit(3, 100, 1.0),
+        "judgements": ConcurrencyLimit(5, 100, 1.0),
         "transfers": ConcurrencyLimit(4, 16, 10.0),
+        "streams": ConcurrencyLimit(
+            2, 100, 1.0
+        ),  # each open one looks once a second: no reader shall wait behind hundreds
     }
 
 
@@ -71,6 +85,8 @@ def limit_of(request: Request) -> ConcurrencyLimit | None:
     found: dict[Work, ConcurrencyLimit] = request.app.state.concurrency
     if (request.method, route.path) in TRANSFERS:
         return found["transfers"]
+    if (request.method, route.path) in JUDGEMENTS:
+        return found["judgements"]
     return found["reads" if request.method == "GET" else "writes"]
 
 

@@ -13,6 +13,7 @@ from service.api import admission, retained, sets, tokens
 from service.api.deps import Here, Parts, Reads, Who
 from service.api.errors import declared
 from service.api.guard import Guarded, needs
+from service.api.shapes import PLANS_PATH
 from service.domain.deletion import PlannedJob, PlanPut
 from service.domain.errors import InvalidRequest
 from service.domain.identity import Principal, Scope
@@ -20,7 +21,6 @@ from service.domain.job import SETS, ModelName
 from service.store import deletion_plans, deletion_reads, lineage, models
 from service.store.tables import DeletionPlan
 
-PLANS_PATH = "/v1/deletion-plans"
 router = APIRouter(prefix=PLANS_PATH, tags=["deletion requests"], route_class=Guarded)
 
 

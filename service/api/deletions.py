@@ -12,8 +12,9 @@ from service.api import intake, retained
 from service.api.deps import Here, Page, PageQuery, Parts, Reads, Who, link_next, page, versions
 from service.api.errors import Problem, answer_to, declared
 from service.api.guard import Guarded, needs
-from service.api.intake import REQUESTS_PATH, DeletionRequestObject
+from service.api.intake import DeletionRequestObject
 from service.api.once import Once, OnceOnly, Replayed
+from service.api.shapes import REQUESTS_PATH
 from service.domain.deletion import (
     Closing,
     DeletionCreate,

@@ -3,16 +3,19 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from typing import IO, Annotated, Generic, Literal, NamedTuple, TypeVar
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import BackgroundTasks, Depends, Header, Request, Response
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 
 from service.api.provider import Provider
-from service.dispatch import AfterTheAnswer, Dispatcher
+from service.dispatch import Dispatcher
 from service.domain.catalog import Catalog
 from service.domain.errors import FieldProblem, Gone, InvalidRequest, NotFound
 from service.domain.identity import Principal
@@ -23,6 +26,8 @@ from service.store.paging import Order
 from service.store.secrets import Secrets
 from service.store.session import Sessions
 from service.store.storage import Storage
+
+RING_THREADS = CapacityLimiter(2)  # a silent broker holds no thread that a request needs
 
 T = TypeVar("T")
 
@@ -37,6 +42,20 @@ class Parts(NamedTuple):
     catalog: Catalog
     secrets: Secrets
     provider: Provider | None  # of identities, beside API keys
+
+
+class DeferredDispatcher:
+    """Of one request: rings once its answer is sent, so that no request waits for a broker. `ring` is True: not known yet."""
+
+    def __init__(self, dispatcher: Dispatcher, background: BackgroundTasks) -> None:
+        self._dispatcher, self._background = dispatcher, background
+
+    def ring(self, gpu_class: str) -> bool:
+        self._background.add_task(partial(run_sync, self._dispatcher.ring, gpu_class, limiter=RING_THREADS))
+        return True
+
+    def reachable(self) -> bool:
+        return self._dispatcher.reachable()
 
 
 async def _parts(request: Request) -> Parts:
@@ -54,8 +73,8 @@ async def _bound(
     who: Annotated[Principal, Depends(_principal)],
     background: BackgroundTasks,
 ) -> Parts:
-    bell = AfterTheAnswer(parts.dispatcher, background.add_task)
-    return parts._replace(sessions=tenancy.bound(parts.sessions, who.tenant, who.id), dispatcher=bell)
+    dispatcher = DeferredDispatcher(parts.dispatcher, background)
+    return parts._replace(sessions=tenancy.bound(parts.sessions, who.tenant, who.id), dispatcher=dispatcher)
 
 
 Everybody = Annotated[Parts, Depends(_parts)]  # of a public route: its sessions see every tenant

@@ -11,9 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from service.api.deps import media_type
+from service.api.bodies import is_upload
 from service.api.errors import INTERNAL_ERROR, problem
-from service.api.shapes import FILES_PATH
 from service.settings import Settings
 from service.store.ids import new_id
 
@@ -87,9 +86,35 @@ class Edge:
             if head and code:
                 await send({"type": "http.response.body"})
                 raise _HeadersSent
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                note()
 
-        began = time.perf_counter()
-        with self.figures.in_flight.track_inprogress(), bound_contextvars(**_names(headers, request_id)):
+        began, noted = time.perf_counter(), False
+
+        def note() -> None:
+            """Once: at the end of the answer, after which its background tasks run, or where there is none."""
+            nonlocal noted
+            if noted:
+                return
+            noted = True
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            route, seconds = _route(asked), time.perf_counter() - began
+            self.figures.in_flight.dec()
+            self.figures.requests.labels(method, route, str(code)).inc()
+            self.figures.duration.labels(method, route).observe(seconds)
+            principal = getattr(scope["state"].get("principal"), "id", None)
+            write = log.debug if route in PROBES else log.info
+            write(
+                "request",
+                method=method,
+                route=route,
+                status=code,
+                milliseconds=round(seconds * 1000, 1),
+                principal=principal,
+            )
+
+        self.figures.in_flight.inc()
+        with bound_contextvars(**_names(headers, request_id)):
             try:
                 await self.app(asked, self._limited(scope, headers, receive), answer)
             except _HeadersSent:
@@ -102,26 +127,12 @@ class Edge:
                 with suppress(_HeadersSent):
                     await failed(scope, receive, answer)
             finally:
-                method = scope["method"] if scope["method"] in METHODS else "other"
-                route, seconds = _route(asked), time.perf_counter() - began
-                self.figures.requests.labels(method, route, str(code)).inc()
-                self.figures.duration.labels(method, route).observe(seconds)
-                principal = getattr(scope["state"].get("principal"), "id", None)
-                note = log.debug if route in PROBES else log.info
-                note(
-                    "request",
-                    method=method,
-                    route=route,
-                    status=code,
-                    milliseconds=round(seconds * 1000, 1),
-                    principal=principal,
-                )
+                note()
 
     def _limited(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """Counts what arrives, whatever Content-Length says."""
         limit = self.settings.body_max_bytes
-        upload = (scope["method"], scope["path"]) == ("POST", FILES_PATH)
-        if upload and media_type(headers) == "multipart/form-data":  # any other form would be read into memory
+        if is_upload(scope, headers):
             limit = self.settings.upload_max_bytes + MULTIPART_OVERHEAD_BYTES
         announced = headers.get("content-length", "0")
         received = int(announced) if announced.isdecimal() and int(announced) > limit else 0

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from service.api.intake import REQUESTS_PATH
-from service.api.shapes import BENCHMARKS_PATH, FILES_PATH, JOBS_PATH
+from service.api.shapes import BENCHMARKS_PATH, FILES_PATH, JOBS_PATH, REQUESTS_PATH
 
 MODEL = "people"
 FILE = "ufile_01a1fcec671473df88444d2cf2416c40"

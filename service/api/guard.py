@@ -9,7 +9,7 @@ from fastapi import Request, Response, params
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 
-from service.api import concurrency, limits
+from service.api import bodies, concurrency, limits
 from service.api.bodies import JsonRequest
 from service.api.deps import Parts, revalidated
 from service.domain.errors import Forbidden, ProviderUnavailable, Unauthenticated
@@ -48,7 +48,13 @@ class Guarded(APIRoute):
             lacking = principal.lacks(self.scopes) if self.scopes else frozenset(Scope)
             if lacking:
                 raise Forbidden(sorted(lacking))
-            return await self.known(request) or revalidated(request, await handle(request))
+            if known := await self.known(request):
+                return known
+            if not bodies.is_large(request):
+                return revalidated(request, await handle(request))
+            large: concurrency.ConcurrencyLimit = request.app.state.large_bodies
+            async with large.slot():  # here, where Overloaded is a 503: what is raised while FastAPI reads is a 400
+                return revalidated(request, await handle(request))
 
         return guarded
 

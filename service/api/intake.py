@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from service.api import retained, sets, tokens
 from service.api.deps import Parts
 from service.api.once import ANEW, Once
-from service.api.shapes import JobWarning
+from service.api.shapes import REQUESTS_PATH, JobWarning
 from service.domain import overlap
 from service.domain.deletion import CLOSED, DeletionCreate, DenialReason, Regulation, RequestStatus
 from service.domain.errors import FieldProblem, InvalidRequest, NotFound
@@ -22,7 +22,6 @@ from service.store import deletion_reads, deletions, digests, models
 from service.store.deletion_reads import Served
 from service.store.tables import DeletionRequest
 
-REQUESTS_PATH = "/v1/deletion-requests"
 ROWS_MAX = 100_000  # of one request: as many digests lie in its row
 
 

@@ -314,7 +314,7 @@ def events(
             if job.status in TERMINAL and job.last_seq <= after_seq:
                 return Response(status_code=204)  # by which a browser knows that it need not come again
             state = request.app.state
-            return EventStream(here, who, job_id, after_seq, state.concurrency["reads"], state.stopping)
+            return EventStream(here, who, job_id, after_seq, state.concurrency["streams"], state.stopping)
         found = reads.events(s, job_id, query.after_seq, query.limit + 1)
     return Events(data=[shapes.event_object(row) for row in found[: query.limit]], has_more=len(found) > query.limit)
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, JsonValue
 from sqlalchemy.orm import Session
 from starlette.datastructures import FormData, UploadFile
 
-from service.api.bodies import aside
+from service.api.bodies import in_thread_if_large
 from service.api.deps import Here, Who, media_type
 from service.domain.errors import FieldProblem, InvalidRequest, UnlearnError
 from service.store import idempotency
@@ -104,7 +104,7 @@ async def _asked(
         content = await run_sync(_form, await request.form())
     else:
         content = await request.body()
-    fingerprint = await aside(request, lambda body: _fingerprint(here.secrets, body), content)
+    fingerprint = await in_thread_if_large(request, lambda body: _fingerprint(here.secrets, body), content)
     return Asked(who.id, route, key, fingerprint)
 
 

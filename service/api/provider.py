@@ -74,7 +74,6 @@ class Keys:
     def _fetch(self) -> None:
         if time.monotonic() - self._tried_at < AGAIN_S:
             return
-        self._tried_at = time.monotonic()
         try:
             published = json.loads(asyncio.run(_get(self._url)))
             if not isinstance(published, dict):
@@ -86,6 +85,8 @@ class Keys:
             self._failed = True
         else:
             self._fetched_at, self._failed = time.monotonic(), False
+        finally:
+            self._tried_at = time.monotonic()  # its end: a provider that hangs is left alone for as long as any other
 
 
 async def _get(url: str) -> bytes:

@@ -2,11 +2,12 @@
 
 import re
 from base64 import b64encode
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import AsyncIterator, Iterator
 from pathlib import PurePosixPath
 from typing import Annotated
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
@@ -30,6 +31,7 @@ router = APIRouter(tags=["results"], route_class=Guarded)
 REPORTS = {"application/json": REPORT_JSON, "text/html": REPORT_HTML}
 REPORT_CSP = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 BYTES = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+DOWNLOAD_THREADS = CapacityLimiter(8)  # a storage that hangs holds no thread that other requests need
 ONE_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -119,7 +121,7 @@ def _headers(artifact: Artifact) -> dict[str, str]:
     }
 
 
-def _content(here: Parts, artifact: Artifact, part: range | None = None) -> Iterator[bytes]:
+def _content(here: Parts, artifact: Artifact, part: range | None = None) -> AsyncIterator[bytes]:
     """The first chunk is read at once: what is missing, or small and damaged, must be told before the answer begins.
 
     Where a later chunk shows damage, the answer breaks off before its end. A part is checked by whoever puts it together.
@@ -128,7 +130,14 @@ def _content(here: Parts, artifact: Artifact, part: range | None = None) -> Iter
         chunks = here.storage.verified(artifact.key, Stored(artifact.bytes, artifact.sha256))
     else:
         chunks = here.storage.read(artifact.key, part.start, part.stop)
-    return chain([next(chunks, b"")], chunks)
+    return _followed(next(chunks, b""), chunks)
+
+
+async def _followed(first: bytes, chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    chunk = first
+    while chunk:
+        yield chunk
+        chunk = await run_sync(next, chunks, b"", limiter=DOWNLOAD_THREADS)
 
 
 def _range(request: Request, artifact: Artifact) -> range | None:

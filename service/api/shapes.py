@@ -33,6 +33,8 @@ from service.store.secrets import Secrets
 JOBS_PATH = "/v1/unlearning/jobs"
 BENCHMARKS_PATH = "/v1/benchmarks"
 FILES_PATH = "/v1/files"
+REQUESTS_PATH = "/v1/deletion-requests"
+PLANS_PATH = "/v1/deletion-plans"
 ADAPTER, REPORT_JSON, REPORT_HTML = "adapter/adapter_model.safetensors", "report.json", "report.html"
 OF_SPEC = (  # the rest has columns
     *("parent", "reverifies", "method", "constraint", "budget", "lora", "seed", "resources", "limits"),

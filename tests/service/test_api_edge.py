@@ -2,9 +2,12 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -197,6 +200,34 @@ def test_metrics_tell_of_jobs_and_requests_by_closed_labels(
     assert "secret" not in shown
     assert job_id not in shown
     assert len(samples) < 2000
+
+
+def test_what_rings_after_the_answer_is_no_part_of_its_figures_and_holds_few_threads(
+    http: TestClient, bell: Bell, request_body: dict[str, Any]
+) -> None:
+    registry = http.app.state.registry  # type: ignore[attr-defined]
+    post = {"method": "POST", "route": JOBS}
+    ringing, most, in_flight, counted = 0, 0, list[float](), list[float]()
+    lock = Lock()
+
+    def ring_slowly() -> None:
+        nonlocal ringing, most
+        with lock:
+            ringing += 1
+            most = max(most, ringing)
+        time.sleep(0.5)
+        in_flight.append(registry.get_sample_value("unlearn_http_in_flight_requests"))
+        counted.append(registry.get_sample_value("unlearn_http_request_duration_seconds_count", post))
+        with lock:
+            ringing -= 1
+
+    bell.on_ring = ring_slowly
+    assert http.post(JOBS, json=request_body).status_code == 201
+    assert (in_flight, counted) == ([0], [1])
+    with ThreadPoolExecutor(6) as pool:
+        statuses = list(pool.map(lambda _: http.post(JOBS, json=request_body).status_code, range(6)))
+    assert statuses == [201] * 6
+    assert (most, len(bell.rung)) == (2, 7)
 
 
 def test_the_documentation_opens_without_network_and_names_everything(http: TestClient) -> None:

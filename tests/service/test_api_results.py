@@ -2,7 +2,7 @@
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
+from service.api import reports
 from service.api.reports import REPORT_CSP
 from service.domain.job import Failure, FailureCode, Verdict
 from service.settings import Settings
@@ -43,6 +44,23 @@ def done(
         jobs.succeed(s, job_id, claim.fence, Verdict(result="PASSED", gates=[], message="ok"), rows)
     listed = http.get(f"{JOBS}/{job_id}/artifacts").json()
     return {artifact["name"]: artifact for artifact in listed["data"]}
+
+
+def test_all_chunks_but_the_first_are_read_in_threads_of_the_downloads(
+    http: TestClient, done: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, borrowed = Storage.read, list[float]()
+
+    def noted(self: Storage, *given: Any, **named: Any) -> Iterator[bytes]:
+        for chunk in read(self, *given, **named):
+            borrowed.append(reports.DOWNLOAD_THREADS.borrowed_tokens)
+            yield chunk
+
+    monkeypatch.setattr(Storage, "read", noted)
+    part = http.get(done["adapter/adapter_model.safetensors"]["content"], headers={"Range": "bytes=0-2000000"})
+    assert len(part.content) == 2_000_001
+    assert borrowed == [0, 1]
+    assert reports.DOWNLOAD_THREADS.borrowed_tokens == 0
 
 
 def test_the_report_comes_as_json_or_as_html_that_can_do_nothing(

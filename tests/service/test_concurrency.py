@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
 from starlette.testclient import TestClient
 
-from service.api import concurrency
+from service.api import bodies, concurrency
 from service.api.concurrency import ConcurrencyLimit
 from service.api.stream import follow
 from service.domain.job import ModelEntry, PromptFormat
@@ -23,6 +24,7 @@ from service.store.session import Sessions, make_engine
 from tests.conftest import owner
 from tests.service.conftest import JOBS
 from tests.service.live import Live, served
+from tests.service.test_contract import DOCUMENT
 
 AT_ONCE = 200
 SOON_S = 10.0  # of a machine that others use too
@@ -125,7 +127,7 @@ async def default_threads() -> float:
     return current_default_thread_limiter().total_tokens
 
 
-@pytest.mark.parametrize("full", ["reads", "writes", "transfers"])
+@pytest.mark.parametrize("full", ["reads", "writes", "judgements", "transfers"])
 def test_work_of_one_kind_keeps_no_other_from_being_done(
     http: TestClient, new_job: Callable[..., str], request_body: dict[str, Any], full: str
 ) -> None:
@@ -134,7 +136,22 @@ def test_work_of_one_kind_keeps_no_other_from_being_done(
     row = {"file": ("f.jsonl", b'{"text": "a"}')}
     answers = {
         "reads": [http.get(JOBS), http.get(job), http.get("/v1/models")],
-        "writes": [http.post(JOBS, json=request_body), http.post(f"{job}/pause"), http.post(f"{job}/resume")],
+        "writes": [
+            *(http.post(f"{job}/{verb}") for verb in ("pause", "resume", "cancel")),
+            *(http.post(f"/v1/deletion-requests/dr_x/{verb}", json={}) for verb in ("approve", "deny", "cancel")),
+            http.delete("/v1/api-keys/key_x"),
+        ],
+        "judgements": [
+            http.post(JOBS, json=request_body),
+            http.post(JOBS, json=request_body, params={"dry_run": True}),
+            http.post(f"{job}/reverify", json={}),
+            http.post("/v1/deletion-requests", json={}),
+            http.post("/v1/deletion-requests/batch", json={}),
+            http.put("/v1/deletion-plans/m", json={}),
+            http.post("/v1/benchmarks", json={}),
+            http.delete("/v1/benchmarks/b"),
+            http.delete("/v1/files/file_x"),
+        ],
         "transfers": [http.post("/v1/files", data={"purpose": "forget_set"}, files=row), http.get(f"{job}/report")],
     }
     for kind, found in answers.items():
@@ -142,6 +159,84 @@ def test_work_of_one_kind_keeps_no_other_from_being_done(
         assert refused == [kind == full] * len(found), kind
         assert all(answer.status_code < 500 for answer in found) or kind == full
     assert {http.get(path).status_code for path in ("/livez", "/readyz", "/metrics")} == {200}
+
+
+def test_of_large_bodies_few_are_received_at_once_and_the_others_refused_unread(
+    settings: Settings, key: str, request_body: dict[str, Any], tmp_path: Path
+) -> None:
+    content = json.dumps(request_body).encode()
+    content += b" " * (bodies.SMALL_BYTES + 1 - len(content))
+    head = f"POST {JOBS}?dry_run=true HTTP/1.1\r\nHost: h\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n"
+    announced = f"{head}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    running, refused = 32, 8
+
+    async def send_half(live: Live) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
+        writer.write(announced + content[:1000])
+        return reader, writer
+
+    async def status(reader: asyncio.StreamReader) -> int:
+        return int((await asyncio.wait_for(reader.readline(), SOON_S)).split()[1])
+
+    async def storm(live: Live) -> None:
+        sent = [await send_half(live) for _ in range(running + refused)]
+        early = [asyncio.create_task(status(reader)) for reader, _ in sent]
+        while sum(task.done() for task in early) < refused:
+            await asyncio.sleep(0.1)
+        assert {task.result() for task in early if task.done()} == {503}
+        assert (await ask(live, key, "POST", f"{JOBS}?dry_run=true", request_body)).status == 200
+        for task, (_, writer) in zip(early, sent, strict=True):
+            if not task.done():
+                writer.write(content[1000:])
+                assert await task == 200
+        for _, writer in sent:
+            writer.close()
+
+    with served(settings, tmp_path, **NO_QUOTAS) as live:
+        asyncio.run(asyncio.wait_for(storm(live), 4 * SOON_S))
+
+
+def test_a_body_is_large_by_its_length_or_without_one_and_an_upload_never(
+    http: TestClient, request_body: dict[str, Any]
+) -> None:
+    http.app.state.large_bodies = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # type: ignore[attr-defined]
+    content, json_type = json.dumps(request_body).encode(), {"Content-Type": "application/json"}
+    row = {"file": ("f.jsonl", json.dumps({"text": "a" * bodies.SMALL_BYTES}).encode())}
+    large = content + b" " * (bodies.SMALL_BYTES + 1 - len(content))
+    answers = [
+        http.post(JOBS, content=content, headers=json_type),
+        http.post(JOBS, content=large, headers=json_type),
+        http.post(JOBS, content=iter([content]), headers=json_type),
+        http.post("/v1/files", data={"purpose": "forget_set"}, files=row),
+    ]
+    assert [answer.status_code for answer in answers] == [201, 503, 503, 201]
+    assert answers[1].json()["type"] == "/docs#overloaded"
+
+
+def test_routes_with_a_limit_of_their_own_exist() -> None:
+    paths = json.loads(DOCUMENT.read_text())["paths"]
+    routes = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert routes >= concurrency.TRANSFERS | concurrency.JUDGEMENTS
+
+
+class Counted(ConcurrencyLimit):
+    taken = 0
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        self.taken += 1
+        async with super().slot():
+            yield
+
+
+def test_an_open_stream_of_events_takes_no_slot_of_the_reads(http: TestClient, new_job: Callable[..., str]) -> None:
+    job = f"{JOBS}/{new_job()}"
+    assert http.post(f"{job}/cancel").status_code == 202
+    reads, streams = Counted(6, 100, 1), Counted(2, 100, 1)
+    http.app.state.concurrency |= {"reads": reads, "streams": streams}  # type: ignore[attr-defined]
+    stream = http.get(f"{job}/events", headers={"Accept": "text/event-stream"})
+    assert "job.created" in stream.text
+    assert (reads.taken, streams.taken) == (1, 1), "of the reads: to open it"
 
 
 def test_a_stream_of_events_outlasts_an_overload(

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+import uvicorn
+from starlette.responses import PlainTextResponse
 
+from service.connections import timed
 from service.settings import Settings
 from tests.service.conftest import JOBS
 from tests.service.live import Live, served
@@ -114,3 +118,39 @@ def answers_unread(live: Live, asked: int) -> int:
         while more := connection.recv(2**16):
             came += more
     return came.count(answer)
+
+
+@pytest.mark.parametrize(("pause_s", "served_whole"), [(0.05, True), (2.0, False)])
+def test_an_answer_is_broken_off_for_a_reader_who_stands_still_and_not_for_a_slow_one(
+    pause_s: float, served_whole: bool
+) -> None:
+    """The slow one takes longer to read the server's buffer to its low mark than a reader may stand still."""
+    idle_s, size, step = 1.0, 2**20, 2**14
+
+    async def read_slowly() -> tuple[int, float]:
+        listening = socket.create_server(("127.0.0.1", 0))
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**13)  # else the kernel's would take all
+        config = uvicorn.Config(PlainTextResponse(b"x" * size), http=timed(5, idle_s), lifespan="off", log_config=None)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            return await asyncio.to_thread(came, listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            await serving
+
+    def came(port: int) -> tuple[int, float]:
+        began, count = time.monotonic(), 0
+        with socket.socket() as connection, suppress(ConnectionResetError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**13)
+            connection.settimeout(SOON_S)
+            connection.connect(("127.0.0.1", port))
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+            while more := connection.recv(step):
+                count += len(more)
+                time.sleep(pause_s)
+        return count, time.monotonic() - began
+
+    count, seconds = asyncio.run(read_slowly())
+    assert (count > size) == served_whole
+    assert seconds > 2 * idle_s

@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 
 from service import openapi
 from service.api.examples import EXAMPLES, FILE, MODEL, REQUEST, RETAIN
-from service.api.intake import REQUESTS_PATH
+from service.api.shapes import REQUESTS_PATH
 from service.app import create_app
 from service.domain.deletion import RequestStatus
 from service.domain.job import ModelEntry, PromptFormat

@@ -1,5 +1,6 @@
 """Who may do what: keys, roles, tenants, tokens. Generated from the routes, so that a new one cannot be forgotten."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -456,6 +457,25 @@ def test_a_provider_whose_answer_does_not_arrive_is_away_within_its_time(
         assert time.monotonic() - began < 3
         monkeypatch.setattr(provider_module, "AGAIN_S", 0)
         assert keys.of(token()) is not None
+
+
+def test_a_fetch_that_took_long_is_not_tried_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = 0
+
+    async def hang(_: str) -> bytes:
+        nonlocal tries
+        tries += 1
+        await asyncio.sleep(0.6)
+        raise TimeoutError
+
+    monkeypatch.setattr(provider_module, "_get", hang)
+    monkeypatch.setattr(provider_module, "AGAIN_S", 0.5)
+    published = provider_module.Keys("https://idp.example/keys")
+    token = jwt.encode({"sub": "a"}, "k" * 32, headers={"kid": "k"})
+    for _ in range(2):
+        with pytest.raises(ProviderUnavailable):
+            published.of(token)
+    assert tries == 1
 
 
 def test_what_a_provider_says_without_end_is_no_set_of_keys(

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 import service
 from service.api.errors import escaped
 from service.api.examples import EXAMPLES, MODEL
-from service.api.intake import REQUESTS_PATH
+from service.api.shapes import REQUESTS_PATH
 from service.domain.job import ModelEntry, PromptFormat
 from service.store import models
 from service.store.session import Sessions
