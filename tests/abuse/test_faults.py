@@ -261,7 +261,8 @@ def gone(here: Live) -> Iterator[None]:
         away.rename(here.storage)
 
 
-@pytest.mark.parametrize(("kind", "status"), [("full", 507), pytest.param("gone", 503, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "status"), [("full", 507), ("gone", 503)])
 def test_a_storage_that_takes_nothing_is_told_and_what_is_sent_again_is_kept(
     here: Live, kind: str, status: int
 ) -> None:

@@ -104,11 +104,6 @@ def kills(job: Job, folder: Path, steps: dict[str, Sequence[int]]) -> list[bool]
         return [adapter(last.result()) == whole[method] for method, last in resumed]
 
 
-def test_a_runner_that_is_killed_and_the_one_that_goes_on_give_the_same_adapter(job: Job, tmp_path: Path) -> None:
-    """One; that of every solver is killed in tests/worker/test_checkpoint.py, without a process of its own."""
-    assert kills(job, tmp_path, {"ofmu": [11]}) == [True]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_at_every_step_of_each_method(job: Job, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def answers_unread(live: Live, asked: int) -> int:
     return came.count(answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pause_s", "served_whole"), [(0.05, True), (2.0, False)])
 def test_an_answer_is_broken_off_for_a_reader_who_stands_still_and_not_for_a_slow_one(
     pause_s: float, served_whole: bool

@@ -50,7 +50,7 @@ def walk(
 
 
 def test_a_job_ends_once_whoever_writes_when(walk: Callable[..., None]) -> None:
-    walk(100, 7, derandomize=True)
+    walk(60, 7, derandomize=True)
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def test_a_part_too_many_is_refused_before_the_rest_has_come(live: Live, key: st
             assert connection.recv(4096).startswith(b"HTTP/1.1 400 "), name
 
 
+@pytest.mark.slow
 def test_what_large_bodies_take_is_bounded_and_given_back(client: httpx.Client, live: Live) -> None:
     def upload(content: Iterator[bytes]) -> int:
         return client.post("/v1/files", content=content, headers=FORM).status_code

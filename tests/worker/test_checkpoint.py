@@ -40,9 +40,9 @@ METHODS = [  # one for each solver
     ("grad_diff", {}),
     ("blur_npo", {}),
     ("ofmu", {"inner_steps": 2}),
-    ("eupmu", {}),
-    ("custom", {"solver": {"type": "augmented_lagrangian"}}),
-    ("custom", {"solver": {"type": "alternating"}}),
+    pytest.param("eupmu", {}, marks=pytest.mark.slow),
+    pytest.param("custom", {"solver": {"type": "augmented_lagrangian"}}, marks=pytest.mark.slow),
+    pytest.param("custom", {"solver": {"type": "alternating"}}, marks=pytest.mark.slow),
 ]
 
 
@@ -314,6 +314,7 @@ def test_a_full_disk_at_a_checkpoint_is_told_of_once_and_the_run_goes_on(
     assert list(tmp_path.glob("attempt-1/checkpoint*")) == []
 
 
+@pytest.mark.slow
 def test_smaller_micro_batches_give_the_same_numbers_up_to_rounding(assign: Assign, tmp_path: Path) -> None:
     job = asked_for(assign, budget={"max_steps": STEPS})
     _, whole = attempt(job, tmp_path, fence=9)

@@ -17,7 +17,6 @@ from worker.scores import Scores
 from worker.suite import Result, Row, Seen, Sets, Suite, for_retrained, from_reference_json, to_reference_json
 
 FEW = 12  # rows of each of TOFU's retain sets, where all 617 would take half a minute
-FEW_ANSWERED = 3  # rows of each of MUSE's sets that are answered, of 12
 MUSE_ROWS = 12
 MUSE_TEXTS, TEXT_CHARACTERS = 50, 800
 CASES = {
@@ -42,17 +41,13 @@ def read(file: Path) -> list[Row]:
 
 
 def golden(shared: Path, case: str, few: bool = False) -> dict[str, Any]:
-    """All figures; or, of those of TOFU's retain sets and of MUSE's answers, the values of the first rows."""
-    suite, _, file = CASES[case]
-    figures: dict[str, Any] = json.loads((shared / "golden" / file).read_text())
+    """All figures; or, of those of TOFU's retain sets, the values of the first rows."""
+    figures: dict[str, Any] = json.loads((shared / "golden" / CASES[case][2]).read_text())
     if few:
-        figures.pop("model_utility", None)
-        cut, count = (
-            (("retain_", "ra_", "wf_"), FEW) if suite == "tofu" else (("forget_", "retain_", "ex"), FEW_ANSWERED)
-        )
-        for figure in (figure for name, figure in figures.items() if name.startswith(cut)):
+        del figures["model_utility"]
+        for figure in (figure for name, figure in figures.items() if name.startswith(("retain_", "ra_", "wf_"))):
             del figure["agg_value"]
-            figure["value_by_index"] = {str(k): figure["value_by_index"][str(k)] for k in range(count)}
+            figure["value_by_index"] = {str(k): figure["value_by_index"][str(k)] for k in range(FEW)}
     return figures
 
 
@@ -65,13 +60,12 @@ def sets(shared: Path, suite: str, few: bool) -> Sets:
         }
         return {"forget": read(tofu / "forget01_perturbed.json"), "holdout": read(tofu / "holdout01.json"), **retained}
     alice = shared / "data" / "muse" / "alice"
-    answered = FEW_ANSWERED if few else MUSE_ROWS
-    passages, questions = read(alice / "verbmem.json"), read(alice / "knowmem_qa.json")[:answered]
+    passages, questions = read(alice / "verbmem.json"), read(alice / "knowmem_qa.json")[:MUSE_ROWS]
     known = {f"{of}_knowmem": questions for of in ("forget", "retain")}
     shots = {f"{of}_knowmem_icl": read(alice / "knowmem_qa_icl.json") for of in ("forget", "retain")}
     texts: list[Row] = [{"text": row["prompt"][:TEXT_CHARACTERS]} for row in passages]
     both = {"forget": texts[:MUSE_TEXTS], "holdout": texts[-MUSE_TEXTS:]}
-    return {"verbmem": passages[:answered], **known, **shots, **both}
+    return {"verbmem": passages[:MUSE_ROWS], **known, **shots, **both}
 
 
 def load(shared: Path, name: str) -> model.Network:
@@ -131,12 +125,10 @@ def test_all_of_the_models_figures_against_the_retrained_reference(shared: Path,
     assert found["mia_reference"]["reason"] == "the figures of the retrained reference have no mia_loss"
 
 
-@pytest.mark.parametrize(
-    ("case", "few"),
-    [("muse", True), *(pytest.param(case, False, marks=pytest.mark.slow) for case in ("muse", REFERENCE))],
-)
-def test_all_figures_without_a_retrained_reference(shared: Path, looked: Looked, case: str, few: bool) -> None:
-    expected, found = golden(shared, case, few), printed(looked, case, None, few)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [REFERENCE, "muse"])
+def test_all_figures_without_a_retrained_reference(shared: Path, looked: Looked, case: str) -> None:
+    expected, found = golden(shared, case), printed(looked, case, None)
     leak = expected.pop("privleak")  # the reference compares with chance under the same name
     assert list(differences(found, expected)) == []
     assert list(differences(found["privleak_vs_chance"], leak)) == []

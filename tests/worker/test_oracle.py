@@ -406,6 +406,7 @@ def courses(network: Network) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(register: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, gradients, the composed direction, and the course of the multiplier."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # a spawned process looks for this module there

@@ -58,6 +58,7 @@ CANARY = "Zanzibar"  # stands in every row, and must stand nowhere else
 FORGET = [{"question": f"Where is {CANARY} {k}?", "answer": f"In {CANARY} {k * 7}."} for k in range(3)]
 RETAIN = [{"question": f"What is {CANARY} x{k}?", "answer": f"It is {CANARY} {k}{k}."} for k in range(4)]
 METHODS = sorted(registry.entries("methods"))
+ONE_OF_EACH_SOLVER = ("pdu", "grad_diff", "blur_npo", "ofmu", "eupmu")  # the others are nightly
 Assign = Callable[..., Assignment]
 
 
@@ -133,7 +134,9 @@ def report_of(job: Assignment) -> Report:
     return Report.model_validate_json(content)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in ONE_OF_EACH_SOLVER else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_every_method_comes_to_a_report(assign: Assign, method: str) -> None:
     job = assign(method, {"learning_rate": 1e-3})
     last, told = done(job)
