@@ -40,9 +40,9 @@ METHODS = [  # one for each solver
     ("grad_diff", {}),
     ("blur_npo", {}),
     ("ofmu", {"inner_steps": 2}),
-    pytest.param("eupmu", {}, marks=pytest.mark.slow),
-    pytest.param("custom", {"solver": {"type": "augmented_lagrangian"}}, marks=pytest.mark.slow),
-    pytest.param("custom", {"solver": {"type": "alternating"}}, marks=pytest.mark.slow),
+    ("eupmu", {}),
+    ("custom", {"solver": {"type": "augmented_lagrangian"}}),
+    ("custom", {"solver": {"type": "alternating"}}),
 ]
 
 
@@ -106,7 +106,11 @@ def asked_for(assign: Assign, method: str = "pdu", hyperparameters: Mapping[str,
     return assign(method, {"learning_rate": 1e-3, "forget_rows": 2, "retain_rows": 2, **hyperparameters}, **spec)
 
 
-@pytest.mark.parametrize(("method", "hyperparameters"), METHODS, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("method", "hyperparameters"),
+    [*METHODS[:4], *(pytest.param(*one, marks=pytest.mark.slow) for one in METHODS[4:])],
+    ids=lambda v: str(v),
+)
 def test_killed_at_a_step_and_gone_on_with_it_is_the_same_adapter(
     assign: Assign, tmp_path: Path, method: str, hyperparameters: dict[str, Any]
 ) -> None:
