@@ -226,13 +226,13 @@ def _follows(
     network: Network, states_BTD: Tensor, reads: Sequence[_Read], drawn: Sequence[float | None]
 ) -> Iterator[list[int]]:
     """Of each row the likeliest token behind the last that is sure, and behind each guess; of a sampled one the one drawn."""
-    asked = [(b, t) for b, (ids, guesses) in enumerate(reads) for t in range(len(ids) - 1 - guesses, len(ids))]
-    at_N = [drawn[b] for b, _ in asked]  # a row that guesses is not drawn
-    b_N, t_N = torch.tensor(asked, device=network.device).T
+    places = [(b, t) for b, (ids, guesses) in enumerate(reads) for t in range(len(ids) - 1 - guesses, len(ids))]
+    at_N = [drawn[b] for b, _ in places]  # a row that guesses is not drawn
+    b_N, t_N = torch.tensor(places, device=network.device).T
     states_ND = states_BTD[b_N, t_N]
     each = states_ND.element_size() + DRAWING_BYTES * any(at is not None for at in at_N)
     at_once = max(1, LOGITS_BYTES // (network.causal.config.get_text_config().vocab_size * each))
-    parts = (slice(first, first + at_once) for first in range(0, len(asked), at_once))
+    parts = (slice(first, first + at_once) for first in range(0, len(places), at_once))
     chosen = iter([token for part in parts for token in _chosen(network, states_ND[part], at_N[part])])
     return (list(islice(chosen, read.guesses + 1)) for read in reads)
 

@@ -302,7 +302,7 @@ def _judge_sets(here: Parts, request: JobCreate, entry: ModelEntry) -> JudgedSet
             raise InvalidRequest(*_overlaps(one, other, found.same))
         names = one.removesuffix("_set"), other.removesuffix("_set")
         warnings += [WarningRow(*warning) for warning in overlap.warnings(*names, found)]
-    if problems := [problem for purpose, rows in long.items() for problem in rows.problems(f"/{purpose}")]:
+    if problems := [problem for purpose, watched in long.items() for problem in watched.problems(f"/{purpose}")]:
         raise InvalidRequest(*problems)
     return JudgedSets(kinds["forget_set"], rows["forget_set"], kinds["retain_set"], warnings)
 

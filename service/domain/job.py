@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 INLINE_ROWS_MAX = 1000
-ERRORS_MAX = 10_000  # of an object that are told one by one
+ERRORS_MAX = 10_000  # of an object that are named one by one
 MICRO_BATCH_TOKENS = 16_384  # padded positions at once, where memory has room for them
 EXACT_MAX = 2**53 - 1  # of an integer that every reader of JSON reads alike (RFC 7493), as evidence must
 COMMIT = r"^[0-9a-f]{40}$"

@@ -20,21 +20,21 @@ def forget_passes(budget: Budget, rows: int, rows_per_step: int) -> float:
     return budget.max_steps / ceil(rows / rows_per_step)
 
 
-def warnings(asked: Recipe, rows: int, rows_per_step: int) -> Iterator[tuple[str, str]]:
+def warnings(recipe: Recipe, rows: int, rows_per_step: int) -> Iterator[tuple[str, str]]:
     """Code and words, with the figures.
 
     Args:
         rows: of the forget set.
         rows_per_step: forget rows of a step, as the method's hyperparameters have it.
     """
-    relative = asked.constraint.epsilon_relative
+    relative = recipe.constraint.epsilon_relative
     if relative is not None and 1 + relative > LOOSE:
         yield (
             "epsilon_loose",
             f"epsilon_relative {relative:g} lets the retain loss become {1 + relative:g} times what it was, and more than "
             f"{LOOSE:g} times hardly constrains anything; it is a share: 0.25 allows 25 % more",
         )
-    steps, passes = asked.budget.max_steps, forget_passes(asked.budget, rows, rows_per_step)
+    steps, passes = recipe.budget.max_steps, forget_passes(recipe.budget, rows, rows_per_step)
     if passes < 1:
         yield (
             "few_passes",

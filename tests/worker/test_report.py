@@ -101,7 +101,7 @@ def test_what_the_base_alone_knows_was_forgotten_by_the_adapter_that_the_job_sta
 
 @pytest.mark.parametrize("parent", [None, Parent(job_id="ujob_" + 32 * "2", files=[], forgotten=[])])
 def test_the_page_of_a_job_that_was_not_trained(parent: Parent | None) -> None:
-    known = (knowledge("base", 0.3), knowledge("start", 0.1)) if parent else (knowledge(),)
+    known = (knowledge("base", 0.3, mean=0.2), knowledge("start", 0.1)) if parent else (knowledge(),)
     made = untrained(*known, parent=parent)
     Report.model_validate_json(report.render_json(made))
     html = render_html(made)
@@ -109,6 +109,7 @@ def test_the_page_of_a_job_that_was_not_trained(parent: Parent | None) -> None:
     assert "= NOT KNOWN" in page.text
     assert ("had forgotten them already" if parent else "By the measurements below it does not know them") in page.text
     assert "1.05 times as likely" in page.text
+    assert "1.22 times as likely" not in page.text, "that is the base, where the job starts from another's adapter"
     assert "nothing was trained" in page.text
     assert "Adapter not released" in page.text
     assert "Bound ε" not in page.text, "nothing was measured that it could bound"

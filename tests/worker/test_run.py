@@ -149,6 +149,7 @@ def test_every_method_comes_to_a_report(assign: Assign, method: str) -> None:
     assert report.asked.composition.model_dump() == registry.composition(registry.build_method(method, {}))
     assert report.trajectory.checks_total >= 1
     assert report.verdict.gates[0].metric == "retain_nll"
+    assert [(one.model, one.equivalent) for one in report.knowledge] == [("base", None)], "why it was trained"
     if report.released.published:
         assert report.constraint.upper is not None
         assert report.constraint.upper <= report.constraint.epsilon
