@@ -87,10 +87,12 @@ def create_app(settings: Settings, *, dispatcher: Dispatcher | None = None) -> F
         app.state.parts, app.state.registry, app.state.limiter = parts, registry, Limiter(settings)
         app.state.concurrency = concurrency.limits()
         app.state.looks, app.state.polls, app.state.lines = looks, polls, lines
-        collector = metrics.JobFigures(parts)
-        registry.register(collector)
+        collectors = [metrics.JobFigures(parts), concurrency.ConcurrencyFigures(app.state.concurrency)]
+        for collector in collectors:
+            registry.register(collector)
         yield
-        registry.unregister(collector)
+        for collector in collectors:
+            registry.unregister(collector)
         if isinstance(bell, CeleryDispatcher) and bell is not dispatcher:
             bell.close()
         engine.dispose()

@@ -17,7 +17,6 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from service.api.concurrency import ConcurrencyLimit
 from service.api.deps import media_type
 from service.api.shapes import FILES_PATH
 
@@ -38,7 +37,6 @@ T = TypeVar("T")
 
 def install(app: FastAPI) -> None:
     app.state.parsing = CapacityLimiter(1)
-    app.state.large_bodies = ConcurrencyLimit(32, 32, 1.0)
 
 
 class JsonRequest(Request):

@@ -5,18 +5,21 @@ before its answer is sent: whoever sends or reads slowly keeps none. An `async d
 a thread it limits itself.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from inspect import iscoroutinefunction
 from typing import Literal
 
 import anyio
 from fastapi import Request
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from service.api.shapes import BENCHMARKS_PATH, FILES_PATH, JOBS_PATH, PLANS_PATH, REQUESTS_PATH
 from service.domain.errors import Overloaded
 
-Work = Literal["reads", "writes", "judgements", "transfers", "streams"]
+# A large body holds a slot from its first byte until its request is answered, and its request takes one more to be carried out.
+Work = Literal["reads", "writes", "judgements", "transfers", "streams", "large_bodies"]
 TRANSFERS = {  # which move a file to the storage or from it: where that hangs, nothing else shall
     ("POST", FILES_PATH),
     ("GET", f"{JOBS_PATH}/{{job_id}}/report"),
@@ -39,11 +42,21 @@ class ConcurrencyLimit:
 
     def __init__(self, running: int, waiting: int, wait_s: float) -> None:
         self.running, self.waiting, self.wait_s = running, waiting, wait_s
+        self.refused = 0  # requests, so far
         self._slots = anyio.Semaphore(running)
+
+    @property
+    def running_now(self) -> int:
+        return self.running - self._slots.value
+
+    @property
+    def waiting_now(self) -> int:
+        return self._slots.statistics().tasks_waiting
 
     def check(self) -> None:
         """Raises Overloaded where the queue is full."""
-        if self._slots.statistics().tasks_waiting >= self.waiting:
+        if self.waiting_now >= self.waiting:
+            self.refused += 1
             raise Overloaded(f"{self.running} requests of this kind are being carried out, and {self.waiting} wait")
 
     @asynccontextmanager
@@ -54,6 +67,7 @@ class ConcurrencyLimit:
             with anyio.fail_after(self.wait_s):
                 await self._slots.acquire()
         except TimeoutError:
+            self.refused += 1
             raise Overloaded(f"this request waited for {self.wait_s:g} s, and has not been begun") from None
         try:
             yield
@@ -62,7 +76,7 @@ class ConcurrencyLimit:
 
 
 def limits() -> dict[Work, ConcurrencyLimit]:
-    """Of one process. Together they leave connections and threads to /readyz, /metrics and quotas.
+    """Of one process. Those that hold connections and threads leave some to /readyz, /metrics and quotas.
 
     A transfer is kept waiting longer: of an upload that waits all has been sent already.
     """
@@ -74,6 +88,7 @@ def limits() -> dict[Work, ConcurrencyLimit]:
         "streams": ConcurrencyLimit(
             2, 100, 1.0
         ),  # each open one looks once a second: no reader shall wait behind hundreds
+        "large_bodies": ConcurrencyLimit(32, 32, 1.0),  # these hold memory, and neither threads nor connections
     }
 
 
@@ -98,3 +113,29 @@ async def slot(request: Request) -> AsyncIterator[None]:
     else:
         async with limit.slot():
             yield
+
+
+class ConcurrencyFigures(Collector):
+    """How full each limit of this process is, and how many requests it has refused."""
+
+    def __init__(self, limits: Mapping[Work, ConcurrencyLimit]) -> None:
+        self._limits = limits
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        slots = GaugeMetricFamily("unlearn_http_slots", "Requests that may be carried out at once", labels=["work"])
+        running = GaugeMetricFamily(
+            "unlearn_http_slots_used", "Requests that are being carried out, or bodies that arrive", labels=["work"]
+        )
+        waiting = GaugeMetricFamily("unlearn_http_waiting_requests", "Requests that wait for a slot", labels=["work"])
+        refused = CounterMetricFamily(
+            "unlearn_http_refused_requests", "Requests refused with 503 for want of a slot", labels=["work"]
+        )
+        for work, limit in self._limits.items():
+            slots.add_metric([work], limit.running)
+            running.add_metric([work], limit.running_now)
+            waiting.add_metric([work], limit.waiting_now)
+            refused.add_metric([work], limit.refused)
+        yield from (slots, running, waiting, refused)

@@ -52,7 +52,7 @@ class Guarded(APIRoute):
                 return known
             if not bodies.is_large(request):
                 return revalidated(request, await handle(request))
-            large: concurrency.ConcurrencyLimit = request.app.state.large_bodies
+            large: concurrency.ConcurrencyLimit = request.app.state.concurrency["large_bodies"]
             async with large.slot():  # here, where Overloaded is a 503: what is raised while FastAPI reads is a 400
                 return revalidated(request, await handle(request))
 

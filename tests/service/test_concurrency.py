@@ -4,12 +4,13 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from anyio.to_thread import current_default_thread_limiter
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
 from starlette.testclient import TestClient
@@ -118,7 +119,7 @@ def test_two_hundred_submissions_to_a_slow_database_are_served_or_refused_soon(
 def test_what_runs_at_once_leaves_connections_and_threads_to_health_metrics_and_quotas() -> None:
     pool = make_engine("postgresql+psycopg://u@h/d").pool
     assert isinstance(pool, QueuePool)
-    running = sum(limit.running for limit in concurrency.limits().values())
+    running = sum(limit.running for work, limit in concurrency.limits().items() if work != "large_bodies")
     assert running <= pool.size() + pool._max_overflow - 5
     assert running <= asyncio.run(default_threads()) / 2
 
@@ -161,6 +162,38 @@ def test_work_of_one_kind_keeps_no_other_from_being_done(
     assert {http.get(path).status_code for path in ("/livez", "/readyz", "/metrics")} == {200}
 
 
+def test_full_limits_and_refusals_are_metrics(http: TestClient, new_job: Callable[..., str]) -> None:
+    new_job()
+
+    def exported() -> dict[str, float]:
+        families = text_string_to_metric_families(http.get("/metrics").text)
+        samples = [sample for family in families for sample in family.samples if "work" in sample.labels]
+        return {f"{sample.name} {sample.labels['work']}": sample.value for sample in samples}
+
+    before = exported()
+    assert {value for name, value in before.items() if not name.startswith("unlearn_http_slots ")} == {0}
+    assert before["unlearn_http_slots reads"] == 6
+    limit: ConcurrencyLimit = http.app.state.concurrency["reads"]  # type: ignore[attr-defined]
+    limit.waiting, limit.wait_s = 1, 0.05
+    with ExitStack() as held:
+        for _ in range(limit.running):
+            held.enter_context(http.portal.wrap_async_context_manager(limit.slot()))  # type: ignore[union-attr]
+        waiting = http.portal.start_task_soon(limit._slots.acquire)  # type: ignore[union-attr]
+        while limit.waiting_now < 1:
+            time.sleep(0.01)
+        assert http.get(JOBS).status_code == 503, "the queue is full"
+        after = exported()
+        waiting.cancel()
+        assert http.get(JOBS).status_code == 503, "waited too long"
+    changed = {name: value for name, value in after.items() if value != before[name]}
+    assert changed == {
+        "unlearn_http_slots_used reads": 6,
+        "unlearn_http_waiting_requests reads": 1,
+        "unlearn_http_refused_requests_total reads": 1,
+    }
+    assert exported() == before | {"unlearn_http_refused_requests_total reads": 2}
+
+
 def test_of_large_bodies_few_are_received_at_once_and_the_others_refused_unread(
     settings: Settings, key: str, request_body: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -199,7 +232,7 @@ def test_of_large_bodies_few_are_received_at_once_and_the_others_refused_unread(
 def test_a_body_is_large_by_its_length_or_without_one_and_an_upload_never(
     http: TestClient, request_body: dict[str, Any]
 ) -> None:
-    http.app.state.large_bodies = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # type: ignore[attr-defined]
+    http.app.state.concurrency["large_bodies"] = ConcurrencyLimit(running=1, waiting=0, wait_s=1)  # type: ignore[attr-defined]
     content, json_type = json.dumps(request_body).encode(), {"Content-Type": "application/json"}
     row = {"file": ("f.jsonl", json.dumps({"text": "a" * bodies.SMALL_BYTES}).encode())}
     large = content + b" " * (bodies.SMALL_BYTES + 1 - len(content))
